@@ -1,0 +1,22 @@
+"""rgtg_fast: reward-guided text generation for Hugging Face models.
+
+`generate(model, ..., reward_model=rm)` samples from softmax((log π + β r)/T) over the k most likely
+tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom_generate` callable.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import ops
+try:  # TEMP
+    from .config import show_config
+except ImportError:
+    show_config = None
+from .generate import RewardGuided, generate
+from .output import RewardGuidedOutput
+
+try:
+    __version__ = version("rgtg_fast")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["RewardGuided", "RewardGuidedOutput", "generate", "ops", "show_config"]

@@ -1,0 +1,3 @@
+from rgtg_fast.cli import main
+
+main()

@@ -1,0 +1,78 @@
+"""Command line: `python -m rgtg_fast demo | info | bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from rgtg_fast.demo.run import run
+
+    run(prompts=args.prompts, out=args.out, seed=args.seed, draw=not args.no_plot)
+
+
+def _info(args: argparse.Namespace) -> None:
+    import rgtg_fast
+
+    shown = rgtg_fast.show_config()
+    if shown is not None:
+        print(shown)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from rgtg_fast.demo.run import ASSETS, METHODS
+    from rgtg_fast.demo.speed import measure_speed
+
+    lm_name = args.lm or str(ASSETS / "lm")
+    rm_name = args.reward_model or str(ASSETS / METHODS["PARGS"])
+    lm = AutoModelForCausalLM.from_pretrained(lm_name).to(args.device).eval()
+    rm = AutoModelForSequenceClassification.from_pretrained(rm_name).to(args.device).eval()
+    ids = AutoTokenizer.from_pretrained(lm_name)(args.text, return_tensors="pt")["input_ids"]
+    torch.manual_seed(args.seed)
+    speed = measure_speed(
+        lm, rm, [ids.to(args.device)] * 3, k=args.k, beta=args.beta, max_new_tokens=args.new_tokens
+    )
+    for name, rate in speed.items():
+        print(f"{name:10} {1e3 / rate:9.2f} ms/token  {speed['plain'] / rate:6.2f} x plain")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    top = argparse.ArgumentParser(
+        prog="python -m rgtg_fast", description="Reward-guided text generation, fast."
+    )
+    commands = top.add_subparsers(required=True, metavar="demo | info | bench")
+
+    demo = commands.add_parser("demo", help="guide the embedded models and compare")
+    demo.add_argument("--prompts", type=int, default=200, help="held-out prompts, 1 to 200")
+    demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the files")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--no-plot", action="store_true", help="do without matplotlib")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="versions and which backends work here")
+    info.set_defaults(run=_info)
+
+    bench = commands.add_parser(
+        "bench", help="plain, guided and published decoding, ms per token, one prompt at a time"
+    )
+    bench.add_argument("--lm", help="causal LM: folder or hub name (default: the embedded one)")
+    bench.add_argument("--reward-model", help="one-label classifier with the LM's tokenizer")
+    bench.add_argument("--text", default="customer : my kettle leaks and it is one month old . agent :")
+    bench.add_argument("--new-tokens", type=int, default=64)
+    bench.add_argument("--k", type=int, default=10)
+    bench.add_argument("--beta", type=float, default=2.0)
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--device", default="cpu")
+    bench.set_defaults(run=_bench)
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; `argv` defaults to the process's own arguments."""
+    args = parser().parse_args(argv)
+    args.run(args)

@@ -1,0 +1,1 @@
+"""The embedded task, models and demo: `python -m rgtg_fast demo`."""

@@ -1,0 +1,287 @@
+"""`python -m rgtg_fast demo`: guide the embedded LM with both reward models and compare.
+
+Base, ARGS (guided by the reward model trained on full replies only) and PARGS (by the one trained
+on every prefix) answer the same held-out prompts. The two rewards have different scales, so each
+method takes the β that was best for it on a separate set of prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import rgtg_fast
+from rgtg_fast.demo import task
+from rgtg_fast.demo.speed import measure_speed
+
+ASSETS = Path(__file__).parent / "assets"
+METHODS = {"ARGS": "rm_full", "PARGS": "rm_partial"}
+BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+K, MAX_NEW_TOKENS = 10, 72
+SPEED_PROMPTS, TEXTS_SHOWN = 3, 3
+
+
+@dataclass(frozen=True)
+class Assets:
+    """The embedded models, ready for CPU inference in fp32, and the held-out prompts by split."""
+
+    lm: PreTrainedModel
+    reward_models: dict[str, PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    prompts: dict[str, list[str]]
+
+
+def load_assets(path: Path = ASSETS) -> Assets:
+    """Load what `bench/quality/make_assets.py` wrote to `path` (default: the shipped files)."""
+    rows = [json.loads(line) for line in (path / "prompts.jsonl").read_text().splitlines()]
+    prompts: dict[str, list[str]] = {}
+    for row in rows:
+        prompts.setdefault(row["split"], []).append(row["prompt"])
+    return Assets(
+        lm=AutoModelForCausalLM.from_pretrained(path / "lm", dtype=torch.float32).eval(),
+        reward_models={
+            name: AutoModelForSequenceClassification.from_pretrained(
+                path / folder, dtype=torch.float32
+            ).eval()
+            for name, folder in METHODS.items()
+        },
+        tokenizer=AutoTokenizer.from_pretrained(path / "lm"),
+        prompts=prompts,
+    )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to B prompts: texts, their gold rewards [B], KL from the base policy in nats [B],
+    and the new tokens generated in `seconds`."""
+
+    texts: list[str]
+    gold: torch.Tensor
+    kl: torch.Tensor
+    tokens: int
+    seconds: float
+
+
+def answer(
+    assets: Assets, prompts: list[str], method: str, beta: float, seed: int, do_sample: bool = True
+) -> Answers:
+    """One answer per prompt, all prompts in one batch; `method` is "base" or a key of METHODS."""
+    tokenizer = assets.tokenizer
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    settings = {
+        "do_sample": do_sample,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "return_dict_in_generate": True,
+        **({"top_k": 0} if do_sample else {}),
+    }
+    started = time.perf_counter()
+    if method == "base":
+        torch.manual_seed(seed)
+        out = assets.lm.generate(**inputs, **settings)
+        kl = torch.zeros(len(prompts))
+    else:
+        rm = assets.reward_models[method]
+        out = rgtg_fast.generate(
+            assets.lm, **inputs, reward_model=rm, k=K, beta=beta, seed=seed, **settings
+        )
+        kl = out.kl.nan_to_num().sum(1)
+    seconds = time.perf_counter() - started
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    finished = (ids == tokenizer.eos_token_id).any(1).tolist()
+    gold = [task.gold_reward(*row) for row in zip(prompts, texts, finished, strict=True)]
+    tokens = int((ids != tokenizer.pad_token_id).sum())
+    return Answers(texts, torch.tensor(gold), kl, tokens, seconds)
+
+
+def mean_se(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of `values` [N] and its standard error (0 where N is 1)."""
+    spread = values.std().item() if len(values) > 1 else 0.0
+    return values.mean().item(), spread / math.sqrt(len(values))
+
+
+def distinct_2(texts: list[str]) -> float:
+    """Share of different word pairs among all word pairs of `texts`."""
+    pairs = []
+    for text in texts:
+        said = text.split()
+        pairs += zip(said, said[1:], strict=False)
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def _rows(assets: Assets, count: int, seed: int, console: Console) -> tuple[dict, dict]:
+    """Curves over β on the `beta` prompts, and answers to the `test` prompts at each best β."""
+    tuning, test = assets.prompts["beta"][:count], assets.prompts["test"][:count]
+    curves: dict[str, list[dict]] = {name: [] for name in METHODS}
+    answers = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("guiding", total=len(METHODS) * len(BETAS) + len(METHODS) + 2)
+        for name in METHODS:
+            for beta in BETAS:
+                progress.update(bar, description=f"{name:5} β {beta:<4g} on {len(tuning)} prompts")
+                mean, se = mean_se(answer(assets, tuning, name, beta, seed).gold)
+                curves[name].append({"beta": beta, "gold": mean, "se": se})
+                progress.advance(bar)
+        progress.update(bar, description=f"{len(test)} held-out prompts")
+        for name, do_sample in (("base", True), ("base, greedy", False)):
+            answers[name] = (0.0, answer(assets, test, "base", 0.0, seed, do_sample))
+            progress.advance(bar)
+        for name in METHODS:
+            beta = max(curves[name], key=lambda point: point["gold"])["beta"]
+            answers[name] = (beta, answer(assets, test, name, beta, seed + 1))
+            progress.advance(bar)
+    return curves, answers
+
+
+def _summary(answers: dict[str, tuple[float, Answers]]) -> dict[str, dict[str, float]]:
+    rows = {}
+    for name, (beta, got) in answers.items():
+        mean, se = mean_se(got.gold)
+        rows[name] = {
+            "beta": beta,
+            "gold": mean,
+            "se": se,
+            "kl": got.kl.mean().item(),
+            "distinct_2": distinct_2(got.texts),
+            "tokens_per_second": got.tokens / got.seconds,
+        }
+    return rows
+
+
+def _paired(answers: dict[str, tuple[float, Answers]]) -> dict[str, dict[str, float]]:
+    """Mean gold difference of PARGS to each other method on the same prompts, with its SE."""
+    differences = {}
+    for name, (_, got) in answers.items():
+        if name != "PARGS":
+            mean, se = mean_se(answers["PARGS"][1].gold - got.gold)
+            differences[f"PARGS - {name}"] = {"mean": mean, "se": se}
+    return differences
+
+
+def _show_texts(console: Console, prompts: list[str], answers: dict) -> None:
+    for i, prompt in enumerate(prompts[:TEXTS_SHOWN]):
+        case = task.read_case(prompt)
+        console.print(f"\n[bold]{task.pretty(prompt)}[/]  [dim](right fix: {case.fix})[/]")
+        for name in ("base", *METHODS):
+            got = answers[name][1]
+            console.print(f"  [cyan]{name:5}[/] [{got.gold[i]:+.2f}] ", end="", markup=True)
+            console.print(task.pretty(got.texts[i]), markup=False, highlight=False)
+
+
+def _show_summary(console: Console, rows: dict, paired: dict, count: int) -> None:
+    table = Table(title=f"{count} held-out prompts, k={K}, each method at its own best β")
+    for heading in ("method", "β", "gold reward", "KL (nats)", "distinct-2", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['beta']:g}" if name in METHODS else "-",
+            f"{row['gold']:+.2f} ± {row['se']:.2f}",
+            f"{row['kl']:.2f}" if name in METHODS else "-",
+            f"{row['distinct_2']:.3f}",
+            f"{row['tokens_per_second']:.0f}",
+        )
+    console.print()
+    console.print(table)
+    for name, row in paired.items():
+        in_se = f"{row['mean'] / row['se']:.1f} standard errors" if row["se"] else "no spread"
+        console.print(f"{name}: {row['mean']:+.2f} paired, {in_se}", highlight=False)
+
+
+def _show_speed(console: Console, speed: dict[str, float], batched: float) -> None:
+    published = speed["published"]
+    lines = {
+        "published way, one prompt (k full re-encodes per token)": published,
+        "rgtg_fast, one prompt": speed["guided"],
+        "rgtg_fast, all prompts in one batch": batched,
+        "for scale: plain generation without rewards, one prompt": speed["plain"],
+    }
+    console.print("\n[bold]Speed, measured just now[/]")
+    for what, rate in lines.items():
+        console.print(f"  {what:58} {rate:8.0f} tokens/s  {rate / published:6.1f}x", highlight=False)
+
+
+def plot(curves: dict, rows: dict, path: Path) -> None:
+    """Write gold reward against β for both reward models, ±2 SE bands, as a PNG to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for name, label in (("ARGS", "full-sequence RM"), ("PARGS", "partial-sequence RM")):
+        betas = [p["beta"] for p in curves[name]]
+        gold = torch.tensor([p["gold"] for p in curves[name]])
+        band = 2 * torch.tensor([p["se"] for p in curves[name]])
+        (line,) = axes.plot(betas, gold, marker="o", label=f"{name} ({label})")
+        axes.fill_between(betas, gold - band, gold + band, alpha=0.2, color=line.get_color())
+    axes.axhline(rows["base"]["gold"], color="gray", linestyle="--", label="base LM")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(BETAS, [f"{b:g}" for b in BETAS])
+    axes.set_xlabel("β, the weight of the reward")
+    axes.set_ylabel("mean gold reward (± 2 SE)")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def run(prompts: int = 200, out: Path = Path("demo_output"), seed: int = 0, draw: bool = True) -> dict:
+    """Run the demo on the first `prompts` held-out prompts (at most 200).
+
+    Prints texts, the table and the speed; writes `results.json`, `texts.jsonl` and, with `draw`,
+    `gold_over_beta.png` to `out`. Returns what results.json holds.
+    """
+    if not 1 <= prompts <= task.SPLIT_SIZES["test"]:
+        most = task.SPLIT_SIZES["test"]
+        raise ValueError(f"prompts={prompts} asked for, but there are 1 to {most} to choose from")
+    started = time.perf_counter()
+    console = Console()
+    assets = load_assets()
+    test = assets.prompts["test"][:prompts]
+    curves, answers = _rows(assets, prompts, seed, console)
+    rows, paired = _summary(answers), _paired(answers)
+    _show_texts(console, test, answers)
+    _show_summary(console, rows, paired, prompts)
+    best, best_answers = answers["PARGS"]
+    few = [assets.tokenizer(p, return_tensors="pt")["input_ids"] for p in test[:SPEED_PROMPTS]]
+    speed = measure_speed(
+        assets.lm, assets.reward_models["PARGS"], few, k=K, beta=best, max_new_tokens=MAX_NEW_TOKENS
+    )
+    _show_speed(console, speed, best_answers.tokens / best_answers.seconds)
+
+    out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "prompts": prompts,
+        "seed": seed,
+        "k": K,
+        "methods": rows,
+        "paired": paired,
+        "gold_over_beta": curves,
+        "tokens_per_second_one_prompt": speed,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with (out / "texts.jsonl").open("w") as file:
+        for i, prompt in enumerate(test):
+            texts = {name: got.texts[i] for name, (_, got) in answers.items()}
+            file.write(json.dumps({"prompt": prompt, **texts}) + "\n")
+    if draw:
+        plot(curves, rows, out / "gold_over_beta.png")
+    console.print(f"\nWrote {out}/ in {time.perf_counter() - started:.0f} s.", highlight=False)
+    return results

@@ -1,0 +1,32 @@
+"""What a guided run returns beside the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+@dataclass
+class RewardGuidedOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` with the rewards and the price paid for them.
+
+    `scores` are the processed LM logits before the reward, `logits` the raw ones.
+
+    Attributes:
+        rewards: fp32 [B, T], reward of prompt + answer up to and with each chosen token; NaN after
+            the row ended.
+        kl: fp32 [B, T] in nats, KL(q || π) of the step's ratio policy q from π over the
+            candidates, Σ q (log q − log π) with π the full-vocabulary softmax of the processed
+            logits; NaN after the row ended. `kl.nansum(-1)` is a row's total.
+        candidate_ids: int64 [B, T, k], most likely first (with `output_candidates=True`).
+        candidate_logprobs: fp32 [B, T, k], log π of the candidates.
+        candidate_rewards: fp32 [B, T, k], rewards of prefix + candidate.
+    """
+
+    rewards: Tensor | None = None
+    kl: Tensor | None = None
+    candidate_ids: Tensor | None = None
+    candidate_logprobs: Tensor | None = None
+    candidate_rewards: Tensor | None = None

@@ -1,0 +1,163 @@
+"""The four ops in plain torch: the oracle of the tests and ``backend="reference"``.
+
+Values are computed in float64 from the inputs as given and returned in float32. The noise of the
+sampler is the exception: it is float32 arithmetic, operation for operation that of
+``csrc/gumbel.h``, so that every backend draws the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_ONE_MINUS_SQRT_HALF = 0.292893218813452476
+_SQRT_HALF = 0.707106781186547524
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_LOG_COEFFICIENTS = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+
+
+def ordered_keys(logits: Tensor) -> Tensor:
+    """Integers (int64, 0 .. 2^32 - 1) that order like float32, with -0 == +0 and NaN on top."""
+    x = logits.to(torch.float32)
+    bits = x.view(torch.int32).to(torch.int64) & _WORD
+    bits = torch.where(x == 0, torch.zeros_like(bits), bits)
+    keys = torch.where(bits >= 0x80000000, bits ^ _WORD, bits | 0x80000000)
+    return torch.where(torch.isnan(x), torch.full_like(keys, _WORD), keys)
+
+
+def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    # A signed key, so that descending int64 order is descending logit, then ascending id.
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    keys = ((ordered_keys(logits) - 0x80000000) << 32) | (_WORD - ids)
+    top = torch.topk(keys, k, dim=1).values
+    chosen = _WORD - (top & _WORD)  # [B, k]
+    values = logits.to(torch.float64)
+    largest = values.amax(dim=1, keepdim=True)
+    # A row of -inf has log-sum-exp -inf, which torch.logsumexp also returns.
+    log_sum_exp = torch.logsumexp(values, dim=1, keepdim=True)
+    log_sum_exp = torch.where(torch.isposinf(largest), torch.nan, log_sum_exp)
+    picked = values.gather(1, chosen)
+    impossible = torch.isneginf(picked) & ~torch.isnan(log_sum_exp)
+    logprobs = torch.where(impossible, picked, picked - log_sum_exp)
+    return logprobs.to(torch.float32), chosen
+
+
+def reward_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rewards = (hidden.to(torch.float64) * weight.to(torch.float64)).sum(dim=-1)
+    if bias is not None:
+        rewards = rewards + bias.to(torch.float64).reshape(())
+    return rewards.to(torch.float32)
+
+
+def vocab_reward(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    rows = weight[ids].to(torch.float64)  # [B, k, H]
+    return (rows * hidden.to(torch.float64).unsqueeze(1)).sum(dim=-1).to(torch.float32)
+
+
+def ratio_sample(
+    logprobs: Tensor,
+    rewards: Tensor,
+    ids: Tensor,
+    beta: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    do_sample: bool,
+) -> tuple[Tensor, Tensor]:
+    scores = logprobs + beta.unsqueeze(1) * rewards  # [B, k], float32 as on every backend
+    tempered = scores / temperature.unsqueeze(1)
+    usable = torch.isfinite(tempered)
+    undefined = (torch.isnan(tempered) | torch.isposinf(tempered)).any(dim=1) | ~usable.any(dim=1)
+    value = scores
+    if do_sample:
+        value = tempered + gumbel_noise(seed.unsqueeze(1), position.unsqueeze(1), ids)
+    # torch.argmax does not promise the first of equal values; the slot number settles ties.
+    value = torch.where(usable, value, -torch.inf)
+    best = value == value.amax(dim=1, keepdim=True)
+    slots = torch.arange(ids.shape[1], device=ids.device)
+    slot = torch.where(best & usable, slots, ids.shape[1]).amin(dim=1)
+    slot = torch.where(undefined, -1, slot)
+    logq = torch.log_softmax(tempered.to(torch.float64), dim=1)
+    logq = torch.where(undefined.unsqueeze(1), torch.nan, logq)
+    return slot, logq.to(torch.float32)
+
+
+def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:
+    row = torch.arange(batch, dtype=torch.int64, device=device)
+    zero = torch.zeros_like(row)
+    key = torch.full_like(row, seed)
+    word = philox4x32_10((row & _WORD, row >> 32, zero, zero), (key & _WORD, (key >> 32) & _WORD))
+    return word[0] | (word[1] << 32)
+
+
+def philox4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # mod 2^64, as unsigned
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _WORD) ^ c1 ^ k0,
+            product1 & _WORD,
+            ((product0 >> 32) & _WORD) ^ c3 ^ k1,
+            product0 & _WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise (float32) of each token id; the int64 arguments broadcast.
+
+    Philox is keyed by the row seed and counts (token id, position), see ``csrc/gumbel.h``.
+    """
+    seed, position, ids = torch.broadcast_tensors(seed, position, ids)
+    words = philox4x32_10(
+        (ids & _WORD, (ids >> 32) & _WORD, position & _WORD, (position >> 32) & _WORD),
+        (seed & _WORD, (seed >> 32) & _WORD),
+    )
+    return gumbel_from_word(words[0])
+
+
+def gumbel_from_word(word: Tensor) -> Tensor:
+    """-log(-log(1 - v)), v = (word + 1/2) / 2^32, relatively precise at both ends."""
+    scale = 2.0**-32
+    v = (word.to(torch.float32) + 0.5) * scale
+    w = ((_WORD - word).to(torch.float32) + 0.5) * scale  # 1 - v
+    small = v <= _ONE_MINUS_SQRT_HALF
+    exponential = torch.where(small, -_log_near_one(-v, torch.zeros_like(v)), -_log_positive(w))
+    return -_log_positive(exponential)
+
+
+def _log_near_one(f: Tensor, exponent: Tensor) -> Tensor:
+    square = f * f
+    y = torch.full_like(f, _LOG_COEFFICIENTS[0])
+    for coefficient in _LOG_COEFFICIENTS[1:]:
+        y = y * f + coefficient
+    y = y * f * square
+    y = y + exponent * _LN2_LOW
+    y = y + square * -0.5
+    return (f + y) + exponent * _LN2_HIGH
+
+
+def _log_positive(x: Tensor) -> Tensor:
+    bits = x.view(torch.int32)
+    exponent = (bits >> 23) - 126
+    mantissa = ((bits & 0x007FFFFF) | 0x3F000000).view(torch.float32)  # in [1/2, 1)
+    low = mantissa < _SQRT_HALF
+    exponent = exponent - low.to(torch.int32)
+    mantissa = torch.where(low, mantissa + mantissa, mantissa)
+    return _log_near_one(mantissa - 1.0, exponent.to(torch.float32))

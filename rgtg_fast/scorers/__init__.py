@@ -1,0 +1,21 @@
+"""Scorers: what turns candidate tokens into rewards.
+
+A scorer is any object with `prefill(input_ids, attention_mask)`, `score(ids [B, k]) -> fp32 [B, k]`
+and `commit(slot [B])`; `make_scorer` builds one for a reward model.
+"""
+
+from .base import Scorer
+from .expand import ExpandScorer
+from .factory import make_scorer
+from .reencode import ReencodeScorer
+from .reward_model import RewardModel
+from .tree import TreeScorer
+
+__all__ = [
+    "ExpandScorer",
+    "ReencodeScorer",
+    "RewardModel",
+    "Scorer",
+    "TreeScorer",
+    "make_scorer",
+]

@@ -1,0 +1,138 @@
+"""From a reward model to the scorer that fits it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Scorer
+from .expand import ExpandScorer
+from .probe import Verdict, probe
+from .reencode import ReencodeScorer
+from .reward_model import RewardModel
+from .tree import TreeScorer
+
+METHODS = ("auto", "tree", "expand", "reencode")
+EOS_REWARDS = ("auto", "hidden", "previous")
+
+_COST = {
+    "expand": "k copies of the prefix cache in memory",
+    "reencode": "a full forward over prefix and answer for each of the k candidates of every token",
+}
+
+
+def is_scorer(reward_model: Any) -> bool:
+    """Whether the object keeps the prefill / score / commit contract itself."""
+    return isinstance(reward_model, Scorer)
+
+
+def make_scorer(
+    reward_model: nn.Module | RewardModel | Scorer,
+    *,
+    k: int,
+    method: str = "auto",
+    head: Callable[[Tensor], Tensor] | None = None,
+    vocab_size: int | None = None,
+    tokenizer: Any = None,
+    reward_tokenizer: Any = None,
+    own_prompt: bool = False,
+    eos_ids: Tensor | None = None,
+    eos_reward: str = "auto",
+    max_length: int | None = None,
+    backend: str = "auto",
+) -> Scorer:
+    """The scorer for `reward_model`, its method chosen by a numerical probe.
+
+    `tree` is used where it agrees with full forwards of the model, else `expand`, else `reencode`
+    (with one `UserWarning` per model that names the reason and the cost). `method` asks for one; it
+    raises `ValueError` where the probe says it would be wrong. `max_length` bounds prompt + answer,
+    `vocab_size` is the language model's. Two tokenizers with different vocabularies mean that texts
+    are decoded and encoded again; `own_prompt` says that the prompt is in the reward model's ids.
+    A `reward_model` that is a scorer already is returned as it is.
+
+    Example: `make_scorer(rm, k=10).method` is "tree" for a Llama-like reward model.
+    """
+    if is_scorer(reward_model):
+        return reward_model  # type: ignore[return-value]
+    rm = reward_model
+    if not isinstance(rm, RewardModel):
+        rm = RewardModel(rm, head)  # type: ignore[arg-type]
+    as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
+    verdict, is_new = probe(rm, max_length)
+    chosen = _choose(rm, verdict, method, as_text, warn=is_new)
+    common: dict[str, Any] = {
+        "eos_ids": eos_ids,
+        "eos_reward": _resolve_eos(
+            rm, eos_ids, eos_reward, as_text or verdict.pooled, warn=is_new
+        ),
+        "capacity": max_length or 0,
+        "backend": backend,
+    }
+    if chosen == "reencode":
+        if as_text:
+            common |= {
+                "tokenizer": tokenizer,
+                "reward_tokenizer": reward_tokenizer,
+                "prompt_tokenizer": reward_tokenizer if own_prompt else tokenizer,
+            }
+        return ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
+    scorer = (TreeScorer if chosen == "tree" else ExpandScorer)(rm, k, **common)
+    scorer._largest_id = (vocab_size or 0) - 1
+    return scorer
+
+
+def same_vocabulary(tokenizer: Any, reward_tokenizer: Any) -> bool:
+    """Whether every token of the language model has the same id for the reward model."""
+    if tokenizer is reward_tokenizer:
+        return True
+    theirs = reward_tokenizer.get_vocab()
+    return all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
+
+
+def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool, warn: bool) -> str:
+    if as_text:
+        if method not in ("auto", "reencode"):
+            raise ValueError(
+                f"reward_method={method!r} shares token ids between the two models, but their "
+                "tokenizers differ; use reward_method='auto' or 'reencode'"
+            )
+        return "reencode"
+    if method != "auto":
+        if method in verdict.failed:
+            raise ValueError(
+                f"reward_method={method!r} is wrong for {type(rm.model).__name__}: "
+                f"{verdict.failed[method]}; use reward_method='auto'"
+            )
+        return method
+    chosen = verdict.best()
+    if chosen != "tree" and warn:
+        reasons = "; ".join(f"{m}: {why}" for m, why in verdict.failed.items())
+        warnings.warn(
+            f"{type(rm.model).__name__} is scored by {chosen!r}, which costs {_COST[chosen]} "
+            f"({reasons})",
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _resolve_eos(
+    rm: RewardModel, eos_ids: Tensor | None, eos_reward: str, whole: bool, warn: bool
+) -> str:
+    if eos_reward != "auto" or eos_ids is None:
+        return "hidden" if eos_reward == "auto" else eos_reward
+    pad = getattr(rm.text_config, "pad_token_id", None)
+    if whole or pad is None or pad not in eos_ids.tolist():  # whole: it pools the text itself
+        return "hidden"
+    if warn:
+        warnings.warn(
+            f"{type(rm.model).__name__} has pad_token_id == EOS ({pad}): its public forward gives "
+            "prefix + EOS the reward of the prefix, and so does eos_reward='auto'; pass "
+            "eos_reward='hidden' if it was trained to judge the EOS token itself",
+            stacklevel=3,
+        )
+    return "previous"
+
+

@@ -1,0 +1,194 @@
+"""Which way of scoring a reward model allows, found by running it, never by its name.
+
+Each way is run for a few steps on two left-padded rows and compared with plain full forwards of the
+same model without padding or cache. The head is replaced by a random projection of the hidden
+state, so that a trained head's blind directions hide nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import RewardModelScorer
+from .expand import ExpandScorer
+from .reward_model import RewardModel
+from .tree import TreeScorer, plain_attention
+
+_SIBLINGS, _STEPS = 3, 3
+# Allowed error as a share of the spread of the true values. A wrong mask, position or cache is off
+# by the order of the spread itself; low precision needs room for reordered sums.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Verdict]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Verdict:
+    """`pooled`: only the public forward gives the reward. `failed`: method -> why it is not usable."""
+
+    pooled: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def best(self) -> str:
+        return next((m for m in ("tree", "expand") if m not in self.failed), "reencode")
+
+
+@torch.no_grad()
+def probe(rm: RewardModel, max_length: int | None) -> tuple[Verdict, bool]:
+    """The verdict for `rm` on sequences of up to `max_length` tokens, and whether it is a new one.
+
+    Verdicts are kept per model, attention implementation, dtype, device and the windows that
+    `max_length` reaches: a slot-indexed window goes wrong only past its end.
+    """
+    length = _probe_length(rm, max_length)
+    config = rm.text_config
+    implementation = getattr(config, "_attn_implementation", None)
+    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public)
+    known = _verdicts.setdefault(rm.model, {})
+    if key in known:
+        return known[key], False
+    with rm.evaluating():
+        known[key] = _examine(rm, length)
+    return known[key], True
+
+
+def _probe_length(rm: RewardModel, max_length: int | None) -> int:
+    """A few tokens; past every window in the configuration that the sequences can reach."""
+    reached = [
+        value
+        for name, value in rm.text_config.to_dict().items()
+        if ("window" in name or "chunk_size" in name)
+        and type(value) is int
+        and 0 < value
+        and (max_length is None or value < max_length + _SIBLINGS)
+    ]
+    length = max([7, *(w + 3 for w in reached)])
+    limit = getattr(rm.text_config, "max_position_embeddings", None)
+    return length if not limit else max(3, min(length, limit - _STEPS - 1))
+
+
+def _examine(rm: RewardModel, length: int) -> Verdict:
+    ids = _random_ids(rm, (2, length))
+    if rm.check_public and not _head_is_public(rm, ids[:1]):
+        why = "its public forward is not its head on the last hidden state"
+        return Verdict(pooled=True, failed={"tree": why, "expand": why})
+    verdict = Verdict()
+    projected = copy.copy(rm)
+    weight = torch.randn(_hidden_size(rm, ids), generator=torch.Generator().manual_seed(1))
+    projected.head = lambda hidden: hidden.float() @ weight.to(hidden.device)
+    try:
+        truth, noise = _full_forwards(projected, ids)
+    except Exception as error:  # noqa: BLE001 whatever a foreign model raises is a reason
+        why = f"a plain forward failed with {_brief(error)}"
+        return Verdict(failed={"tree": why, "expand": why})
+    for scorer in (TreeScorer, ExpandScorer):
+        if scorer is TreeScorer and not plain_attention(rm.text_config):
+            implementation = rm.text_config._attn_implementation
+            verdict.failed["tree"] = f"{implementation!r} attention takes no dense 4D mask"
+            continue
+        try:
+            got = _run(scorer(projected, _SIBLINGS), ids)
+        except Exception as error:  # noqa: BLE001
+            verdict.failed[scorer.method] = f"it failed with {_brief(error)}"
+            continue
+        why = _disagreement(got, truth, noise, rm.dtype)
+        if why:
+            verdict.failed[scorer.method] = why
+    return verdict
+
+
+def _disagreement(got: Tensor, truth: Tensor, noise: float, dtype: torch.dtype) -> str | None:
+    error = (got - truth).abs().max().item()
+    spread = truth.std().item()
+    if error <= max(_TOLERANCE[dtype] * spread, 10 * noise):
+        return None
+    return f"it differs from full forwards by {error:.2g} where values spread by {spread:.2g}"
+
+
+def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
+    """Whether head(base(ids)) at the last token is what the public forward gives."""
+    try:
+        logits = rm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    except Exception:  # noqa: BLE001 a module without a public reward has nothing to compare with
+        return True
+    if logits.shape == (1, ids.shape[1], 1):  # token classification: a reward at every position
+        logits = logits[:, -1]
+    if logits.numel() != 1:
+        return True
+    try:
+        hidden, _ = rm.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        every = rm.rewards(hidden, "reference")[0]
+    except Exception:  # noqa: BLE001 an encoder's head may need more than one hidden state
+        return False
+    spread = every.std().item() + logits.abs().item() * 1e-3
+    error = (every[-1] - logits.reshape(()).float()).abs().item()
+    return error <= max(_TOLERANCE[rm.dtype], 0.02) * spread
+
+
+def _hidden_size(rm: RewardModel, ids: Tensor) -> int:
+    try:
+        return rm.forward_base(ids[:1, :2], use_cache=False)[0].shape[-1]
+    except Exception:  # noqa: BLE001 reported by the full forwards that follow
+        return 1
+
+
+def _random_ids(rm: RewardModel, shape: tuple[int, int]) -> Tensor:
+    ids = torch.randint(0, rm.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    pad = getattr(rm.text_config, "pad_token_id", None)
+    if pad is not None:  # some models read padding off the ids
+        ids = ids.where(ids != pad, (pad + 1) % rm.vocab_size)
+    return ids.to(rm.device)
+
+
+def _candidates(rm: RewardModel, step: int) -> Tensor:
+    ids = torch.arange(2 * _SIBLINGS, device=rm.device).view(2, _SIBLINGS)
+    return (ids * 7 + step * 5 + 1) % rm.vocab_size
+
+
+def _slots(rm: RewardModel, step: int) -> Tensor:
+    return torch.tensor([step % _SIBLINGS, (step + 1) % _SIBLINGS], device=rm.device)
+
+
+def _run(scorer: RewardModelScorer, ids: Tensor) -> Tensor:
+    """Rewards [steps, 2, siblings] of the scorer; the second row is a third shorter."""
+    mask = torch.ones_like(ids)
+    mask[1, : ids.shape[1] // 3] = 0
+    scorer.prefill(ids, mask)
+    out = []
+    for step in range(_STEPS):
+        out.append(scorer.score(_candidates(scorer.rm, step)))
+        scorer.commit(_slots(scorer.rm, step))
+    return torch.stack(out)
+
+
+def _full_forwards(rm: RewardModel, ids: Tensor) -> tuple[Tensor, float]:
+    """The same rewards by full unpadded forwards, and how far two such forwards differ."""
+    rows = [ids[0], ids[1, ids.shape[1] // 3 :]]
+    out, noise = [], 0.0
+    for step in range(_STEPS):
+        candidates, slots = _candidates(rm, step), _slots(rm, step)
+        values = []
+        for b in range(2):
+            texts = torch.cat([rows[b].expand(_SIBLINGS, -1), candidates[b][:, None]], dim=-1)
+            values.append(_last_reward(rm, texts))
+            if step == 0:
+                noise = max(noise, (_last_reward(rm, texts[:1]) - values[-1][:1]).abs().item())
+            rows[b] = texts[slots[b]]
+        out.append(torch.stack(values))
+    return torch.stack(out), noise
+
+
+def _last_reward(rm: RewardModel, ids: Tensor) -> Tensor:
+    hidden, _ = rm.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return rm.rewards(hidden[:, -1:])[:, 0].to(ids.device)
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:120] if text else ''}"

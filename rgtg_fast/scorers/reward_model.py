@@ -1,0 +1,139 @@
+"""What a reward model is made of: a base that gives hidden states and a head that gives a number."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import ops
+
+HEAD_NAMES = ("score", "classifier", "v_head", "regression_head")
+BASE_NAMES = ("model", "transformer", "pretrained_model", "base_model", "backbone", "gpt_neox")
+
+
+class RewardModel:
+    """A reward model taken apart: `base(ids) -> hidden [.., H]` and `rewards(hidden) -> fp32 [..]`.
+
+    The public `...ForSequenceClassification` forward pools one position only, so base and head are
+    called directly. `model` may be a Hugging Face model, a PEFT model around one, or any module
+    that holds a `PreTrainedModel` and a head named `score`, `classifier`, `v_head` or
+    `regression_head`; another head is given as `head` (a callable [..., H] -> [...] or [..., 1]).
+
+    Raises `ValueError` where no base or head is found, or the head gives several labels.
+    """
+
+    def __init__(self, model: nn.Module, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"reward_model must be a torch module or a scorer with prefill, score and commit; "
+                f"got {type(model).__name__}"
+            )
+        self.model = model
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.base = _find_base(inner)
+        self.config = self.base.config
+        self.text_config = self.config.get_text_config()
+        self.head = head if head is not None else _find_head(inner, self.base)
+        self.check_public = head is None
+        embedding = self.base.get_input_embeddings()
+        self.device = embedding.weight.device
+        self.vocab_size = embedding.weight.shape[0]
+        parameters = inspect.signature(self.base.forward).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._accepts = None if takes_any and "position_ids" in parameters else set(parameters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+
+    def forward_base(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Hidden states [B, n, H] of the base, and the whole output (for its cache)."""
+        if self._accepts is not None:
+            kwargs = {name: v for name, v in kwargs.items() if name in self._accepts}
+        out = self.base(input_ids, return_dict=True, **kwargs)
+        hidden = getattr(out, "last_hidden_state", None)
+        return (hidden if hidden is not None else out[0]), out
+
+    def rewards(self, hidden: Tensor, backend: str = "auto") -> Tensor:
+        """Rewards fp32 [B, n] of hidden states [B, n, H], on the hidden states' device."""
+        head = self.head
+        if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+            weight, bias = head.weight[0], head.bias
+            if weight.device != hidden.device:
+                hidden = hidden.to(weight.device)
+            return ops.reward_head(hidden.to(weight.dtype), weight, bias, backend=backend)
+        parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
+        if parameter is not None:
+            hidden = hidden.to(parameter.device, parameter.dtype)
+        out = head(hidden)
+        if out.dim() == hidden.dim() and out.shape[-1] == 1:
+            out = out.squeeze(-1)
+        if out.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"reward_head gave shape {list(out.shape)} for hidden states "
+                f"{list(hidden.shape)}; it must give one number per position"
+            )
+        return out.float()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside; every module's own training flag restored on the way out."""
+        flags = [(m, m.training) for m in self.model.modules() if m.training]
+        if isinstance(self.head, nn.Module):
+            flags += [(m, True) for m in self.head.modules() if m.training]
+        for module, _ in flags:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def _find_base(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        return model.base_model
+    for name in BASE_NAMES:
+        child = getattr(model, name, None)
+        if hasattr(child, "peft_config"):
+            child = child.get_base_model()
+        if isinstance(child, PreTrainedModel):
+            return child.base_model
+    raise ValueError(
+        f"reward_model {type(model).__name__} holds no transformers model under any of the names "
+        f"{', '.join(BASE_NAMES)}; pass a Hugging Face model, or an object with the three methods "
+        "prefill, score and commit"
+    )
+
+
+def _find_head(model: nn.Module, base: nn.Module) -> nn.Module:
+    owners = [model] + ([base] if base is not model else [])
+    head, name = next(
+        (
+            (getattr(owner, n), n)
+            for owner in owners
+            for n in HEAD_NAMES
+            if isinstance(getattr(owner, n, None), nn.Module)
+        ),
+        (None, ""),
+    )
+    if head is None:
+        raise ValueError(
+            f"reward_model {type(model).__name__} has no reward head named "
+            f"{', '.join(HEAD_NAMES)}; pass reward_head= (hidden [..., H] -> reward [...])"
+        )
+    labels = getattr(head, "out_features", None)
+    if labels is None:
+        labels = getattr(getattr(model, "config", None), "num_labels", 1) if name != "v_head" else 1
+    if labels != 1:
+        raise ValueError(
+            f"reward_model gives {labels} labels per position, one is wanted; load it with "
+            "num_labels=1, or pass reward_head= to choose the number to use"
+        )
+    return head

@@ -1,0 +1,277 @@
+"""Checks at the public edge: everything that can be known before a forward pass is said before it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+from .ops import BACKENDS
+from .scorers.factory import EOS_REWARDS, METHODS, same_vocabulary
+from .scorers.reward_model import RewardModel
+
+_INSTEAD = {
+    "generator": "seed= (an int, or int64 [B] with one seed per row)",
+    "assistant_model": "nothing: guided decoding has no assistant model",
+    "custom_generate": "model.generate(custom_generate=rgtg_fast.RewardGuided(...))",
+    "w": "beta=",
+    "weight": "beta=",
+    "topk": "k=",
+}
+# HF switches to another decoding loop for these; each would drop the reward in silence.
+_OTHER_MODES = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "token_healing": False,
+}
+
+
+def check_options(
+    k: Any, beta: Any, temperature: Any, seed: Any, eos_reward: Any, reward_method: Any, backend: Any
+) -> None:
+    """The options of `RewardGuided`, as far as they can be judged without a model."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise ValueError(f"k is the number of candidates, an int from 1 to 64; got {k!r}")
+    if not 1 <= k <= 64:
+        raise ValueError(f"k={k} candidates asked for; pass 1 <= k <= 64")
+    _check_number("beta", beta)
+    if temperature is not None:
+        _check_number("temperature", temperature)
+        lowest = temperature.min().item() if isinstance(temperature, Tensor) else temperature
+        if not lowest > 0:
+            raise ValueError(
+                f"temperature={temperature!r} must be > 0; for the most likely token pass "
+                "do_sample=False"
+            )
+    _check_seed(seed)
+    for name, value, allowed in (
+        ("eos_reward", eos_reward, EOS_REWARDS),
+        ("reward_method", reward_method, METHODS),
+        ("backend", backend, BACKENDS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; pass one of {', '.join(allowed)}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or not (value.is_floating_point() or value.dtype == torch.int64):
+            raise ValueError(
+                f"{name} must be a float or a float tensor [B] with one value per row; got a "
+                f"{value.dtype} tensor of shape {list(value.shape)}"
+            )
+        finite = bool(value.isfinite().all())
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        finite = math.isfinite(value)
+    else:
+        raise ValueError(f"{name} must be a float or a float tensor [B]; got {value!r}")
+    if not finite:
+        raise ValueError(f"{name}={value!r} is not finite; pass finite numbers")
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        if seed.dim() != 1 or seed.dtype != torch.int64:
+            raise ValueError(
+                "seed must be an int or an int64 tensor [B] with one seed per row; got a "
+                f"{seed.dtype} tensor of shape {list(seed.shape)}"
+            )
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an int or an int64 tensor [B]; got {seed!r}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} does not fit in 64 bits; pass -2**63 <= seed < 2**63")
+
+
+def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
+    """The arguments of `rgtg_fast.generate` that HF would take amiss, or take in silence."""
+    if not hasattr(model, "generate") or not hasattr(model, "config"):
+        raise ValueError(
+            f"model must be a causal language model with a generate method; got "
+            f"{type(model).__name__}"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only causal "
+            "language model"
+        )
+    _check_keywords(model, kwargs)
+    for name, neutral in _OTHER_MODES.items():
+        value = kwargs.get(name, neutral)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"{name}={value!r} selects another decoding mode; guided decoding is greedy or "
+                f"sampled: leave {name} out, and pass num_return_sequences= for several answers"
+            )
+    if kwargs.get("assistant_model") is not None:
+        raise ValueError("assistant_model is not supported by guided decoding; leave it out")
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    if ids is None:
+        if kwargs.get("inputs_embeds") is None:
+            raise ValueError("input_ids is missing; pass token ids int64 [B, P]")
+        return
+    check_ids("input_ids", ids)
+    check_mask("attention_mask", kwargs.get("attention_mask"), ids, exact="past_key_values" not in kwargs)
+
+
+def _check_keywords(model: Any, kwargs: dict[str, Any]) -> None:
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    from .generate import generate  # the names a call may use are this function's own
+
+    known = set(GenerationConfig().to_dict()) | set(_OTHER_MODES) | {"return_dict"}
+    for function in (generate, inner.generate, inner.forward, inner.prepare_inputs_for_generation):
+        known |= set(inspect.signature(function).parameters)
+    known -= {"kwargs", "self", "custom_generate"}
+    for name in kwargs:
+        if name in known and name != "generator":
+            continue
+        if name in _INSTEAD:
+            raise ValueError(f"{name}= is not an argument of guided generate; use {_INSTEAD[name]}")
+        close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+        hint = f"; did you mean {close[0]}=?" if close else "; see help(rgtg_fast.generate)"
+        raise ValueError(f"{name}= is not an argument of guided generate{hint}")
+
+
+def check_ids(name: str, ids: Any) -> None:
+    """Token ids must be an int64 or int32 tensor [B, P] with B, P >= 1."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            f"{name} must be an int64 tensor [B, P]; got {type(ids).__name__}; "
+            "pass tokenizer(..., return_tensors='pt') or torch.tensor(...)"
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64 token ids; got {ids.dtype}; pass {name}.long()")
+    if ids.dim() != 2:
+        raise ValueError(
+            f"{name} must have shape [B, P]; got {list(ids.shape)}; "
+            f"pass {name}[None] for a single prompt"
+        )
+    if ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(
+            f"{name} is empty (shape {list(ids.shape)}); pass at least one row and one token, "
+            "for example the BOS token"
+        )
+
+
+def check_mask(name: str, mask: Any, ids: Tensor, exact: bool = True) -> None:
+    """A mask must be [B, P] like its ids, 1 for real tokens, padding on the left."""
+    if mask is None:
+        return
+    fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == ids.shape[0]
+    if not fits or (exact and mask.shape != ids.shape):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name} must have the shape of its ids {list(ids.shape)}; got {got}")
+    check_left_padded(name, mask)
+
+
+def check_left_padded(name: str, mask: Tensor) -> None:
+    if not (mask[:, -1] != 0).all():
+        row = int((mask[:, -1] == 0).nonzero()[0, 0])
+        raise ValueError(
+            f"{name} row {row} ends in padding; decoding needs padding on the left: set "
+            "tokenizer.padding_side = 'left'"
+        )
+
+
+def check_range(name: str, ids: Tensor, rows: int, owner: str) -> None:
+    """Every id must have a row in the embedding table of `owner`."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= rows:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"{name} contains id {bad}, but {owner} has {rows} tokens (0 to {rows - 1}); "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) -> None:
+    """The merged generation configuration, and k against the vocabulary."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only one")
+    if (config.num_beams or 1) > 1:
+        raise ValueError(
+            f"num_beams={config.num_beams} selects beam search; guided decoding is greedy or "
+            "sampled: pass num_beams=1, and num_return_sequences= for several answers"
+        )
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"the generation configuration selects {mode.value}; guided decoding is greedy or sampled"
+        )
+    if k > vocab_size:
+        raise ValueError(
+            f"k={k} candidates asked for but the vocabulary has {vocab_size} tokens; "
+            f"pass k<={vocab_size}"
+        )
+    for name, low_open in (("top_p", True), ("min_p", False), ("typical_p", True)):
+        value = getattr(config, name, None)
+        if value is not None and not (0 < value <= 1 or (value == 0 and not low_open)):
+            raise ValueError(f"{name}={value} must lie in (0, 1]; leave it out to switch it off")
+
+
+def check_length(
+    name: str, owner: str, mask: Tensor, new_tokens: int, limit: int | None, asked: str
+) -> None:
+    """Prompt and answer must fit the positions a model has."""
+    prompt = int(mask.sum(-1).max())
+    if limit is not None and prompt + new_tokens > limit:
+        raise ValueError(
+            f"{name} of {prompt} tokens and {new_tokens} new ones make {prompt + new_tokens}, but "
+            f"{owner} has {limit} positions; pass {asked}<={max(0, limit - prompt)} or shorter prompts"
+        )
+
+
+def position_limit(base: nn.Module, config: Any) -> int | None:
+    """How many tokens a model has positions for; None where nothing in its configuration says so."""
+    limit = getattr(config, "max_position_embeddings", None)
+    for name, module in base.named_modules():
+        # RoBERTa-like tables start counting after the padding index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1  # type: ignore[operator,return-value]
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_vocabularies(
+    rm: RewardModel, vocab_size: int, tokenizer: Any, reward_tokenizer: Any
+) -> None:
+    """Token ids can be shared only where both models mean the same by them."""
+    if reward_tokenizer is not None:
+        if tokenizer is None:
+            raise ValueError(
+                "reward_tokenizer is given without tokenizer; pass tokenizer= (the language "
+                "model's) too, so that its answers can be decoded"
+            )
+        same_vocabulary(tokenizer, reward_tokenizer)
+    elif rm.vocab_size != vocab_size:
+        raise ValueError(
+            f"reward_model has a vocabulary of {rm.vocab_size} tokens and the language model one of "
+            f"{vocab_size}; pass reward_tokenizer= and tokenizer= (ids are shared where the two "
+            "agree, texts re-encoded where they do not)"
+        )
+
+
+def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Any:
+    """A float as it is; a tensor of one value per prompt or per row as fp32 [B] on `device`."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.shape[0] not in (prompts, batch):
+        raise ValueError(
+            f"{name} has {value.shape[0]} values for {prompts} prompts"
+            f"{f' ({batch} rows)' if batch != prompts else ''}; pass a float or one value per prompt"
+        )
+    if value.shape[0] != batch:
+        value = value.repeat_interleave(batch // prompts)
+    return value.to(device=device, dtype=torch.float32)

@@ -1,0 +1,99 @@
+"""The shipped models: they load, are small, saw none of the held-out prompts, and differ as meant."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rgtg_fast.demo import task
+from rgtg_fast.demo.run import ASSETS, load_assets
+
+
+@pytest.fixture(scope="module")
+def assets():
+    return load_assets()
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return json.loads((ASSETS / "metrics.json").read_text())
+
+
+def test_assets_are_under_4_megabytes_together():
+    files = [f for f in Path(ASSETS).rglob("*") if f.is_file()]
+    assert 0 < sum(f.stat().st_size for f in files) < 4e6
+
+
+def test_models_load_by_the_auto_classes_without_options():
+    lm = AutoModelForCausalLM.from_pretrained(ASSETS / "lm")
+    assert lm.config.vocab_size == len(AutoTokenizer.from_pretrained(ASSETS / "lm"))
+    for name in ("rm_full", "rm_partial"):
+        rm, info = AutoModelForSequenceClassification.from_pretrained(
+            ASSETS / name, output_loading_info=True
+        )
+        assert rm.config.num_labels == 1
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_tokenizer_round_trips_every_sentence_and_keeps_pad_and_eos_apart(assets):
+    tokenizer = assets.tokenizer
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    for sentence in (s for group in task.SENTENCES.values() for s in group):
+        text = sentence.format(product="kettle")
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_held_out_prompts_are_not_in_the_training_corpus(assets, metrics):
+    train = set(task.split_prompts(metrics["seed"])["train"])
+    test, beta = (set(assets.prompts[split]) for split in ("test", "beta"))
+    assert len(test) == 200 and len(beta) == 200
+    assert not test & train and not beta & train and not test & beta
+
+
+def prefix_rewards(rm, tokenizer, prompt, reply):
+    """Reward of every prefix [T] of `reply` with EOS, each by the public forward's definition."""
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([tokenizer(f"{prompt} {reply}")["input_ids"] + [tokenizer.eos_token_id]])
+    return rm.score(rm.model(input_ids=ids).last_hidden_state)[0, start:, 0]
+
+
+@pytest.fixture(scope="module")
+def judged(assets, metrics):
+    """Per reward model, whether it orders 250 fresh pairs as gold does, by prefix length."""
+    rng = random.Random(1)
+    lengths = (8, 16, 24, "full")
+    right = {name: {n: [] for n in lengths} for name in assets.reward_models}
+    for prompt in task.split_prompts(metrics["seed"])["eval"][:250]:
+        replies = [task.sample_reply(prompt, rng) for _ in range(2)]
+        gold = [task.gold_reward(prompt, r) for r in replies]
+        if gold[0] == gold[1]:
+            continue
+        for name, rm in assets.reward_models.items():
+            with torch.no_grad():
+                a, b = (prefix_rewards(rm, assets.tokenizer, prompt, r) for r in replies)
+            for n in lengths:
+                at = -1 if n == "full" else n - 1
+                i, j = (at if n == "full" else min(at, len(r) - 1) for r in (a, b))
+                right[name][n].append(bool((a[i] > b[j]) == (gold[0] > gold[1])))
+    return {name: {n: sum(v) / len(v) for n, v in by.items()} for name, by in right.items()}
+
+
+def test_both_reward_models_judge_full_replies_well(judged):
+    assert judged["ARGS"]["full"] > 0.85 and judged["PARGS"]["full"] > 0.85
+
+
+@pytest.mark.parametrize("length", [16, 24])
+def test_partial_reward_model_judges_prefixes_better(judged, length):
+    assert judged["PARGS"][length] > judged["ARGS"][length] + 0.03
+
+
+def test_recorded_metrics_say_the_same(metrics):
+    partial, full = metrics["rm_partial"]["prefix"], metrics["rm_full"]["prefix"]
+    for length in ("16", "24"):
+        gap = partial[length]["accuracy"] - full[length]["accuracy"]
+        assert gap > partial[length]["ci95"]
