@@ -1,6 +1,6 @@
 // The Python face: op schemas, what was built, and hooks for tests. The only file that knows pybind11.
 #include "cpu/dispatch.h"
-#include "philox.h"
+#include "gumbel.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -50,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of rgtg_fast; importing it registers torch.ops.rgtg_fast.*";
   m.def("build_info", &build_info, "Compilers, torch and CUDA architectures of this build.");
   m.def("philox4x32_10", &philox, "counter (4 words), key (2 words) -> 4 words");
+  m.def("gumbel_from_word", &rgtg::gumbel_from_word, "32 random bits -> Gumbel noise");
   m.def("simd_level", &rgtg::simd_level_name, "Instruction set in use.");
   m.def("simd_levels", &rgtg::simd_levels, "Instruction sets this machine can run.");
   m.def("set_simd_level", &rgtg::set_simd_level, "Use a lower instruction set, for tests.");

@@ -7,10 +7,7 @@ tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
-try:  # TEMP
-    from .config import show_config
-except ImportError:
-    show_config = None
+from .config import show_config
 from .generate import RewardGuided, generate
 from .output import RewardGuidedOutput
 

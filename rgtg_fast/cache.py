@@ -62,6 +62,7 @@ class SiblingCache(Cache):
 
     def __init__(self, width: int, capacity: int) -> None:
         super().__init__(layer_class_to_replicate=SiblingLayer)
+        self.layers: list[Any]  # SiblingLayer each, made by `update`
         self.width = width
         self.capacity = capacity
         # One store per (device, dtype, shape) of keys or values: [n, B, Hkv, k + capacity, D], so
@@ -146,7 +147,9 @@ def attention_spans(config: Any) -> Spans:
 
 
 class SiblingMask:
-    """Additive masks [B, 1, k, k + L] for `SiblingCache`: each sibling sees the live prefix and itself.
+    """Additive masks [B, 1, k, k + L] for `SiblingCache`.
+
+    Each sibling sees the live prefix and itself.
 
     Always floating point: eager attention adds a boolean mask as 0/1, silently.
     """

@@ -15,9 +15,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     import rgtg_fast
 
-    shown = rgtg_fast.show_config()
-    if shown is not None:
-        print(shown)
+    rgtg_fast.show_config()
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -62,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--lm", help="causal LM: folder or hub name (default: the embedded one)")
     bench.add_argument("--reward-model", help="one-label classifier with the LM's tokenizer")
-    bench.add_argument("--text", default="customer : my kettle leaks and it is one month old . agent :")
+    bench.add_argument(
+        "--text", default="customer : my kettle leaks and it is one month old . agent :"
+    )
     bench.add_argument("--new-tokens", type=int, default=64)
     bench.add_argument("--k", type=int, default=10)
     bench.add_argument("--beta", type=float, default=2.0)

@@ -1,8 +1,8 @@
 """The decode loop: one function per arrow of a guided step.
 
-    last token ─► LM forward ─► logits [B, V] ─► HF logits processors ─► topk_logprobs ─► ids, logprobs [B, k]
-                                                                                              │
-    next token ◄─ commit(slot) ◄─ ratio_sample ◄─ rewards [B, k] ◄─ scorer.score(ids) ◄───────┘
+    last token -> LM forward -> logits [B, V] -> HF logits processors -> topk_logprobs
+                                                                           |  ids, logprobs [B, k]
+    next token <- commit(slot) <- ratio_sample <- rewards [B, k] <- scorer.score(ids)
 
 The loop knows no reward model, a scorer knows no loop. `model._prefill` and
 `model._update_model_kwargs_for_generation` are the only private helpers of transformers in use.
@@ -36,7 +36,7 @@ class Guidance:
     seeds: Tensor
     do_sample: bool
     check_nan: bool | None
-    backend: str
+    backend: ops.Backend
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def process_logits(
     logits = outputs.logits[:, -1].to(input_ids.device)
     if processors or keep_raw:
         logits = logits.to(torch.float32, copy=True)
-    return logits, processors(input_ids, logits) if processors else logits
+    return logits, processors(input_ids, logits) if processors else logits  # type: ignore[arg-type]
 
 
 def select(
@@ -136,7 +136,12 @@ def select(
 
 
 def wait_for_peers(
-    done: bool, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any], scorer: Scorer, ids: Tensor
+    done: bool,
+    model: Any,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    scorer: Scorer,
+    ids: Tensor,
 ) -> None:
     """Keep sharded models' collectives going: every rank reports each step, and a finished one runs
     forwards whose results are dropped until the last one is done."""
@@ -249,7 +254,7 @@ class Record:
         if not self.on:
             return sequences
         return RewardGuidedOutput(
-            sequences=sequences,
+            sequences=sequences,  # type: ignore[arg-type]
             scores=self.scores,
             logits=self.logits,
             attentions=self.attentions,

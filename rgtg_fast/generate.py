@@ -31,10 +31,10 @@ from .scorers.reward_model import RewardModel
 class RewardGuided:
     """Reward-guided decoding as a callable for `model.generate(custom_generate=...)`.
 
-    Each step samples from softmax((log π + β r)/T) over the k most likely tokens (arXiv 2406.07780);
-    the options are those of `rgtg_fast.generate`, which also takes `streamer=`, `stop_strings=` and
-    `synced_gpus=`: transformers drops these on the way to a `custom_generate` callable, so here a
-    streamer is given as an option of this object. One object can serve many calls.
+    Each step samples from softmax((log π + β r)/T) over the k most likely tokens
+    (arXiv 2406.07780); the options are those of `rgtg_fast.generate`, which also takes `streamer=`,
+    `stop_strings=` and `synced_gpus=`: transformers drops these on the way to a `custom_generate`
+    callable, so a streamer is given as an option of this object. One object can serve many calls.
 
     Raises `ValueError` for options out of range, at construction.
     """
@@ -53,7 +53,7 @@ class RewardGuided:
     eos_reward: str = "auto"
     output_candidates: bool = False
     check_nan: bool | None = None
-    backend: str = "auto"
+    backend: ops.Backend = "auto"
     streamer: Any = None
 
     def __post_init__(self) -> None:
@@ -104,7 +104,9 @@ class RewardGuided:
             backend=self.backend,
         )
         new_tokens = generation_config.max_length - input_ids.shape[1]
-        scorer = self._make_scorer(reward_ids, reward_mask, new_tokens, generation_config, vocab_size)
+        scorer = self._make_scorer(
+            reward_ids, reward_mask, new_tokens, generation_config, vocab_size
+        )
         scorer.prefill(reward_ids, reward_mask)
         return guided_decode(
             model,
@@ -166,7 +168,8 @@ class RewardGuided:
         prompts = input_ids.shape[0] // copies
         if ids.shape[0] not in (prompts, input_ids.shape[0]):
             raise ValueError(
-                f"reward_input_ids has {ids.shape[0]} rows for {prompts} prompts; pass one per prompt"
+                f"reward_input_ids has {ids.shape[0]} rows for {prompts} prompts; "
+                "pass one per prompt"
             )
         if own_mask is None:
             own_mask = torch.ones_like(ids)
@@ -194,7 +197,9 @@ class RewardGuided:
         rm = self._rm
         check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
         if self.reward_tokenizer is None or self.reward_input_ids is not None:
-            check.check_range("the reward model's prompt", reward_ids, rm.vocab_size, "reward_model")
+            check.check_range(
+                "the reward model's prompt", reward_ids, rm.vocab_size, "reward_model"
+            )
         if self.reward_tokenizer is None:
             limit = check.position_limit(rm.base, rm.text_config)
             check.check_length(
@@ -252,7 +257,7 @@ def generate(
     eos_reward: str = "auto",
     output_candidates: bool = False,
     check_nan: bool | None = None,
-    backend: str = "auto",
+    backend: ops.Backend = "auto",
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -334,13 +339,15 @@ def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProc
 
 
 def move_stop_strings(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> None:
-    """Turn `stop_strings` into a criterion here: HF loses the tokenizer on the way to a callable."""
+    """Turn `stop_strings` into a criterion: HF loses the tokenizer on the way to a callable."""
     config = kwargs.get("generation_config") or model.generation_config
     stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
     if not stop_strings:
         return
     if tokenizer is None:
-        raise ValueError(f"stop_strings={stop_strings!r} needs the model's tokenizer; pass tokenizer=")
+        raise ValueError(
+            f"stop_strings={stop_strings!r} needs the model's tokenizer; pass tokenizer="
+        )
     if config.stop_strings:
         config = copy.deepcopy(config)
         config.stop_strings = None

@@ -1,4 +1,4 @@
-"""Checks at the public edge: everything that can be known before a forward pass is said before it."""
+"""Checks at the public edge: what can be known before a forward pass is said before it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ _OTHER_MODES = {
 
 
 def check_options(
-    k: Any, beta: Any, temperature: Any, seed: Any, eos_reward: Any, reward_method: Any, backend: Any
+    k: Any,
+    beta: Any,
+    temperature: Any,
+    seed: Any,
+    eos_reward: Any,
+    reward_method: Any,
+    backend: Any,
 ) -> None:
     """The options of `RewardGuided`, as far as they can be judged without a model."""
     if isinstance(k, bool) or not isinstance(k, int):
@@ -124,7 +130,9 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
             raise ValueError("input_ids is missing; pass token ids int64 [B, P]")
         return
     check_ids("input_ids", ids)
-    check_mask("attention_mask", kwargs.get("attention_mask"), ids, exact="past_key_values" not in kwargs)
+    check_mask(
+        "attention_mask", kwargs.get("attention_mask"), ids, exact="past_key_values" not in kwargs
+    )
 
 
 def _check_keywords(model: Any, kwargs: dict[str, Any]) -> None:
@@ -200,7 +208,9 @@ def check_range(name: str, ids: Tensor, rows: int, owner: str) -> None:
 def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) -> None:
     """The merged generation configuration, and k against the vocabulary."""
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only one")
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only one"
+        )
     if (config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams={config.num_beams} selects beam search; guided decoding is greedy or "
@@ -209,7 +219,8 @@ def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) 
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"the generation configuration selects {mode.value}; guided decoding is greedy or sampled"
+            f"the generation configuration selects {mode.value}; "
+            "guided decoding is greedy or sampled"
         )
     if k > vocab_size:
         raise ValueError(
@@ -230,16 +241,20 @@ def check_length(
     if limit is not None and prompt + new_tokens > limit:
         raise ValueError(
             f"{name} of {prompt} tokens and {new_tokens} new ones make {prompt + new_tokens}, but "
-            f"{owner} has {limit} positions; pass {asked}<={max(0, limit - prompt)} or shorter prompts"
+            f"{owner} has {limit} positions; pass {asked}<={max(0, limit - prompt)} "
+            "or shorter prompts"
         )
 
 
 def position_limit(base: nn.Module, config: Any) -> int | None:
-    """How many tokens a model has positions for; None where nothing in its configuration says so."""
+    """How many tokens a model has positions for; None where its configuration does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     for name, module in base.named_modules():
         # RoBERTa-like tables start counting after the padding index.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
             return module.num_embeddings - module.padding_idx - 1  # type: ignore[operator,return-value]
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -257,8 +272,8 @@ def check_vocabularies(
         same_vocabulary(tokenizer, reward_tokenizer)
     elif rm.vocab_size != vocab_size:
         raise ValueError(
-            f"reward_model has a vocabulary of {rm.vocab_size} tokens and the language model one of "
-            f"{vocab_size}; pass reward_tokenizer= and tokenizer= (ids are shared where the two "
+            f"reward_model has a vocabulary of {rm.vocab_size} tokens and the language model one "
+            f"of {vocab_size}; pass reward_tokenizer= and tokenizer= (ids are shared where the two "
             "agree, texts re-encoded where they do not)"
         )
 
@@ -269,8 +284,8 @@ def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.devic
         return float(value)
     if value.shape[0] not in (prompts, batch):
         raise ValueError(
-            f"{name} has {value.shape[0]} values for {prompts} prompts"
-            f"{f' ({batch} rows)' if batch != prompts else ''}; pass a float or one value per prompt"
+            f"{name} has {value.shape[0]} values for {prompts} prompts and {batch} rows; "
+            "pass a float or one value per prompt"
         )
     if value.shape[0] != batch:
         value = value.repeat_interleave(batch // prompts)

@@ -1,4 +1,4 @@
-"""The shipped models: they load, are small, saw none of the held-out prompts, and differ as meant."""
+"""The shipped models: they load, are small, were trained without the held-out prompts."""
 
 import json
 import random

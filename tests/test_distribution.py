@@ -103,8 +103,8 @@ def test_answers_follow_the_ratio_policy(
 
 
 def test_the_test_has_power(pair: Any) -> None:
-    """The same draws do not fit a policy with a beta a fifth larger."""
-    probs = enumerate_answers(*pair, PROMPTS[0], 3, 4, 1.2, 1.0)
+    """The same draws do not fit a policy with a beta a third larger."""
+    probs = enumerate_answers(*pair, PROMPTS[0], 3, 4, 1.33, 1.0)
     (counts,) = draw(*pair, PROMPTS[:1], k=4, max_new_tokens=3, seed=3)
     assert chi_square_p(counts, probs) < 1e-4
 

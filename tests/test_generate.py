@@ -171,9 +171,23 @@ def test_synced_gpus(lm, rm, one_process_group):
 def test_finished_rows_get_padding(lm, rm):
     inputs = tiny.prompts(5, 9)
     tokens = greedy_tokens(lm, inputs)
-    out = unguided(lm, rm, **inputs, max_new_tokens=NEW, eos_token_id=int(tokens[0, 3]))
-    answer = out[0, 9:]
-    assert answer[3] == tokens[0, 3] and (answer[4:] == tiny.PAD).all() and len(answer) == NEW
+    stop = int(tokens[0, 2])
+    assert stop not in tokens[1]
+    out = unguided(lm, rm, **inputs, max_new_tokens=NEW, eos_token_id=stop)[:, 9:]
+    assert out[0].tolist() == tokens[0, :3].tolist() + [tiny.PAD] * (NEW - 3)
+    assert out[1].tolist() == tokens[1].tolist()
+
+
+def test_rows_stopped_without_eos_go_on_until_all_have_stopped(rm):
+    """Hugging Face pads a stopped row only where there is an EOS token."""
+    lm = tiny.llama_lm()
+    lm.generation_config.eos_token_id = None
+    inputs = tiny.prompts(5, 9)
+    stop = [StopAtToken(int(greedy_tokens(lm, inputs)[0, 2]))]
+    options = {"max_new_tokens": NEW, "do_sample": False, "stopping_criteria": stop}
+    expected = lm.generate(**inputs, **options)
+    assert tiny.PAD not in expected[0, 9:]
+    assert unguided(lm, rm, **inputs, **options).tolist() == expected.tolist()
 
 
 def test_loop_ends_when_every_row_has_ended(lm, rm):
@@ -202,15 +216,34 @@ def test_negative_prompt(lm, rm):
     assert unguided(lm, rm, ids, **options).tolist() == lm.generate(ids, **options).tolist()
 
 
-def test_stop_strings(lm, rm):
-    """Hugging Face drops the tokenizer for custom decoding loops; here it must arrive."""
+def stop_text(lm, inputs):
+    """A printable token that row 0 of the greedy answer has, and row 1 has not."""
     tok = tiny.tokenizer()
+    first, second = (tok.batch_decode(row) for row in greedy_tokens(lm, inputs)[..., None])
+    return next(text for text in first if text.isascii() and text.strip() and text not in second)
+
+
+@pytest.mark.parametrize("where", ["keyword", "string", "config object", "model", "model, config"])
+def test_stop_strings(where, rm):
+    """Hugging Face drops the tokenizer for custom decoding loops; here it must arrive."""
+    lm = tiny.llama_lm()
     inputs = tiny.prompts(5, 9)
-    text = tok.decode(greedy_tokens(lm, inputs)[0, 2:4])
-    options = {"max_new_tokens": NEW, "do_sample": False, "stop_strings": [text], "tokenizer": tok}
-    expected = lm.generate(**inputs, **options)
-    assert (expected[0, 9 + 4 :] == tiny.PAD).all()
-    assert unguided(lm, rm, **inputs, **options).tolist() == expected.tolist()
+    text = stop_text(lm, inputs)
+    options = {"do_sample": False, "max_new_tokens": NEW}
+    if where == "keyword":
+        options["stop_strings"] = [text, "never said"]
+    elif where == "string":
+        options["stop_strings"] = text
+    elif where == "config object":
+        options = {"generation_config": GenerationConfig(**options, stop_strings=[text])}
+    else:
+        lm.generation_config.stop_strings = [text]
+        if "config" in where:
+            options = {"generation_config": GenerationConfig(**options)}
+    expected = lm.generate(**inputs, **options, tokenizer=tiny.tokenizer())
+    assert tiny.PAD in expected[0, 9:] and tiny.PAD not in expected[1, 9:]
+    out = unguided(lm, rm, **inputs, **options, tokenizer=tiny.tokenizer())
+    assert out.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -281,10 +314,23 @@ def test_bf16_model(rm):
     assert unguided(lm, rm, **inputs, max_new_tokens=NEW).tolist() == expected.tolist()
 
 
-def test_k_equal_to_the_vocabulary(lm, rm):
-    inputs = tiny.prompts(5, 9)
-    out = unguided(lm, rm, **inputs, k=64, max_new_tokens=3)
-    assert out.tolist() == lm.generate(**inputs, max_new_tokens=3, do_sample=False).tolist()
+def test_k_equal_to_the_vocabulary():
+    lm, rm = tiny.llama_lm(vocab_size=32), tiny.llama_rm(vocab_size=32)
+    ids = torch.tensor([[5, 9, 30], [7, 3, 4]])
+    out = unguided(lm, rm, ids, k=32, max_new_tokens=6)
+    assert out.tolist() == lm.generate(ids, max_new_tokens=6, do_sample=False).tolist()
+
+
+def test_hole_in_the_attention_mask(lm, rm):
+    """A masked token inside the prompt is seen by neither model."""
+    inputs = tiny.prompts(9, 9)
+    inputs["attention_mask"][0, 4:6] = 0
+    expected = lm.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert unguided(lm, rm, **inputs, max_new_tokens=NEW).tolist() == expected.tolist()
+    out = unguided(lm, rm, **inputs, max_new_tokens=NEW, return_dict_in_generate=True)
+    seen = torch.cat([inputs["attention_mask"][0], torch.ones(NEW, dtype=torch.int64)]).bool()
+    reward = tiny.full_reward(rm, out.sequences[:1, seen])
+    torch.testing.assert_close(out.rewards[0, -1:], reward, rtol=1e-4, atol=2e-4)
 
 
 def test_k_one_is_the_model_alone_at_any_beta(lm, rm):

@@ -279,7 +279,3 @@ def test_reward_model_made_by_hand(lm):
     assert out[0, 9] == loved
     assert scorer.prefills == 1 and scorer.steps == NEW
     assert scorer.committed[0][0] == 4
-
-
-def test_prompt_starts_from_bos_without_input_ids(lm, rm):
-    assert unguided(lm, rm, **GREEDY).tolist() == lm.generate(**GREEDY).tolist()

@@ -223,8 +223,8 @@ def test_reward_of_the_eos_candidate(eos_reward, lm, rm):
 def test_reward_model_that_pads_with_eos_scores_the_prefix(lm, recwarn):
     """Its public forward takes the EOS for padding: `auto` does the same and says so."""
     inputs = tiny.prompts(5, 9)
+    first = int(answers(guided(lm, tiny.llama_rm(), inputs), inputs)[0, 0])
     rm = tiny.llama_rm()
-    first = int(answers(guided(lm, rm, inputs), inputs)[0, 0])
     rm.config.pad_token_id = first
     out = guided(lm, rm, inputs, eos_token_id=first)
     slot = (out.candidate_ids[0, 0] == first).nonzero().item()

@@ -120,8 +120,8 @@ def test_arguments_are_not_changed(lm, rm):
     tensors = tiny.prompts(5, 9) | {
         "beta": torch.tensor([1.0, 2.0]),
         "seed": torch.tensor([3, 4]),
-        "reward_input_ids": tiny.prompts(4, 6)["input_ids"],
     }
+    tensors |= {"reward_" + name: tensor for name, tensor in tiny.prompts(4, 6).items()}
     processors, criteria = [], []
     were = copy.deepcopy((config.to_dict(), tensors))
     rgtg_fast.generate(

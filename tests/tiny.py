@@ -110,7 +110,7 @@ def gpt2_rm(seed=4, **changes):
 
 
 def prompts(*lengths, seed=0):
-    """Left-padded random prompts of the given lengths, as `input_ids` and `attention_mask` [B, L]."""
+    """Left-padded random prompts of these lengths: `input_ids` and `attention_mask` [B, L]."""
     gen = torch.Generator().manual_seed(seed)
     width = max(lengths)
     ids = torch.randint(EOS + 1, vocab_size(), (len(lengths), width), generator=gen)

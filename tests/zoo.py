@@ -85,7 +85,8 @@ def _llama4() -> Any:
         intermediate_size_mlp=48,
         num_local_experts=2,
         num_experts_per_tok=1,
-        attention_chunk_size=64,
+        attention_chunk_size=WINDOW,
+        no_rope_layers=[1, 0],  # the first layer attends within chunks, the second to all
     )
 
 
@@ -271,9 +272,9 @@ def config_of(name: str, **overrides: Any) -> Any:
 
 def build_lm(name: str, seed: int = 0, **overrides: Any) -> Any:
     """A fresh causal LM of family `name`; PAD is never proposed (generation config)."""
-    torch.manual_seed(seed)
-    lm = tf.AutoModelForCausalLM.from_config(config_of(name, **overrides))
-    lm = redraw(lm, seed)
+    with torch.random.fork_rng(devices=[]):  # a cached model must not depend on, or move, it
+        torch.manual_seed(seed)
+        lm = redraw(tf.AutoModelForCausalLM.from_config(config_of(name, **overrides)), seed)
     lm.generation_config.suppress_tokens = [PAD]
     lm.generation_config.pad_token_id = PAD
     lm.generation_config.eos_token_id = None  # tests name the token that ends their rows
@@ -282,15 +283,16 @@ def build_lm(name: str, seed: int = 0, **overrides: Any) -> Any:
 
 def build_rm(name: str, seed: int = 1, **overrides: Any) -> Any:
     """A fresh reward model (one label) of family `name`, never sharing weights with an LM."""
-    torch.manual_seed(seed)
     config = config_of(name, **({"num_labels": 1} | overrides))
     family = name.removesuffix("_eager")
-    if family in _V_HEADED:
-        prefix, base = _V_HEADED[family]
-        rm = v_headed(config, getattr(tf, prefix + "PreTrainedModel"), getattr(tf, base))
-    else:
-        stem = _RM_NAMES.get(family, family.split("_")[0].capitalize())
-        rm = getattr(tf, stem + "ForSequenceClassification")(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family in _V_HEADED:
+            prefix, base = _V_HEADED[family]
+            rm = v_headed(config, getattr(tf, prefix + "PreTrainedModel"), getattr(tf, base))
+        else:
+            stem = _RM_NAMES.get(family, family.split("_")[0].capitalize())
+            rm = getattr(tf, stem + "ForSequenceClassification")(config)
     return redraw(rm, seed + 1000, std=0.6 if name in ENCODERS else 0.3)
 
 

@@ -4,33 +4,34 @@
 // A block stays in the L1 cache while it is looked at again, which happens only where it holds a new
 // maximum or a new candidate.
 constexpr int kBlock = 1024;
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 struct BlockStats {
   float max;  // NaNs ignored
-  float sum;  // of 2^(x * kLog2E - shift); NaN if the block holds a NaN or +inf
+  float sum;  // of exp(x - reference); NaN if the block holds a NaN or +inf
 };
 
-// 2^t for -126 <= t <= 127, relative error below 1e-7: t = n + r with |r| <= 1/2, and a minimax
-// polynomial for 2^r.
-RGTG_INLINE Vec exp2_clamped(Vec t) {
+// exp(d) for d <= 88, relative error below 1e-7: d = n * ln 2 + r with |r| <= ln(2) / 2, a minimax
+// polynomial for exp(r), and n added to the exponent. Below 2^-126 it stays at 2^-126.
+RGTG_INLINE Vec exp_clamped(Vec d) {
+  constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = add(max(splat(-126.0f), t), magic);
-  const Vec r = sub(max(splat(-126.0f), t), sub(shifted, magic));
-  Vec p = splat(1.53458124e-4f);
-  p = fma(p, r, splat(1.33999309e-3f));
-  p = fma(p, r, splat(9.61848907e-3f));
-  p = fma(p, r, splat(5.55032864e-2f));
-  p = fma(p, r, splat(2.40226462e-1f));
-  p = fma(p, r, splat(6.93147182e-1f));
+  d = max(splat(-87.3f), d);
+  const Vec shifted = fma(d, splat(kLog2E), magic);
+  const Vec r = fma(sub(shifted, magic), splat(-kLn2), d);
+  Vec p = splat(1.38436537e-3f);
+  p = fma(p, r, splat(8.3741555e-3f));
+  p = fma(p, r, splat(4.16680016e-2f));
+  p = fma(p, r, splat(1.66664317e-1f));
+  p = fma(p, r, splat(4.9999994e-1f));
+  p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
   return scale_by_shifted(p, shifted);
 }
 
 template <class T>
-RGTG_INLINE BlockStats block_stats(const T* x, int n, float shift) {
-  const Vec log2e = splat(kLog2E), minus_shift = splat(-shift);
+RGTG_INLINE BlockStats block_stats(const T* x, int n, float reference) {
   Vec largest[4], total[4];
   for (int j = 0; j < 4; ++j) {
     largest[j] = splat(-kInfinity);
@@ -40,7 +41,7 @@ RGTG_INLINE BlockStats block_stats(const T* x, int n, float shift) {
     for (int j = 0; j < 4; ++j) {
       const Vec v = load(x + i + j * kWidth);
       largest[j] = max(v, largest[j]);
-      total[j] = add(total[j], exp2_clamped(fma(v, log2e, minus_shift)));
+      total[j] = add(total[j], exp_clamped(sub(v, splat(reference))));
     }
   }
   return {max_lanes(max(max(largest[0], largest[1]), max(largest[2], largest[3]))),
@@ -54,10 +55,10 @@ inline void insert_all(const T* x, int n, int64_t first_id, TopkList& best) {
   }
 }
 
-// For a block without NaN and a full list.
+// For a whole block without NaN and a full list.
 template <class T>
-inline void insert_greater(const T* x, int n, int64_t first_id, TopkList& best) {
-  for (int i = 0; i < n; i += kWidth) {
+inline void insert_greater(const T* x, int64_t first_id, TopkList& best) {
+  for (int i = 0; i < kBlock; i += kWidth) {
     uint32_t mask = greater_mask(load(x + i), splat(best.threshold()));
     for (; mask; mask &= mask - 1) {
       const int j = i + __builtin_ctz(mask);
@@ -66,48 +67,22 @@ inline void insert_greater(const T* x, int n, int64_t first_id, TopkList& best) 
   }
 }
 
-// The plain two-pass form in double: for fp64 rows, and for logits so large (2e38) that scaling them
-// by log2(e) leaves fp32.
-template <class T>
-inline double log_sum_exp_double(const T* x, int64_t n) {
-  double largest = -std::numeric_limits<double>::infinity(), total = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double v = widen(x[i]);
-    if (!(v <= largest)) largest = v;
-    if (v != v) return v;
-  }
-  if (std::isinf(largest)) {
-    return largest < 0 ? largest : std::numeric_limits<double>::quiet_NaN();
-  }
-  for (int64_t i = 0; i < n; ++i) total += std::exp(static_cast<double>(widen(x[i])) - largest);
-  return largest + std::log(total);
-}
-
-// The running sum of 2^(x * kLog2E - shift), where shift follows the maximum at a small distance.
+// Sum of exp(x - reference), where reference follows the maximum at a small distance.
 struct RunningSum {
   float reference = -kInfinity;
-  float shift = 0.0f;
   double total = 0.0;
-  bool exact_needed = false;
 
-  // Up to here `reference` serves; beyond, rounding of the exponent would begin to show.
+  // Beyond, rounding of x - reference would begin to show.
   float limit() const { return reference + 2.0f; }
 
   void rebase(float largest) {
-    // At such magnitudes neighbouring floats differ by 1e31, so what was summed before is nothing.
-    const bool drop = reference == -kInfinity || exact_needed;
-    exact_needed = std::fabs(largest) > 2e38f;
-    const float new_shift = exact_needed ? 0.0f : largest * kLog2E;
-    total = drop ? 0.0 : total * std::exp2(static_cast<double>(shift) - new_shift);
+    if (reference > -kInfinity) total *= std::exp(static_cast<double>(reference) - largest);
     reference = largest;
-    shift = new_shift;
   }
 
   double log_sum_exp() const {
-    if (reference == -kInfinity) return -std::numeric_limits<double>::infinity();
-    // total is scaled by 2^(reference * kLog2E - shift), not exactly 1 because shift is fp32.
-    const double excess = static_cast<double>(reference) * kLog2E - shift;
-    return reference + (std::log2(total) - excess) * 0.69314718055994530942;
+    if (reference == -kInfinity && total == total) return reference;
+    return reference + std::log(total);
   }
 };
 
@@ -115,44 +90,47 @@ struct RunningSum {
 template <class T>
 double topk_slice(const T* x, int64_t n, int64_t first_id, TopkList& best) {
   RunningSum sum;
-  bool undefined = false;
   float padded[kBlock];
   for (int64_t start = 0; start < n; start += kBlock) {
     const int length = static_cast<int>(std::min<int64_t>(kBlock, n - start));
-    const int64_t id = first_id + start;
-    BlockStats stats;
-    const auto scan = [&](float shift) {
-      if (length == kBlock) return block_stats(x + start, kBlock, shift);
+    const auto scan = [&](float reference) {
+      if (length == kBlock) return block_stats(x + start, kBlock, reference);
       const int whole = (length + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth);
       for (int i = 0; i < whole; ++i) padded[i] = i < length ? widen(x[start + i]) : -kInfinity;
-      return block_stats(padded, whole, shift);
+      return block_stats(padded, whole, reference);
     };
-    stats = scan(sum.shift);
+    // A reference of -inf would make NaN of -inf logits; 0 serves until there is a finite one.
+    BlockStats stats = scan(std::max(sum.reference, kLowest));
     if (stats.max > sum.limit() && stats.max < kInfinity) {
       sum.rebase(stats.max);
-      stats = scan(sum.shift);
+      stats = scan(stats.max);
     }
-    const bool has_nan_or_inf = stats.sum != stats.sum || stats.max == kInfinity;
-    undefined |= has_nan_or_inf;
-    sum.total += stats.sum;
-    if (!best.full() || has_nan_or_inf) {
-      insert_all(x + start, length, id, best);
+    const bool undefined = stats.sum != stats.sum || stats.max == kInfinity;
+    sum.total += undefined ? std::numeric_limits<double>::quiet_NaN() : stats.sum;
+    if (!best.full() || undefined) {
+      insert_all(x + start, length, first_id + start, best);
     } else if (stats.max > best.threshold()) {
       if (length == kBlock) {
-        insert_greater(x + start, kBlock, id, best);
+        insert_greater(x + start, first_id + start, best);
       } else {
-        insert_all(x + start, length, id, best);
+        insert_all(x + start, length, first_id + start, best);
       }
     }
   }
-  if (sum.exact_needed) return log_sum_exp_double(x, n);
-  return undefined ? std::numeric_limits<double>::quiet_NaN() : sum.log_sum_exp();
+  return sum.log_sum_exp();
 }
 
-// fp64 rows are ordered by their fp32 rounding and summed as they are.
+// fp64 rows are ordered by their fp32 rounding and summed in fp64, in the plain two-pass form.
 inline double topk_slice(const double* x, int64_t n, int64_t first_id, TopkList& best) {
+  double largest = -std::numeric_limits<double>::infinity(), total = 0.0;
+  bool undefined = false;
   for (int64_t i = 0; i < n; ++i) {
     best.insert(pack_key(static_cast<float>(x[i]), static_cast<uint32_t>(first_id + i)));
+    largest = std::max(largest, x[i]);
+    undefined |= x[i] != x[i];
   }
-  return log_sum_exp_double(x, n);
+  if (undefined || largest == kInfinity) return std::numeric_limits<double>::quiet_NaN();
+  if (largest == -kInfinity) return largest;
+  for (int64_t i = 0; i < n; ++i) total += std::exp(x[i] - largest);
+  return largest + std::log(total);
 }

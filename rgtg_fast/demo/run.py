@@ -7,11 +7,13 @@ method takes the β that was best for it on a separate set of prompts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 import rgtg_fast
 from rgtg_fast.demo import task
@@ -40,7 +43,7 @@ SPEED_PROMPTS, TEXTS_SHOWN = 3, 3
 class Assets:
     """The embedded models, ready for CPU inference in fp32, and the held-out prompts by split."""
 
-    lm: PreTrainedModel
+    lm: Any  # a PreTrainedModel; its `generate` is a mixin that type checkers do not see
     reward_models: dict[str, PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     prompts: dict[str, list[str]]
@@ -83,25 +86,26 @@ def answer(
     """One answer per prompt, all prompts in one batch; `method` is "base" or a key of METHODS."""
     tokenizer = assets.tokenizer
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    settings = {
+    settings: dict[str, Any] = {
+        **inputs,
         "do_sample": do_sample,
         "max_new_tokens": MAX_NEW_TOKENS,
         "return_dict_in_generate": True,
         **({"top_k": 0} if do_sample else {}),
     }
+    kl = torch.zeros(len(prompts))
     started = time.perf_counter()
     if method == "base":
         torch.manual_seed(seed)
-        out = assets.lm.generate(**inputs, **settings)
-        kl = torch.zeros(len(prompts))
+        sequences = assets.lm.generate(**settings).sequences
     else:
         rm = assets.reward_models[method]
-        out = rgtg_fast.generate(
-            assets.lm, **inputs, reward_model=rm, k=K, beta=beta, seed=seed, **settings
+        out: Any = rgtg_fast.generate(
+            assets.lm, reward_model=rm, k=K, beta=beta, seed=seed, **settings
         )
-        kl = out.kl.nan_to_num().sum(1)
+        sequences, kl = out.sequences, out.kl.nansum(1)
     seconds = time.perf_counter() - started
-    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    ids = sequences[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     finished = (ids == tokenizer.eos_token_id).any(1).tolist()
     gold = [task.gold_reward(*row) for row in zip(prompts, texts, finished, strict=True)]
@@ -117,10 +121,9 @@ def mean_se(values: torch.Tensor) -> tuple[float, float]:
 
 def distinct_2(texts: list[str]) -> float:
     """Share of different word pairs among all word pairs of `texts`."""
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for text in texts:
-        said = text.split()
-        pairs += zip(said, said[1:], strict=False)
+        pairs += itertools.pairwise(text.split())
     return len(set(pairs)) / max(1, len(pairs))
 
 
@@ -177,11 +180,12 @@ def _paired(answers: dict[str, tuple[float, Answers]]) -> dict[str, dict[str, fl
 def _show_texts(console: Console, prompts: list[str], answers: dict) -> None:
     for i, prompt in enumerate(prompts[:TEXTS_SHOWN]):
         case = task.read_case(prompt)
-        console.print(f"\n[bold]{task.pretty(prompt)}[/]  [dim](right fix: {case.fix})[/]")
+        said = task.pretty(prompt.removesuffix(" agent :"))
+        console.print(f"\n[bold]{said}[/]  [dim](right fix: {case.fix})[/]", soft_wrap=True)
         for name in ("base", *METHODS):
             got = answers[name][1]
-            console.print(f"  [cyan]{name:5}[/] [{got.gold[i]:+.2f}] ", end="", markup=True)
-            console.print(task.pretty(got.texts[i]), markup=False, highlight=False)
+            line = f"  [cyan]{name:5}[/] {got.gold[i]:+.2f}  {task.pretty(got.texts[i])}"
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _show_summary(console: Console, rows: dict, paired: dict, count: int) -> None:
@@ -214,7 +218,9 @@ def _show_speed(console: Console, speed: dict[str, float], batched: float) -> No
     }
     console.print("\n[bold]Speed, measured just now[/]")
     for what, rate in lines.items():
-        console.print(f"  {what:58} {rate:8.0f} tokens/s  {rate / published:6.1f}x", highlight=False)
+        console.print(
+            f"  {what:58} {rate:8.0f} tokens/s  {rate / published:6.1f}x", highlight=False
+        )
 
 
 def plot(curves: dict, rows: dict, path: Path) -> None:
@@ -241,7 +247,9 @@ def plot(curves: dict, rows: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def run(prompts: int = 200, out: Path = Path("demo_output"), seed: int = 0, draw: bool = True) -> dict:
+def run(
+    prompts: int = 200, out: Path = Path("demo_output"), seed: int = 0, draw: bool = True
+) -> dict:
     """Run the demo on the first `prompts` held-out prompts (at most 200).
 
     Prints texts, the table and the speed; writes `results.json`, `texts.jsonl` and, with `draw`,
@@ -251,6 +259,7 @@ def run(prompts: int = 200, out: Path = Path("demo_output"), seed: int = 0, draw
         most = task.SPLIT_SIZES["test"]
         raise ValueError(f"prompts={prompts} asked for, but there are 1 to {most} to choose from")
     started = time.perf_counter()
+    disable_progress_bar()  # of transformers' weight loading; the demo has its own
     console = Console()
     assets = load_assets()
     test = assets.prompts["test"][:prompts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ import rgtg_fast
 
 @torch.no_grad()
 def published_decode(
-    lm: PreTrainedModel,
+    lm: Any,
     reward_model: PreTrainedModel,
     input_ids: torch.Tensor,
     k: int,
@@ -53,7 +54,7 @@ def _tokens_per_second(decode: Callable[[torch.Tensor], torch.Tensor], prompts: 
 
 
 def measure_speed(
-    lm: PreTrainedModel,
+    lm: Any,
     reward_model: PreTrainedModel,
     prompts: list[torch.Tensor],
     k: int,

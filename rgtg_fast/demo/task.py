@@ -6,7 +6,7 @@ gold reward of the whole text is a small sum of terms that a reader can check by
 (`explain_gold`). Most of it is decided late:
 
 - a promise counts only if nothing later takes it back, and only the last one counts;
-- blaming the customer is forgiven if an apology follows, an apology is empty if the help is refused;
+- blame is forgiven if an apology follows, and an apology is empty if help is refused;
 - "have a nice day" is good after a fix and mockery after a refusal;
 - several sentences share their first words and mean opposite things ("a new kettle is on its way to
   you." and "a new kettle is not something we can offer.").
@@ -14,7 +14,8 @@ gold reward of the whole text is a small sum of terms that a reader can check by
 Replies come from three tempers. *Smooth* ones begin warmly and often end in a refusal, *gruff* ones
 begin with blame and often end in an apology and a fix, *plain* ones do as they say. So the value of
 a prefix (what it tends to lead to) is not its value as a text, which is the situation that reward
-models for guided decoding have to handle. Nothing in the task knows about any decoding method.
+models for guided decoding have to handle. One reply in five has a slip, so that reward models have
+seen broken text as well. Nothing in the task knows about any decoding method.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import random
 import re
 from dataclasses import dataclass
 
+# fmt: off
 PRODUCTS = (
-    "kettle lamp toaster radio drill heater mixer printer "
-    "camera phone scooter tent blender fan watch chair"
-).split()
+    "kettle", "lamp", "toaster", "radio", "drill", "heater", "mixer", "printer",
+    "camera", "phone", "scooter", "tent", "blender", "fan", "watch", "chair",
+)
+# fmt: on
 
 # problem -> the kind of case it is; a fault's right fix also depends on the product's age.
 PROBLEMS = {
@@ -51,7 +54,14 @@ AGES = {
     "i have had it for ages": "old",
 }
 GREETINGS = ("", "hello ,", "hi there ,", "good morning ,", "listen ,")
-TAILS = ("", "please help .", "what now ?", "i am not happy .", "it was a gift .", "i need it today .")
+TAILS = (
+    "",
+    "please help .",
+    "what now ?",
+    "i am not happy .",
+    "it was a gift .",
+    "i need it today .",
+)
 
 FIXES = ("replace", "repair", "refund", "resend")
 
@@ -200,7 +210,7 @@ def words(text: str) -> str:
 def pretty(text: str) -> str:
     """`text` as people write it: marks joined to their word, sentences capitalised."""
     joined = re.sub(r" ([.,:!?])", r"\1", words(text))
-    capital = re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), joined)
+    capital = re.sub(r"(^|[.!?:] )([a-z])", lambda m: m[1] + m[2].upper(), joined)
     return re.sub(r"\bi\b", "I", capital)
 
 
@@ -229,7 +239,9 @@ def _outcome(case: Case, helps: bool, rng: random.Random) -> list[str]:
     if helps:
         return [_fix_promised(case, rng)] + ["care"] * (rng.random() < 0.4)
     how = rng.choices(["withdraw", "refuse", "nothing"], [0.5, 0.4, 0.1])[0]
-    return {"withdraw": [_fix_promised(case, rng), "withdraw"], "refuse": ["refuse"], "nothing": []}[how]
+    if how == "withdraw":
+        return [_fix_promised(case, rng), "withdraw"]
+    return ["refuse"] if how == "refuse" else []
 
 
 def _acts(case: Case, rng: random.Random) -> list[str]:
@@ -240,11 +252,30 @@ def _acts(case: Case, rng: random.Random) -> list[str]:
     return acts + [ending] * bool(ending)
 
 
-def sample_reply(prompt: str, rng: random.Random) -> str:
-    """One reply to `prompt` from the grammar, as space-separated words (no EOS)."""
+def _with_slip(said: list[str], rng: random.Random) -> list[str]:
+    """`said` with a slip of the hand: a word left out, said twice or mistaken for another, or the
+    rest of the reply missing."""
+    at = rng.randrange(len(said))
+    slip = rng.choice(["drop", "repeat", "mistake", "stop"])
+    if slip == "drop":
+        return said[:at] + said[at + 1 :]
+    if slip == "repeat":
+        return said[: at + 1] + said[at:]
+    if slip == "mistake":
+        mistaken = rng.choice(PRODUCTS) if said[at] in PRODUCTS else rng.choice(said)
+        return [*said[:at], mistaken, *said[at + 1 :]]
+    return said[:at]
+
+
+def sample_reply(prompt: str, rng: random.Random, slips: float = 0.2) -> str:
+    """One reply to `prompt` from the grammar, as space-separated words (no EOS).
+
+    People type with slips: a share `slips` of the replies has one.
+    """
     case = read_case(prompt)
-    said = [rng.choice(SENTENCES[act]) for act in _acts(case, rng)]
-    return " ".join(said).format(product=case.product)
+    said = " ".join(rng.choice(SENTENCES[act]) for act in _acts(case, rng))
+    reply = said.format(product=case.product).split()
+    return " ".join(_with_slip(reply, rng) if rng.random() < slips else reply)
 
 
 _ACT_OF = {

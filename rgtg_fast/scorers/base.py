@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .. import ops
 from .reward_model import RewardModel
 
 
@@ -40,7 +41,7 @@ class RewardModelScorer:
         eos_ids: Tensor | None = None,
         eos_reward: str = "hidden",
         capacity: int = 0,
-        backend: str = "auto",
+        backend: ops.Backend = "auto",
     ) -> None:
         self.rm, self.k, self.capacity, self.backend = rm, k, capacity, backend
         keeps_eos = eos_reward == "hidden" or eos_ids is None
@@ -89,7 +90,7 @@ class RewardModelScorer:
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
-    """Position ids [B, P] of left-padded rows: padding gets 0, the first real token 0, and so on."""
+    """Position ids [B, P] of left-padded rows: 0 for padding and for the first real token."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

@@ -1,4 +1,4 @@
-"""The prefix cache repeated k times: for architectures that cannot tell siblings apart by a mask."""
+"""The prefix cache repeated k times, for models that cannot tell siblings apart by a mask."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import ops
 from .base import Scorer
 from .expand import ExpandScorer
 from .probe import Verdict, probe
@@ -42,7 +43,7 @@ def make_scorer(
     eos_ids: Tensor | None = None,
     eos_reward: str = "auto",
     max_length: int | None = None,
-    backend: str = "auto",
+    backend: ops.Backend = "auto",
 ) -> Scorer:
     """The scorer for `reward_model`, its method chosen by a numerical probe.
 
@@ -65,9 +66,7 @@ def make_scorer(
     chosen = _choose(rm, verdict, method, as_text, warn=is_new)
     common: dict[str, Any] = {
         "eos_ids": eos_ids,
-        "eos_reward": _resolve_eos(
-            rm, eos_ids, eos_reward, as_text or verdict.pooled, warn=is_new
-        ),
+        "eos_reward": _resolve_eos(rm, eos_ids, eos_reward, as_text or verdict.pooled, warn=is_new),
         "capacity": max_length or 0,
         "backend": backend,
     }
@@ -134,5 +133,3 @@ def _resolve_eos(
             stacklevel=3,
         )
     return "previous"
-
-

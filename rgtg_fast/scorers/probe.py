@@ -30,7 +30,10 @@ _verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Verdict]] = weakref.WeakKe
 
 @dataclass
 class Verdict:
-    """`pooled`: only the public forward gives the reward. `failed`: method -> why it is not usable."""
+    """What the probe found.
+
+    `pooled`: only the public forward gives the reward. `failed`: method -> why it cannot be used.
+    """
 
     pooled: bool = False
     failed: dict[str, str] = field(default_factory=dict)
@@ -65,7 +68,7 @@ def _probe_length(rm: RewardModel, max_length: int | None) -> int:
         for name, value in rm.text_config.to_dict().items()
         if ("window" in name or "chunk_size" in name)
         and type(value) is int
-        and 0 < value
+        and value > 0
         and (max_length is None or value < max_length + _SIBLINGS)
     ]
     length = max([7, *(w + 3 for w in reached)])
@@ -84,7 +87,7 @@ def _examine(rm: RewardModel, length: int) -> Verdict:
     projected.head = lambda hidden: hidden.float() @ weight.to(hidden.device)
     try:
         truth, noise = _full_forwards(projected, ids)
-    except Exception as error:  # noqa: BLE001 whatever a foreign model raises is a reason
+    except Exception as error:  # whatever a foreign model raises is a reason
         why = f"a plain forward failed with {_brief(error)}"
         return Verdict(failed={"tree": why, "expand": why})
     for scorer in (TreeScorer, ExpandScorer):
@@ -94,12 +97,12 @@ def _examine(rm: RewardModel, length: int) -> Verdict:
             continue
         try:
             got = _run(scorer(projected, _SIBLINGS), ids)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             verdict.failed[scorer.method] = f"it failed with {_brief(error)}"
             continue
-        why = _disagreement(got, truth, noise, rm.dtype)
-        if why:
-            verdict.failed[scorer.method] = why
+        differs = _disagreement(got, truth, noise, rm.dtype)
+        if differs:
+            verdict.failed[scorer.method] = differs
     return verdict
 
 
@@ -115,7 +118,7 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
     """Whether head(base(ids)) at the last token is what the public forward gives."""
     try:
         logits = rm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    except Exception:  # noqa: BLE001 a module without a public reward has nothing to compare with
+    except Exception:  # a module without a public reward has nothing to compare with
         return True
     if logits.shape == (1, ids.shape[1], 1):  # token classification: a reward at every position
         logits = logits[:, -1]
@@ -124,7 +127,7 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
     try:
         hidden, _ = rm.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         every = rm.rewards(hidden, "reference")[0]
-    except Exception:  # noqa: BLE001 an encoder's head may need more than one hidden state
+    except Exception:  # an encoder's head may need more than one hidden state
         return False
     spread = every.std().item() + logits.abs().item() * 1e-3
     error = (every[-1] - logits.reshape(()).float()).abs().item()
@@ -134,7 +137,7 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
 def _hidden_size(rm: RewardModel, ids: Tensor) -> int:
     try:
         return rm.forward_base(ids[:1, :2], use_cache=False)[0].shape[-1]
-    except Exception:  # noqa: BLE001 reported by the full forwards that follow
+    except Exception:  # reported by the full forwards that follow
         return 1
 
 

@@ -72,8 +72,7 @@ class ReencodeScorer(RewardModelScorer):
             ids, mask = self._pack(answers)
         step = max(1, _TOKENS_PER_FORWARD // ids.shape[1])
         parts = [
-            self._forward(i, m)
-            for i, m in zip(ids.split(step), mask.split(step), strict=True)
+            self._forward(i, m) for i, m in zip(ids.split(step), mask.split(step), strict=True)
         ]
         return torch.cat(parts).view(batch, n)
 

@@ -1,4 +1,4 @@
-"""What a reward model is made of: a base that gives hidden states and a head that gives a number."""
+"""What a reward model is made of: a base (hidden states) and a head (a number)."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ class RewardModel:
                 f"got {type(model).__name__}"
             )
         self.model = model
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.base = _find_base(inner)
+        inner: Any = model
+        if hasattr(model, "peft_config"):
+            inner = inner.get_base_model()
+        self.base: Any = _find_base(inner)
         self.config = self.base.config
         self.text_config = self.config.get_text_config()
         self.head = head if head is not None else _find_head(inner, self.base)
         self.check_public = head is None
         embedding = self.base.get_input_embeddings()
-        self.device = embedding.weight.device
-        self.vocab_size = embedding.weight.shape[0]
+        self.device: torch.device = embedding.weight.device
+        self.vocab_size: int = embedding.weight.shape[0]
         parameters = inspect.signature(self.base.forward).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._accepts = None if takes_any and "position_ids" in parameters else set(parameters)
@@ -60,7 +62,7 @@ class RewardModel:
         hidden = getattr(out, "last_hidden_state", None)
         return (hidden if hidden is not None else out[0]), out
 
-    def rewards(self, hidden: Tensor, backend: str = "auto") -> Tensor:
+    def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
         """Rewards fp32 [B, n] of hidden states [B, n, H], on the hidden states' device."""
         head = self.head
         if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
@@ -96,11 +98,11 @@ class RewardModel:
                 module.training = training
 
 
-def _find_base(model: nn.Module) -> PreTrainedModel:
+def _find_base(model: Any) -> Any:
     if isinstance(model, PreTrainedModel):
         return model.base_model
     for name in BASE_NAMES:
-        child = getattr(model, name, None)
+        child: Any = getattr(model, name, None)
         if hasattr(child, "peft_config"):
             child = child.get_base_model()
         if isinstance(child, PreTrainedModel):

@@ -9,12 +9,12 @@ from .base import RewardModelScorer, last_real, positions_of
 
 
 class TreeScorer(RewardModelScorer):
-    """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow with k."""
+    """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
 
     method = "tree"
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        batch, length = input_ids.shape
+        length = input_ids.shape[1]
         self.cache = SiblingCache(self.k, max(self.capacity, length + 1))
         hidden, _ = self.rm.forward_base(
             input_ids,
@@ -25,9 +25,7 @@ class TreeScorer(RewardModelScorer):
         )
         self.cache.finish_prefill(length)
         spans = attention_spans(self.rm.text_config)
-        self.mask = SiblingMask(
-            attention_mask, spans, self.k, self.cache.capacity, self.rm.dtype
-        )
+        self.mask = SiblingMask(attention_mask, spans, self.k, self.cache.capacity, self.rm.dtype)
         self.position = attention_mask.long().sum(-1)  # [B], number of real tokens
         return self.rm.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
 
@@ -51,5 +49,3 @@ def plain_attention(config: object) -> bool:
     """Whether the attention in use takes a dense additive 4D mask (FlashAttention takes 2D ones
     only, and flex_attention with a dense one has crashed the process on CPU)."""
     return getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa")
-
-

@@ -1,0 +1,23 @@
+"""Set-up for every test: one thread, NaN in fresh memory, GPU tests only where there is a GPU."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+    # Fills what torch.empty and its C++ kin return with NaN (integers with their maximum), so that
+    # reading memory nobody wrote cannot pass unseen.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
