@@ -37,6 +37,7 @@ BETA = 1.0
 # A choice between scores closer than this is a near tie, which rounding may decide either way.
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
 SLOW = ("reencode", "re-encode one by one")
+SLOW_REPEATS = 2
 LABELS = {
     "plain": "plain HF generate",
     "auto": "guided, auto",
@@ -116,7 +117,7 @@ class Bench:
             margin = float(self.margins[row, first + step])
             if margin > NEAR_TIE[self.lm.dtype]:
                 sys.exit(
-                    f"{name} disagrees with guided generation in row {row} at token {first + step}: "
+                    f"{name} disagrees with guided decoding in row {row} at token {first + step}: "
                     f"{int(tokens[row, step])} against {int(wanted[row, step])}, which won by "
                     f"{margin:.4f}; no timings of different answers are printed"
                 )
@@ -145,7 +146,7 @@ class Bench:
         return spent
 
     def slow_seconds(self, name):
-        """`slow_new` tokens from the middle of the answer, at the mean length of the whole of it."""
+        """As `seconds`, from `slow_new` tokens in the middle of the answer: at its mean length."""
         first = (self.new - self.slow_new) // 2
         prompt = torch.cat([self.prompt, self.answer[:, :first]], dim=1)
         if name == "reencode":
@@ -214,11 +215,8 @@ def run(args):
     seconds = {name: [] for name in args.contenders}
     for repeat in range(args.repeats + 1):
         for name, values in seconds.items():
-            # The slow ones are warm after a few forwards, of which each call has many.
-            repeats = 1 + min(args.repeats, 3) if name in SLOW else args.repeats + 1
-            if repeat == 0 and name in SLOW:
-                continue
-            if repeat >= repeats:
+            # Slow contenders are warm after the first of their many forwards, and steady.
+            if name in SLOW and not 1 <= repeat <= SLOW_REPEATS:
                 continue
             spent = bench.seconds(name)
             if repeat > 0:
@@ -230,7 +228,7 @@ def report(args, seconds, bench):
     print(
         f"{args.shape} 124M LM and reward model, {args.dtype}, k={args.k}, batch {args.batch}, "
         f"prompt {args.prompt}, {args.new} new tokens, {torch.get_num_threads()} threads, "
-        f"median of {args.repeats}"
+        f"median of {args.repeats} ({min(args.repeats, SLOW_REPEATS)} for re-encoding)"
     )
     ms = {name: statistics.median(values) * 1000 / args.new for name, values in seconds.items()}
     guided = ms.get("auto")
@@ -249,7 +247,7 @@ def report(args, seconds, bench):
             "--slow-new 0 runs all."
         )
     print(
-        f"All contenders gave the same greedy tokens; near ties decided otherwise: {bench.near_ties}"
+        f"All contenders agree on the greedy tokens; near ties decided otherwise: {bench.near_ties}"
     )
     return ms
 

@@ -22,11 +22,11 @@ def _bench(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from rgtg_fast.demo.run import ASSETS, METHODS
+    from rgtg_fast.demo.run import ASSETS
     from rgtg_fast.demo.speed import measure_speed
 
     lm_name = args.lm or str(ASSETS / "lm")
-    rm_name = args.reward_model or str(ASSETS / METHODS["PARGS"])
+    rm_name = args.reward_model or str(ASSETS / "rm_partial")
     lm = AutoModelForCausalLM.from_pretrained(lm_name).to(args.device).eval()
     rm = AutoModelForSequenceClassification.from_pretrained(rm_name).to(args.device).eval()
     ids = AutoTokenizer.from_pretrained(lm_name)(args.text, return_tensors="pt")["input_ids"]

@@ -42,14 +42,10 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     keys = ((ordered_keys(logits) - 0x80000000) << 32) | (_WORD - ids)
     top = torch.topk(keys, k, dim=1).values
     chosen = _WORD - (top & _WORD)  # [B, k]
-    values = logits.to(torch.float64)
-    largest = values.amax(dim=1, keepdim=True)
-    # A row of -inf has log-sum-exp -inf, which torch.logsumexp also returns.
-    log_sum_exp = torch.logsumexp(values, dim=1, keepdim=True)
-    log_sum_exp = torch.where(torch.isposinf(largest), torch.nan, log_sum_exp)
-    picked = values.gather(1, chosen)
-    impossible = torch.isneginf(picked) & ~torch.isnan(log_sum_exp)
-    logprobs = torch.where(impossible, picked, picked - log_sum_exp)
+    logprobs = torch.log_softmax(logits.to(torch.float64), dim=1).gather(1, chosen)
+    # log_softmax makes NaN of a row that is -inf throughout.
+    hopeless = torch.isneginf(logits).all(dim=1, keepdim=True)
+    logprobs = torch.where(hopeless, -torch.inf, logprobs)
     return logprobs.to(torch.float32), chosen
 
 

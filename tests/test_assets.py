@@ -84,12 +84,12 @@ def judged(assets, metrics):
 
 
 def test_both_reward_models_judge_full_replies_well(judged):
-    assert judged["ARGS"]["full"] > 0.85 and judged["PARGS"]["full"] > 0.85
+    assert judged["rm_full"]["full"] > 0.85 and judged["rm_partial"]["full"] > 0.85
 
 
 @pytest.mark.parametrize("length", [16, 24])
 def test_partial_reward_model_judges_prefixes_better(judged, length):
-    assert judged["PARGS"][length] > judged["ARGS"][length] + 0.03
+    assert judged["rm_partial"][length] > judged["rm_full"][length] + 0.03
 
 
 def test_recorded_metrics_say_the_same(metrics):

@@ -77,10 +77,19 @@ def test_gold_reward_of_grammar_replies_has_no_slips_and_stays_in_range():
     low, high = task.GOLD_RANGE
     golds = []
     for prompt in rng.sample(task.all_prompts(), 500):
-        reply = task.sample_reply(prompt, rng)
+        reply = task.sample_reply(prompt, rng, slips=0.0)
         assert not {"slip", "cut"} & set(task.parse_reply(task.read_case(prompt), reply))
         golds.append(task.gold_reward(prompt, reply))
     assert low <= min(golds) < -1 and 2 < max(golds) <= high
+
+
+def test_a_slip_costs_gold_on_average():
+    def mean_gold(slips):
+        rng = random.Random(3)
+        prompts = rng.sample(task.all_prompts(), 500)
+        return sum(task.gold_reward(p, task.sample_reply(p, rng, slips)) for p in prompts) / 500
+
+    assert mean_gold(slips=1.0) < mean_gold(slips=0.0) - 0.3
 
 
 def test_a_prompt_outside_the_grammar_is_an_error_that_names_it():

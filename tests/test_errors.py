@@ -380,6 +380,15 @@ def test_nan_is_named_by_row_and_step(kind, do_sample, check_nan, lm, rm):
     assert kind.rstrip("s") in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["logits", "reward"])
+def test_nan_in_a_row_that_has_ended_is_no_error(kind, lm, rm):
+    clean = guided(lm, rm if kind == "logits" else NanReward(1, 99))
+    stop = int(clean[1, 10])
+    assert stop not in clean[0, 9:]
+    out = nan_run(kind, lm, rm, eos_token_id=stop, pad_token_id=tiny.PAD)
+    assert out[0].tolist() == clean[0].tolist() and out[1, 11] == tiny.PAD
+
+
 def test_nan_in_the_weights_of_the_language_model(rm):
     lm = tiny.llama_lm()
     with torch.no_grad():

@@ -71,6 +71,17 @@ def test_per_step_tensors_equal_hugging_face(name, lm, rm):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["scores", "logits"])
+def test_per_step_tensors_of_a_bf16_model_are_fp32(name, rm):
+    lm, inputs = tiny.llama_lm().bfloat16(), tiny.prompts(5, 9)
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_" + name: True}
+    expected = getattr(lm.generate(**inputs, do_sample=False, **options), name)
+    got = getattr(guided(lm, rm, inputs, beta=0.0, **{"output_scores": False} | options), name)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["hidden_states", "attentions"])
 @pytest.mark.parametrize("extra", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_model_internals_equal_hugging_face(name, extra, rm):

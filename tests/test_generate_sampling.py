@@ -52,10 +52,19 @@ def test_seed_leaves_the_global_generator_alone(lm, rm):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_greedy_leaves_the_global_generator_alone(lm, rm):
+@pytest.mark.parametrize("seed", [None, 1])
+def test_greedy_leaves_the_global_generator_alone(seed, lm, rm):
     before = torch.get_rng_state()
-    guided(lm, rm, tiny.prompts(5, 9), do_sample=False, seed=1)
+    guided(lm, rm, tiny.prompts(5, 9), do_sample=False, seed=seed)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_token_of_an_answer_has_its_own_noise(lm):
+    """With all tokens alike, only the noise chooses."""
+    scorer = tiny.CountingScorer(torch.zeros(tiny.vocab_size()))
+    alike = [lambda ids, scores: torch.zeros_like(scores)]
+    out = guided(lm, scorer, tiny.prompts(5, 5), logits_processor=alike, top_k=0, seed=0)[:, 5:]
+    assert all(len(set(row)) >= 3 for row in out.tolist()) and out[0].tolist() != out[1].tolist()
 
 
 def test_int_seed_is_split_into_row_seeds(lm, rm):

@@ -212,7 +212,7 @@ RECURRENT = ("qwen3_next", "mamba")
 NO_TREE = ("bloom", "mpt", "gpt_neo", "falcon_alibi", *RECURRENT, *ENCODERS)
 EAGER = ("gpt_oss", "gptj")  # no (correct) sdpa path for these
 LMS = tuple(n for n in CONFIGS if n not in (*ENCODERS, "qwen3_next"))
-RMS = tuple(CONFIGS) + ("gemma2_eager",)
+RMS = (*CONFIGS, "gemma2_eager")
 _V_HEADED = {"llama4": ("Llama4", "Llama4TextModel"), "mamba": ("Mamba", "MambaModel")}
 _RM_NAMES = {
     "gpt_neox": "GPTNeoX", "gpt2": "GPT2", "gpt_neo": "GPTNeo", "gptj": "GPTJ",

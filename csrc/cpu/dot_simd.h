@@ -11,6 +11,7 @@ float dot(const float* a, const T* b, int64_t n) {
       total[j] = fma(load(a + i + j * kWidth), load(b + i + j * kWidth), total[j]);
     }
   }
+  for (; i + kWidth <= n; i += kWidth) total[0] = fma(load(a + i), load(b + i), total[0]);
   float rest = 0.0f;
   for (; i < n; ++i) rest += a[i] * widen(b[i]);
   return sum_lanes(add(add(total[0], total[1]), add(total[2], total[3]))) + rest;

@@ -1,3 +1,4 @@
+#include "log_sum.h"
 #include "topk_list.h"
 
 #define RGTG_KERNELS "cpu/topk_logprobs_simd.h"
@@ -18,7 +19,7 @@ constexpr int64_t kGrain = 16384;
 
 struct Slice {
   TopkList best;
-  double log_sum_exp;
+  LogSum<double> sum;
 };
 
 // Slices per row, so that rows * slices divides evenly among the threads.
@@ -28,26 +29,18 @@ int64_t slices_per_row(int64_t rows, int64_t vocab) {
   return std::max<int64_t>(1, std::min(even, vocab / kMinSlice));
 }
 
-double log_add_exp(double a, double b) {
-  if (std::isinf(a) && a == b) return a;
-  return std::max(a, b) + std::log1p(std::exp(-std::fabs(a - b)));
-}
-
 template <class T>
 void write_row(const T* row, const Slice* slices, int64_t count, int k, float* logprobs,
                int64_t* ids) {
   TopkList best(k);
-  double log_sum_exp = -std::numeric_limits<double>::infinity();
+  LogSum<double> sum;
   for (int64_t s = 0; s < count; ++s) {
     for (int i = 0; i < slices[s].best.count; ++i) best.insert(slices[s].best.keys[i]);
-    log_sum_exp = s == 0 ? slices[s].log_sum_exp : log_add_exp(log_sum_exp, slices[s].log_sum_exp);
+    sum.merge(slices[s].sum);
   }
   for (int i = 0; i < k; ++i) {
     ids[i] = key_id(best.keys[i]);
-    const double logit = widen(row[ids[i]]);
-    const bool impossible = logit == -std::numeric_limits<double>::infinity() &&
-                            !std::isnan(log_sum_exp);
-    logprobs[i] = static_cast<float>(impossible ? logit : logit - log_sum_exp);
+    logprobs[i] = static_cast<float>(sum.logprob(widen(row[ids[i]])));
   }
 }
 
@@ -56,13 +49,13 @@ void topk_rows(const T* logits, int64_t rows, int64_t vocab, int64_t row_stride,
                float* logprobs, int64_t* ids) {
   const int64_t count = slices_per_row(rows, vocab);
   const int64_t length = (vocab + count - 1) / count;
-  std::vector<Slice> slices(rows * count, Slice{TopkList(k), 0.0});
+  std::vector<Slice> slices(rows * count, Slice{TopkList(k), {}});
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t start = task % count * length;
       const T* x = logits + task / count * row_stride + start;
       Slice& slice = slices[task];
-      slice.log_sum_exp = RGTG_DISPATCH_SIMD(topk_slice, x, std::min(length, vocab - start), start,
+      slice.sum = RGTG_DISPATCH_SIMD(topk_slice, x, std::min(length, vocab - start), start,
                                              slice.best);
     }
   };

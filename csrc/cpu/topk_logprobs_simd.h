@@ -1,5 +1,5 @@
-// One slice of one row: its k best keys and its log-sum-exp, in one read. Included once per
-// instruction set by simd.h.
+// One slice of one row in one read: its k best keys and its part of the log-sum-exp. Included once
+// per instruction set by simd.h.
 
 // A block stays in the L1 cache while it is looked at again, which happens only where it holds a new
 // maximum or a new candidate.
@@ -67,46 +67,35 @@ inline void insert_greater(const T* x, int64_t first_id, TopkList& best) {
   }
 }
 
-// Sum of exp(x - reference), where reference follows the maximum at a small distance.
-struct RunningSum {
-  float reference = -kInfinity;
-  double total = 0.0;
+// How far a logit may exceed the reference before rounding of exp(x - reference) begins to show.
+constexpr float kSlack = 2.0f;
 
-  // Beyond, rounding of x - reference would begin to show.
-  float limit() const { return reference + 2.0f; }
-
-  void rebase(float largest) {
-    if (reference > -kInfinity) total *= std::exp(static_cast<double>(reference) - largest);
-    reference = largest;
-  }
-
-  double log_sum_exp() const {
-    if (reference == -kInfinity && total == total) return reference;
-    return reference + std::log(total);
-  }
-};
-
-// Returns the log-sum-exp of x[0..n): NaN where it holds a NaN or +inf, -inf where all is -inf.
 template <class T>
-double topk_slice(const T* x, int64_t n, int64_t first_id, TopkList& best) {
-  RunningSum sum;
+LogSum<double> topk_slice(const T* x, int64_t n, int64_t first_id, TopkList& best) {
+  LogSum<double> sum;
+  float reference = -kInfinity;
   float padded[kBlock];
   for (int64_t start = 0; start < n; start += kBlock) {
     const int length = static_cast<int>(std::min<int64_t>(kBlock, n - start));
-    const auto scan = [&](float reference) {
-      if (length == kBlock) return block_stats(x + start, kBlock, reference);
+    const auto scan = [&](float base) {
+      if (length == kBlock) return block_stats(x + start, kBlock, base);
       const int whole = (length + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth);
       for (int i = 0; i < whole; ++i) padded[i] = i < length ? widen(x[start + i]) : -kInfinity;
-      return block_stats(padded, whole, reference);
+      return block_stats(padded, whole, base);
     };
     // A reference of -inf would make NaN of -inf logits; 0 serves until there is a finite one.
-    BlockStats stats = scan(std::max(sum.reference, kLowest));
-    if (stats.max > sum.limit() && stats.max < kInfinity) {
-      sum.rebase(stats.max);
-      stats = scan(stats.max);
+    BlockStats stats = scan(std::max(reference, kLowest));
+    if (stats.max > reference + kSlack && stats.max < kInfinity) {
+      reference = stats.max;
+      sum.rebase(reference);
+      stats = scan(reference);
     }
     const bool undefined = stats.sum != stats.sum || stats.max == kInfinity;
-    sum.total += undefined ? std::numeric_limits<double>::quiet_NaN() : stats.sum;
+    if (undefined) {
+      sum.total = std::numeric_limits<double>::quiet_NaN();
+    } else if (stats.max > -kInfinity) {
+      sum.total += stats.sum;
+    }
     if (!best.full() || undefined) {
       insert_all(x + start, length, first_id + start, best);
     } else if (stats.max > best.threshold()) {
@@ -117,20 +106,22 @@ double topk_slice(const T* x, int64_t n, int64_t first_id, TopkList& best) {
       }
     }
   }
-  return sum.log_sum_exp();
+  return sum;
 }
 
 // fp64 rows are ordered by their fp32 rounding and summed in fp64, in the plain two-pass form.
-inline double topk_slice(const double* x, int64_t n, int64_t first_id, TopkList& best) {
-  double largest = -std::numeric_limits<double>::infinity(), total = 0.0;
+inline LogSum<double> topk_slice(const double* x, int64_t n, int64_t first_id, TopkList& best) {
+  LogSum<double> sum;
   bool undefined = false;
   for (int64_t i = 0; i < n; ++i) {
     best.insert(pack_key(static_cast<float>(x[i]), static_cast<uint32_t>(first_id + i)));
-    largest = std::max(largest, x[i]);
+    sum.reference = std::max(sum.reference, x[i]);
     undefined |= x[i] != x[i];
   }
-  if (undefined || largest == kInfinity) return std::numeric_limits<double>::quiet_NaN();
-  if (largest == -kInfinity) return largest;
-  for (int64_t i = 0; i < n; ++i) total += std::exp(x[i] - largest);
-  return largest + std::log(total);
+  if (undefined || sum.reference == kInfinity) {
+    sum.total = std::numeric_limits<double>::quiet_NaN();
+  } else if (sum.reference > -kInfinity) {
+    for (int64_t i = 0; i < n; ++i) sum.total += std::exp(x[i] - sum.reference);
+  }
+  return sum;
 }

@@ -59,10 +59,10 @@ void launch(const Tensor& logits, int k, const Tensor& logprobs, const Tensor& i
   STD_TORCH_CHECK(rows * slices <= std::numeric_limits<int32_t>::max(), "logits has too many rows");
   const Tensor keys = empty_like_device<1>(logits, {rows * slices * k}, ScalarType::Long);
   const Tensor sums = empty_like_device<1>(
-      logits, {rows * slices * static_cast<int64_t>(sizeof(PartialSum<Acc>))}, ScalarType::Byte);
+      logits, {rows * slices * static_cast<int64_t>(sizeof(LogSum<Acc>))}, ScalarType::Byte);
   const auto* x = static_cast<const T*>(logits.const_data_ptr());
   auto* key = static_cast<uint64_t*>(keys.mutable_data_ptr());
-  auto* sum = static_cast<PartialSum<Acc>*>(sums.mutable_data_ptr());
+  auto* sum = static_cast<LogSum<Acc>*>(sums.mutable_data_ptr());
   const cudaStream_t stream = current_stream(logits.get_device());
   topk_slices<T, Acc><<<rows * slices, kThreads, 0, stream>>>(x, logits.stride(0), vocab, slices, k,
                                                               key, sum);

@@ -7,6 +7,7 @@
 // Keys make the order total, so the result does not depend on the slicing.
 #pragma once
 
+#include "log_sum.h"
 #include "ordered_key.h"
 
 #include <cuda_bf16.h>
@@ -29,13 +30,6 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
-
-// What a slice knows of its log-sum-exp: sum of exp(x - max). NaN logits are not in max but in sum.
-template <class Acc>
-struct PartialSum {
-  Acc max;
-  Acc sum;
-};
 
 struct Larger {
   template <class V>
@@ -70,7 +64,7 @@ __device__ V block_reduce(V value, Op op, V (&shared)[2][kWarps], int round) {
 template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads)
     topk_slices(const T* logits, int64_t row_stride, int64_t vocab, int slices, int k,
-                uint64_t* keys, PartialSum<Acc>* sums) {
+                uint64_t* keys, LogSum<Acc>* sums) {
   __shared__ Acc reduce_values[2][kWarps];
   __shared__ uint64_t reduce_keys[2][kWarps];
   const int64_t row = blockIdx.x / slices;
@@ -114,28 +108,29 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads)
     topk_merge(const T* logits, int64_t row_stride, int slices, int k, const uint64_t* keys,
-               const PartialSum<Acc>* sums, float* logprobs, int64_t* ids) {
+               const LogSum<Acc>* sums, float* logprobs, int64_t* ids) {
   extern __shared__ uint8_t used[];
   __shared__ Acc reduce_values[2][kWarps];
   __shared__ uint64_t reduce_keys[2][kWarps];
   __shared__ uint64_t chosen[kMaxCandidates];
   const int64_t row = blockIdx.x;
   const uint64_t* row_keys = keys + row * slices * k;
-  const PartialSum<Acc>* row_sums = sums + row * slices;
+  const LogSum<Acc>* row_sums = sums + row * slices;
   const Acc minus_infinity = -static_cast<Acc>(CUDART_INF);
 
   Acc row_max = minus_infinity;
   for (int s = threadIdx.x; s < slices; s += kThreads) {
     used[s] = 0;
-    row_max = Larger()(row_sums[s].max, row_max);
+    row_max = Larger()(row_sums[s].reference, row_max);
   }
   row_max = block_reduce(row_max, Larger(), reduce_values, 0);
   Acc row_sum = 0;
   for (int s = threadIdx.x; s < slices; s += kThreads) {
-    const PartialSum<Acc> part = row_sums[s];
-    if (part.sum != Acc(0)) row_sum += part.sum * exp(part.max - row_max);
+    LogSum<Acc> part = row_sums[s];
+    part.rebase(row_max);
+    row_sum += part.total;
   }
-  row_sum = block_reduce(row_sum, Sum(), reduce_values, 1);
+  const LogSum<Acc> sum = {row_max, block_reduce(row_sum, Sum(), reduce_values, 1)};
 
   for (int slot = 0; slot < k; ++slot) {
     uint64_t head = kNoKey;
@@ -156,10 +151,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int slot = threadIdx.x; slot < k; slot += kThreads) {
     const int64_t id = key_id(chosen[slot]);
     const Acc logit = widen(logits[row * row_stride + id]);
-    const bool impossible = logit == minus_infinity && row_sum == row_sum;
     ids[row * k + slot] = id;
-    logprobs[row * k + slot] =
-        static_cast<float>(impossible ? logit : (logit - row_max) - log(row_sum));
+    logprobs[row * k + slot] = static_cast<float>(sum.logprob(logit));
   }
 }
 

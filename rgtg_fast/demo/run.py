@@ -1,8 +1,8 @@
 """`python -m rgtg_fast demo`: guide the embedded LM with both reward models and compare.
 
 Base, ARGS (guided by the reward model trained on full replies only) and PARGS (by the one trained
-on every prefix) answer the same held-out prompts. The two rewards have different scales, so each
-method takes the β that was best for it on a separate set of prompts.
+on every prefix) answer the same held-out prompts, sampled and greedy (-G). The two rewards have
+different scales, so each method takes the β that was best for it on a separate set of prompts.
 """
 
 from __future__ import annotations
@@ -33,10 +33,29 @@ from rgtg_fast.demo import task
 from rgtg_fast.demo.speed import measure_speed
 
 ASSETS = Path(__file__).parent / "assets"
-METHODS = {"ARGS": "rm_full", "PARGS": "rm_partial"}
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 K, MAX_NEW_TOKENS = 10, 72
 SPEED_PROMPTS, TEXTS_SHOWN = 3, 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode: the reward model's folder in the assets (None: unguided), and whether to
+    sample or take the best candidate."""
+
+    reward_model: str | None
+    do_sample: bool
+
+
+METHODS = {
+    "base": Method(None, True),
+    "ARGS": Method("rm_full", True),
+    "PARGS": Method("rm_partial", True),
+    "base-G": Method(None, False),
+    "ARGS-G": Method("rm_full", False),
+    "PARGS-G": Method("rm_partial", False),
+}
+COMPARED = (("PARGS", "base"), ("PARGS", "ARGS"), ("PARGS-G", "base-G"), ("PARGS-G", "ARGS-G"))
 
 
 @dataclass(frozen=True)
@@ -59,9 +78,9 @@ def load_assets(path: Path = ASSETS) -> Assets:
         lm=AutoModelForCausalLM.from_pretrained(path / "lm", dtype=torch.float32).eval(),
         reward_models={
             name: AutoModelForSequenceClassification.from_pretrained(
-                path / folder, dtype=torch.float32
+                path / name, dtype=torch.float32
             ).eval()
-            for name, folder in METHODS.items()
+            for name in ("rm_full", "rm_partial")
         },
         tokenizer=AutoTokenizer.from_pretrained(path / "lm"),
         prompts=prompts,
@@ -80,26 +99,24 @@ class Answers:
     seconds: float
 
 
-def answer(
-    assets: Assets, prompts: list[str], method: str, beta: float, seed: int, do_sample: bool = True
-) -> Answers:
-    """One answer per prompt, all prompts in one batch; `method` is "base" or a key of METHODS."""
+def answer(assets: Assets, prompts: list[str], method: Method, beta: float, seed: int) -> Answers:
+    """One answer per prompt, all prompts in one batch."""
     tokenizer = assets.tokenizer
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     settings: dict[str, Any] = {
         **inputs,
-        "do_sample": do_sample,
+        "do_sample": method.do_sample,
         "max_new_tokens": MAX_NEW_TOKENS,
         "return_dict_in_generate": True,
-        **({"top_k": 0} if do_sample else {}),
+        **({"top_k": 0} if method.do_sample else {}),
     }
     kl = torch.zeros(len(prompts))
     started = time.perf_counter()
-    if method == "base":
+    if method.reward_model is None:
         torch.manual_seed(seed)
         sequences = assets.lm.generate(**settings).sequences
     else:
-        rm = assets.reward_models[method]
+        rm = assets.reward_models[method.reward_model]
         out: Any = rgtg_fast.generate(
             assets.lm, reward_model=rm, k=K, beta=beta, seed=seed, **settings
         )
@@ -127,29 +144,31 @@ def distinct_2(texts: list[str]) -> float:
     return len(set(pairs)) / max(1, len(pairs))
 
 
-def _rows(assets: Assets, count: int, seed: int, console: Console) -> tuple[dict, dict]:
+def _guide(assets: Assets, count: int, seed: int, console: Console) -> tuple[dict, dict]:
     """Curves over β on the `beta` prompts, and answers to the `test` prompts at each best β."""
     tuning, test = assets.prompts["beta"][:count], assets.prompts["test"][:count]
-    curves: dict[str, list[dict]] = {name: [] for name in METHODS}
+    guided = [name for name, method in METHODS.items() if method.reward_model]
+    curves: dict[str, list[dict]] = {name: [] for name in guided}
     answers = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bar = progress.add_task("guiding", total=len(METHODS) * len(BETAS) + len(METHODS) + 2)
-        for name in METHODS:
+        bar = progress.add_task("", total=len(guided) * len(BETAS) + len(METHODS))
+        for name in guided:
             for beta in BETAS:
-                progress.update(bar, description=f"{name:5} β {beta:<4g} on {len(tuning)} prompts")
-                mean, se = mean_se(answer(assets, tuning, name, beta, seed).gold)
+                progress.update(bar, description=f"choosing β: {name}, β = {beta:g}")
+                mean, se = mean_se(answer(assets, tuning, METHODS[name], beta, seed).gold)
                 curves[name].append({"beta": beta, "gold": mean, "se": se})
                 progress.advance(bar)
-        progress.update(bar, description=f"{len(test)} held-out prompts")
-        for name, do_sample in (("base", True), ("base, greedy", False)):
-            answers[name] = (0.0, answer(assets, test, "base", 0.0, seed, do_sample))
-            progress.advance(bar)
-        for name in METHODS:
-            beta = max(curves[name], key=lambda point: point["gold"])["beta"]
-            answers[name] = (beta, answer(assets, test, name, beta, seed + 1))
+        for name, method in METHODS.items():
+            progress.update(bar, description=f"{len(test)} held-out prompts: {name}")
+            beta = max(curves[name], key=_gold)["beta"] if name in guided else 0.0
+            answers[name] = (beta, answer(assets, test, method, beta, seed + 1))
             progress.advance(bar)
     return curves, answers
+
+
+def _gold(point: dict[str, float]) -> float:
+    return point["gold"]
 
 
 def _summary(answers: dict[str, tuple[float, Answers]]) -> dict[str, dict[str, float]]:
@@ -168,12 +187,11 @@ def _summary(answers: dict[str, tuple[float, Answers]]) -> dict[str, dict[str, f
 
 
 def _paired(answers: dict[str, tuple[float, Answers]]) -> dict[str, dict[str, float]]:
-    """Mean gold difference of PARGS to each other method on the same prompts, with its SE."""
+    """Mean gold differences on the same prompts, with their standard errors."""
     differences = {}
-    for name, (_, got) in answers.items():
-        if name != "PARGS":
-            mean, se = mean_se(answers["PARGS"][1].gold - got.gold)
-            differences[f"PARGS - {name}"] = {"mean": mean, "se": se}
+    for one, other in COMPARED:
+        mean, se = mean_se(answers[one][1].gold - answers[other][1].gold)
+        differences[f"{one} - {other}"] = {"mean": mean, "se": se}
     return differences
 
 
@@ -182,7 +200,7 @@ def _show_texts(console: Console, prompts: list[str], answers: dict) -> None:
         case = task.read_case(prompt)
         said = task.pretty(prompt.removesuffix(" agent :"))
         console.print(f"\n[bold]{said}[/]  [dim](right fix: {case.fix})[/]", soft_wrap=True)
-        for name in ("base", *METHODS):
+        for name in ("base", "ARGS", "PARGS"):
             got = answers[name][1]
             line = f"  [cyan]{name:5}[/] {got.gold[i]:+.2f}  {task.pretty(got.texts[i])}"
             console.print(line, highlight=False, soft_wrap=True)
@@ -195,9 +213,9 @@ def _show_summary(console: Console, rows: dict, paired: dict, count: int) -> Non
     for name, row in rows.items():
         table.add_row(
             name,
-            f"{row['beta']:g}" if name in METHODS else "-",
+            f"{row['beta']:g}" if row["beta"] else "-",
             f"{row['gold']:+.2f} ± {row['se']:.2f}",
-            f"{row['kl']:.2f}" if name in METHODS else "-",
+            f"{row['kl']:.2f}" if row["beta"] else "-",
             f"{row['distinct_2']:.3f}",
             f"{row['tokens_per_second']:.0f}",
         )
@@ -230,19 +248,22 @@ def plot(curves: dict, rows: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    for name, label in (("ARGS", "full-sequence RM"), ("PARGS", "partial-sequence RM")):
-        betas = [p["beta"] for p in curves[name]]
-        gold = torch.tensor([p["gold"] for p in curves[name]])
-        band = 2 * torch.tensor([p["se"] for p in curves[name]])
-        (line,) = axes.plot(betas, gold, marker="o", label=f"{name} ({label})")
-        axes.fill_between(betas, gold - band, gold + band, alpha=0.2, color=line.get_color())
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, points in curves.items():
+        betas = [p["beta"] for p in points]
+        gold = torch.tensor([p["gold"] for p in points])
+        band = 2 * torch.tensor([p["se"] for p in points])
+        full = METHODS[name].reward_model == "rm_full"
+        color, style = "C1" if full else "C0", "-" if METHODS[name].do_sample else ":"
+        label = f"{name} ({'full' if full else 'partial'}-sequence RM)"
+        axes.plot(betas, gold, style, marker="o", color=color, label=label)
+        axes.fill_between(betas, gold - band, gold + band, alpha=0.15, color=color)
     axes.axhline(rows["base"]["gold"], color="gray", linestyle="--", label="base LM")
     axes.set_xscale("log", base=2)
     axes.set_xticks(BETAS, [f"{b:g}" for b in BETAS])
     axes.set_xlabel("β, the weight of the reward")
     axes.set_ylabel("mean gold reward (± 2 SE)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -263,14 +284,19 @@ def run(
     console = Console()
     assets = load_assets()
     test = assets.prompts["test"][:prompts]
-    curves, answers = _rows(assets, prompts, seed, console)
+    curves, answers = _guide(assets, prompts, seed, console)
     rows, paired = _summary(answers), _paired(answers)
     _show_texts(console, test, answers)
     _show_summary(console, rows, paired, prompts)
     best, best_answers = answers["PARGS"]
     few = [assets.tokenizer(p, return_tensors="pt")["input_ids"] for p in test[:SPEED_PROMPTS]]
     speed = measure_speed(
-        assets.lm, assets.reward_models["PARGS"], few, k=K, beta=best, max_new_tokens=MAX_NEW_TOKENS
+        assets.lm,
+        assets.reward_models["rm_partial"],
+        few,
+        k=K,
+        beta=best,
+        max_new_tokens=MAX_NEW_TOKENS,
     )
     _show_speed(console, speed, best_answers.tokens / best_answers.seconds)
 

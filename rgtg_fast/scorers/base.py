@@ -60,7 +60,7 @@ class RewardModelScorer:
             # token, the reward model has no row for it, and it must never be chosen.
             known = ids_here < self.rm.vocab_size
             ids_here = ids_here.where(known, 0)
-        with self.rm.evaluating():
+        with self.rm.evaluating(), self.rm.few_row_linears.active():
             rewards = self._score(ids_here)
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)

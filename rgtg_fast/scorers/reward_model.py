@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ops
+from .cpu_linear import FewRowLinears
 
 HEAD_NAMES = ("score", "classifier", "v_head", "regression_head")
 BASE_NAMES = ("model", "transformer", "pretrained_model", "base_model", "backbone", "gpt_neox")
@@ -43,6 +44,10 @@ class RewardModel:
         self.text_config = self.config.get_text_config()
         self.head = head if head is not None else _find_head(inner, self.base)
         self.check_public = head is None
+        self._modules = list(model.modules())
+        if isinstance(self.head, nn.Module):
+            self._modules += list(self.head.modules())
+        self.few_row_linears = FewRowLinears(self.base)
         embedding = self.base.get_input_embeddings()
         self.device: torch.device = embedding.weight.device
         self.vocab_size: int = embedding.weight.shape[0]
@@ -86,16 +91,14 @@ class RewardModel:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode inside; every module's own training flag restored on the way out."""
-        flags = [(m, m.training) for m in self.model.modules() if m.training]
-        if isinstance(self.head, nn.Module):
-            flags += [(m, True) for m in self.head.modules() if m.training]
-        for module, _ in flags:
+        training = [m for m in self._modules if m.training]
+        for module in training:
             module.training = False
         try:
             yield
         finally:
-            for module, training in flags:
-                module.training = training
+            for module in training:
+                module.training = True
 
 
 def _find_base(model: Any) -> Any:

@@ -1,0 +1,79 @@
+"""fp32 linear layers for a few rows on x86 CPUs.
+
+k siblings make matrices of 4 to 64 rows, where torch's fp32 `linear` and `addmm` (MKL) take 2 to 3
+times the time of one row although the weights are read once all the same. oneDNN's kernel, which
+torch ships as `mkldnn._linear_pointwise`, was 1.4 to 1.7 times faster there on every shape of GPT-2
+(bench/README.md). It reads the weights as they are stored; nothing is packed or copied.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_FEWEST, _MOST = 4, 64
+
+
+class FewRowLinears:
+    """The linear layers of `model` that can take the faster kernel; `active()` switches them.
+
+    Only plain `nn.Linear` and GPT-2's `Conv1D` without hooks, with fp32 weights on CPU. The modules
+    keep their parameters; inside `active()` each has an instance attribute `forward`, gone after.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._patches: list[tuple[dict, Callable]] = []
+        if not _available():
+            return
+        for module in model.modules():
+            if type(module) in (nn.Linear, Conv1D) and _is_plain(module):
+                self._patches.append((module.__dict__, _forward_of(module)))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        for attributes, forward in self._patches:
+            attributes["forward"] = forward
+        try:
+            yield
+        finally:
+            for attributes, _ in self._patches:
+                del attributes["forward"]
+
+
+def _available() -> bool:
+    return (
+        platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    weight = module.weight
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__  # accelerate and others patch it too
+    )
+
+
+def _forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    original = module.forward
+    stored_by_input = isinstance(module, Conv1D)
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.numel() // max(1, x.shape[-1])
+        if not _FEWEST <= rows <= _MOST or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return original(x)
+        weight = module.weight.t() if stored_by_input else module.weight
+        return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
+
+    return forward
