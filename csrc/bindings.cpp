@@ -1,4 +1,5 @@
-// The Python face: op schemas, what was built, and hooks for tests. The only file that knows pybind11.
+// The Python face: op schemas, what was built, and hooks for tests. The only file that knows
+// pybind11.
 #include "cpu/dispatch.h"
 #include "gumbel.h"
 
@@ -39,8 +40,8 @@ pybind11::dict build_info() {
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-  const rgtg::Philox4x32 out = rgtg::philox4x32_10(
-      {{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  const rgtg::Philox4x32 out =
+      rgtg::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
   return {out.word[0], out.word[1], out.word[2], out.word[3]};
 }
 

@@ -1,9 +1,10 @@
 // Gumbel noise that is the same bit for bit in C++, CUDA and torch.
 //
-// A library logf differs between machines by an ulp, which is enough to turn a sampled token. So the
-// logarithm here is one polynomial (coefficients of Cephes logf) made of fp32 multiplications and
-// additions that are each rounded once: this code must be compiled with -ffp-contract=off, and the
-// device build names the rounding explicitly. rgtg_fast/reference.py performs the same operations.
+// A library logf differs between machines by an ulp, which is enough to turn a sampled token. So
+// the logarithm here is one polynomial (coefficients of Cephes logf) made of fp32 multiplications
+// and additions that are each rounded once: this code must be compiled with -ffp-contract=off, and
+// the device build names the rounding explicitly. rgtg_fast/reference.py performs the same
+// operations.
 #pragma once
 
 #include "host_device.h"
@@ -64,10 +65,10 @@ RGTG_HOST_DEVICE inline float log_positive(float x) {
   return log_near_one(add_rn(mantissa, -1.0f), static_cast<float>(exponent));
 }
 
-// g = -log(-log(1 - v)) with v = (word + 1/2) / 2^32, keeping relative precision for v near 0 (large
-// g) and for v near 1 (small g).
+// g = -log(-log(1 - v)) with v = (word + 1/2) / 2^32, keeping relative precision for v near 0
+// (large g) and for v near 1 (small g).
 RGTG_HOST_DEVICE inline float gumbel_from_word(uint32_t word) {
-  constexpr float kScale = 2.3283064365386963e-10f;          // 2^-32
+  constexpr float kScale = 2.3283064365386963e-10f;           // 2^-32
   constexpr float kOneMinusSqrtHalf = 0.292893218813452476f;  // f = -v must stay >= sqrt(1/2) - 1
   const float v = mul_rn(add_rn(static_cast<float>(word), 0.5f), kScale);
   const float w = mul_rn(add_rn(static_cast<float>(~word), 0.5f), kScale);  // 1 - v

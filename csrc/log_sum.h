@@ -1,5 +1,5 @@
-// log(sum(exp(x))) in pieces that can be merged: total = sum(exp(x - reference)), where reference is
-// the maximum or close to it. A NaN total stands for a NaN or +inf among the x.
+// log(sum(exp(x))) in pieces that can be merged: total = sum(exp(x - reference)), where reference
+// is the maximum or close to it. A NaN total stands for a NaN or +inf among the x.
 #pragma once
 
 #include "host_device.h"

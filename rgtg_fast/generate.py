@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,14 +318,14 @@ def generate(
         backend=backend,
     )
     check.check_call(model, inputs, kwargs)
-    move_stop_strings(model, tokenizer, kwargs)
     # transformers hands neither of these to a custom_generate callable: bound here.
     bound = functools.partial(guided, streamer=kwargs.get("streamer"))
     if kwargs.get("synced_gpus"):
         bound = functools.partial(bound, synced_gpus=True)
     if inputs is not None:
         kwargs["inputs"] = inputs
-    return model.generate(custom_generate=bound, **kwargs)
+    with stop_strings_moved(model, tokenizer, kwargs):
+        return model.generate(custom_generate=bound, **kwargs)
 
 
 def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
@@ -338,23 +339,33 @@ def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProc
     return temperature, kept
 
 
-def move_stop_strings(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> None:
-    """Turn `stop_strings` into a criterion: HF loses the tokenizer on the way to a callable."""
-    config = kwargs.get("generation_config") or model.generation_config
-    stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
+@contextmanager
+def stop_strings_moved(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turn `stop_strings` into a criterion in `kwargs`, and keep Hugging Face from seeing them.
+
+    It loses the tokenizer on the way to a callable, and then asks for it. A None in the
+    configuration passed is filled from the model's own, so that one is emptied for the call.
+    """
+    given, own = kwargs.get("generation_config"), model.generation_config
+    stop_strings = kwargs.pop("stop_strings", None)
+    for config in (given, own):
+        stop_strings = stop_strings or getattr(config, "stop_strings", None)
     if not stop_strings:
+        yield
         return
     if tokenizer is None:
-        raise ValueError(
-            f"stop_strings={stop_strings!r} needs the model's tokenizer; pass tokenizer="
-        )
-    if config.stop_strings:
-        config = copy.deepcopy(config)
-        config.stop_strings = None
-        kwargs["generation_config"] = config
+        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer; pass tokenizer=")
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
     criteria.append(StopStringCriteria(tokenizer, stop_strings))
     kwargs["stopping_criteria"] = criteria
+    if given is not None:
+        kwargs["generation_config"] = copy.deepcopy(given)
+        kwargs["generation_config"].stop_strings = None
+    before, own.stop_strings = own.stop_strings, None
+    try:
+        yield
+    finally:
+        own.stop_strings = before
 
 
 __all__ = ["RewardGuided", "generate"]

@@ -58,5 +58,7 @@ def test_environment_overrides_auto_only(monkeypatch):
 
 
 def test_simd_level_that_does_not_exist():
-    with pytest.raises(ValueError, match="SIMD level 'mmx' is not available here; pass one of base"):
+    with pytest.raises(
+        ValueError, match="SIMD level 'mmx' is not available here; pass one of base"
+    ):
         _C.set_simd_level("mmx")

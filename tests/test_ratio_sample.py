@@ -135,9 +135,7 @@ def test_undefined_rows_get_slot_minus_one_and_leave_others_alone(backend, do_sa
     rewards[3, 1] = INF
     logprobs[4] = -INF
     rewards[5, 0] = -INF
-    slot, logq = draw(
-        logprobs, rewards, seed=torch.arange(7), do_sample=do_sample, backend=backend
-    )
+    slot, logq = draw(logprobs, rewards, seed=torch.arange(7), do_sample=do_sample, backend=backend)
     assert (slot[1:5] == -1).all() and logq[1:5].isnan().all()
     assert slot[5] > 0 and logq[5, 0] == -INF
     good = torch.tensor([0, 5, 6])
@@ -162,9 +160,7 @@ def test_row_strided_inputs():
     want = ops.ratio_sample(
         *(t[::2, ::3].contiguous() for t in (logprobs, rewards, ids)), 1.0, 1.0, 3, 4, True
     )
-    got = ops.ratio_sample(
-        *(t[::2, ::3] for t in (logprobs, rewards, ids)), 1.0, 1.0, 3, 4, True
-    )
+    got = ops.ratio_sample(*(t[::2, ::3] for t in (logprobs, rewards, ids)), 1.0, 1.0, 3, 4, True)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 

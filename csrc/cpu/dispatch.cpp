@@ -44,7 +44,8 @@ void set_simd_level(const std::string& name) {
     }
     known += known.empty() ? kNames[level] : std::string(", ") + kNames[level];
   }
-  throw std::invalid_argument("SIMD level '" + name + "' is not available here; pass one of " + known);
+  throw std::invalid_argument("SIMD level '" + name + "' is not available here; pass one of " +
+                              known);
 }
 
 }  // namespace rgtg

@@ -25,12 +25,10 @@ void set_simd_level(const std::string& name);
 
 // Calls the kernel of the level in use, for example RGTG_DISPATCH_SIMD(dot, a, b, n).
 #if RGTG_X86
-#define RGTG_DISPATCH_SIMD(kernel, ...)                          \
-  (::rgtg::simd_level() == ::rgtg::SimdLevel::avx512             \
-       ? ::rgtg::avx512::kernel(__VA_ARGS__)                     \
-       : ::rgtg::simd_level() == ::rgtg::SimdLevel::avx2         \
-             ? ::rgtg::avx2::kernel(__VA_ARGS__)                 \
-             : ::rgtg::base::kernel(__VA_ARGS__))
+#define RGTG_DISPATCH_SIMD(kernel, ...)                                                    \
+  (::rgtg::simd_level() == ::rgtg::SimdLevel::avx512 ? ::rgtg::avx512::kernel(__VA_ARGS__) \
+   : ::rgtg::simd_level() == ::rgtg::SimdLevel::avx2 ? ::rgtg::avx2::kernel(__VA_ARGS__)   \
+                                                     : ::rgtg::base::kernel(__VA_ARGS__))
 #else
 #define RGTG_DISPATCH_SIMD(kernel, ...) ::rgtg::base::kernel(__VA_ARGS__)
 #endif

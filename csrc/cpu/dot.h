@@ -1,5 +1,5 @@
-// What reward_head and vocab_reward share: dot products of many rows, accumulated in fp64 if an input
-// is fp64, else in fp32.
+// What reward_head and vocab_reward share: dot products of many rows, accumulated in fp64 if an
+// input is fp64, else in fp32.
 #pragma once
 
 #define RGTG_KERNELS "cpu/dot_simd.h"

@@ -56,7 +56,8 @@ struct Dense {
   Tensor tensor;
   const T* data;
   explicit Dense(const Tensor& t)
-      : tensor(torch::stable::contiguous(t)), data(static_cast<const T*>(tensor.const_data_ptr())) {}
+      : tensor(torch::stable::contiguous(t)),
+        data(static_cast<const T*>(tensor.const_data_ptr())) {}
 };
 
 std::tuple<Tensor, Tensor> ratio_sample(const Tensor& logprobs, const Tensor& rewards,
@@ -88,8 +89,8 @@ std::tuple<Tensor, Tensor> ratio_sample(const Tensor& logprobs, const Tensor& re
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, k));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const RowInput row = {l.data + i * k,   r.data + i * k, id.data + i * k, b.data[i],
-                            t.data[i],        s.data[i],      p.data[i]};
+      const RowInput row = {l.data + i * k, r.data + i * k, id.data + i * k, b.data[i],
+                            t.data[i],      s.data[i],      p.data[i]};
       slots[i] = sample_row(row, k, do_sample, q + i * k);
     }
   });

@@ -1,8 +1,8 @@
 // One kernel source, compiled once per instruction set into the same binary.
 //
-// A kernel file defines RGTG_KERNELS as the header with its kernels and includes this one. The header
-// is then read once per namespace (base, avx2, avx512) under the matching target options, on top of
-// vectors of the same names. dispatch.h says which namespace to call.
+// A kernel file defines RGTG_KERNELS as the header with its kernels and includes this one. The
+// header is then read once per namespace (base, avx2, avx512) under the matching target options, on
+// top of vectors of the same names. dispatch.h says which namespace to call.
 #include "dispatch.h"
 #include "widen.h"
 

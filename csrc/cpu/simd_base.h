@@ -11,8 +11,12 @@ RGTG_INLINE Vec load(const float* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
-RGTG_INLINE Vec load(const bf16* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
-RGTG_INLINE Vec load(const fp16* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+RGTG_INLINE Vec load(const bf16* p) {
+  return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+RGTG_INLINE Vec load(const fp16* p) {
+  return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
 RGTG_INLINE Vec add(Vec a, Vec b) { return a + b; }
 RGTG_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 RGTG_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -24,7 +28,8 @@ RGTG_INLINE uint32_t greater_mask(Vec a, Vec b) {
 }
 // x * 2^n for the n that was added to 1.5 * 2^23, so that the low bits of `shifted` hold it.
 RGTG_INLINE Vec scale_by_shifted(Vec x, Vec shifted) {
-  return reinterpret_cast<Vec>(reinterpret_cast<VecBits>(x) + (reinterpret_cast<VecBits>(shifted) << 23));
+  return reinterpret_cast<Vec>(reinterpret_cast<VecBits>(x) +
+                               (reinterpret_cast<VecBits>(shifted) << 23));
 }
 RGTG_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 RGTG_INLINE float max_lanes(Vec v) {

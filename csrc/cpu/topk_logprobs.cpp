@@ -55,8 +55,8 @@ void topk_rows(const T* logits, int64_t rows, int64_t vocab, int64_t row_stride,
       const int64_t start = task % count * length;
       const T* x = logits + task / count * row_stride + start;
       Slice& slice = slices[task];
-      slice.sum = RGTG_DISPATCH_SIMD(topk_slice, x, std::min(length, vocab - start), start,
-                                             slice.best);
+      slice.sum =
+          RGTG_DISPATCH_SIMD(topk_slice, x, std::min(length, vocab - start), start, slice.best);
     }
   };
   torch::stable::parallel_for(0, rows * count, std::max<int64_t>(1, kGrain / length), work);

@@ -1,8 +1,8 @@
 // One slice of one row in one read: its k best keys and its part of the log-sum-exp. Included once
 // per instruction set by simd.h.
 
-// A block stays in the L1 cache while it is looked at again, which happens only where it holds a new
-// maximum or a new candidate.
+// A block stays in the L1 cache while it is looked at again, which happens only where it holds a
+// new maximum or a new candidate.
 constexpr int kBlock = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();

@@ -13,8 +13,8 @@
 #include <tuple>
 
 // Weak: a CPU-only libtorch does not have it, and this library must load there all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace rgtg::cuda {
 namespace {
@@ -49,7 +49,8 @@ cudaStream_t current_stream(int device) {
 
 template <size_t N>
 Tensor empty_like_device(const Tensor& t, const std::array<int64_t, N>& sizes, ScalarType type) {
-  return torch::stable::new_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), N), type);
+  return torch::stable::new_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), N),
+                                  type);
 }
 
 template <class T, class Acc>
@@ -64,8 +65,8 @@ void launch(const Tensor& logits, int k, const Tensor& logprobs, const Tensor& i
   auto* key = static_cast<uint64_t*>(keys.mutable_data_ptr());
   auto* sum = static_cast<LogSum<Acc>*>(sums.mutable_data_ptr());
   const cudaStream_t stream = current_stream(logits.get_device());
-  topk_slices<T, Acc><<<rows * slices, kThreads, 0, stream>>>(x, logits.stride(0), vocab, slices, k,
-                                                              key, sum);
+  topk_slices<T, Acc>
+      <<<rows * slices, kThreads, 0, stream>>>(x, logits.stride(0), vocab, slices, k, key, sum);
   check(cudaGetLastError());
   topk_merge<T, Acc><<<rows, kThreads, slices, stream>>>(
       x, logits.stride(0), slices, k, key, sum, static_cast<float*>(logprobs.mutable_data_ptr()),
@@ -106,6 +107,8 @@ std::tuple<Tensor, Tensor> topk_logprobs(const Tensor& logits, int64_t k) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CUDA, m) { m.impl("topk_logprobs", TORCH_BOX(&topk_logprobs)); }
+STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CUDA, m) {
+  m.impl("topk_logprobs", TORCH_BOX(&topk_logprobs));
+}
 
 }  // namespace rgtg::cuda

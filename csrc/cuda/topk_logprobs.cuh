@@ -1,6 +1,7 @@
 // topk_logprobs on the device, in two launches and one read of the vocabulary.
 //
-//   topk_slices: a block holds kTile logits of one row in registers, takes the k best by k block-wide
+//   topk_slices: a block holds kTile logits of one row in registers, takes the k best by k
+//   block-wide
 //                maxima of 64-bit keys, and sums exp(x - max).
 //   topk_merge:  a block merges the sorted lists of one row's slices the same way.
 //
@@ -60,7 +61,8 @@ __device__ V block_reduce(V value, Op op, V (&shared)[2][kWarps], int round) {
   return value;
 }
 
-// Grid: rows * slices blocks. Writes keys [rows, slices, k] in descending order and sums [rows, slices].
+// Grid: rows * slices blocks. Writes keys [rows, slices, k] in descending order and sums [rows,
+// slices].
 template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads)
     topk_slices(const T* logits, int64_t row_stride, int64_t vocab, int slices, int k,
@@ -136,7 +138,8 @@ __global__ void __launch_bounds__(kThreads)
     uint64_t head = kNoKey;
     int head_slice = -1;
     for (int s = threadIdx.x; s < slices; s += kThreads) {
-      const uint64_t candidate = used[s] < k ? row_keys[static_cast<int64_t>(s) * k + used[s]] : kNoKey;
+      const uint64_t candidate =
+          used[s] < k ? row_keys[static_cast<int64_t>(s) * k + used[s]] : kNoKey;
       if (candidate > head) {
         head = candidate;
         head_slice = s;

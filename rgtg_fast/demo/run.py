@@ -236,9 +236,8 @@ def _show_speed(console: Console, speed: dict[str, float], batched: float) -> No
     }
     console.print("\n[bold]Speed, measured just now[/]")
     for what, rate in lines.items():
-        console.print(
-            f"  {what:58} {rate:8.0f} tokens/s  {rate / published:6.1f}x", highlight=False
-        )
+        figures = f"{rate:7.0f} tokens/s {rate / published:7.1f}x"
+        console.print(f"  {what:56}{figures}", highlight=False, soft_wrap=True)
 
 
 def plot(curves: dict, rows: dict, path: Path) -> None:

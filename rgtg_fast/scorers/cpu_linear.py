@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def _available() -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    weight = module.weight
+    weight: Any = module.weight
     return (
         type(weight) is nn.Parameter
         and weight.dtype == torch.float32
@@ -65,7 +66,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _forward_of(module: Any) -> Callable[[Tensor], Tensor]:
     original = module.forward
     stored_by_input = isinstance(module, Conv1D)
 
