@@ -156,7 +156,6 @@ class RewardGuided:
             mask,
             config.max_length - input_ids.shape[1],
             check.position_limit(model, model.config.get_text_config()),
-            "max_new_tokens",
         )
         return mask
 
@@ -164,6 +163,11 @@ class RewardGuided:
         """The prompts as the reward model sees them: ids and mask [B, P]."""
         ids, own_mask = self.reward_input_ids, self.reward_attention_mask
         if ids is None:
+            if own_mask is not None:
+                raise ValueError(
+                    "reward_attention_mask is given without reward_input_ids; pass both, or neither "
+                    "to let the reward model see input_ids and attention_mask"
+                )
             return input_ids, mask
         check.check_ids("reward_input_ids", ids)
         prompts = input_ids.shape[0] // copies
@@ -196,29 +200,22 @@ class RewardGuided:
         if self._rm is None:
             return self.reward_model
         rm = self._rm
-        check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
-        if self.reward_tokenizer is None or self.reward_input_ids is not None:
-            check.check_range(
-                "the reward model's prompt", reward_ids, rm.vocab_size, "reward_model"
-            )
-        if self.reward_tokenizer is None:
+        own_prompt = self.reward_input_ids is not None
+        name = "reward_input_ids" if own_prompt else "input_ids"
+        as_text = check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
+        if own_prompt or not as_text:
+            check.check_range(name, reward_ids, rm.vocab_size, "reward_model")
+        if not as_text:
             limit = check.position_limit(rm.base, rm.text_config)
-            check.check_length(
-                "the reward model's prompt",
-                "reward_model",
-                reward_mask,
-                new_tokens,
-                limit,
-                "max_new_tokens",
-            )
+            check.check_length(name, "reward_model", reward_mask, new_tokens, limit)
         return make_scorer(
             rm,
             k=self.k,
             method=self.reward_method,
             vocab_size=vocab_size,
-            tokenizer=self.tokenizer,
-            reward_tokenizer=self.reward_tokenizer,
-            own_prompt=self.reward_input_ids is not None,
+            tokenizer=self.tokenizer if as_text else None,
+            reward_tokenizer=self.reward_tokenizer if as_text else None,
+            own_prompt=own_prompt,
             eos_ids=getattr(config, "_eos_token_tensor", None),
             eos_reward=self.eos_reward,
             max_length=reward_ids.shape[1] + new_tokens,

@@ -3,7 +3,8 @@
 Every op takes ``backend``: ``"auto"`` (C++ for CPU tensors, CUDA C++ for CUDA tensors),
 ``"reference"`` (torch, float64 inside), ``"cpp"``, ``"cuda"`` or ``"triton"``. The environment
 variable ``RGTG_BACKEND`` replaces ``"auto"``. A backend that is not there for the op and the device
-raises :class:`BackendUnavailable`; nothing falls back in silence. ``backend="reference"`` always works.
+raises :class:`BackendUnavailable`; nothing falls back in silence, not even ``"auto"`` on a CUDA
+tensor whose op has no CUDA kernel. ``backend="reference"`` always works.
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ def _is_reference(op: str, backend: str, device: str) -> bool:
 def topk_logprobs(logits: Tensor, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """The ``k`` most likely tokens of each row and their full-vocabulary log-probabilities.
 
-    Candidates come by logit (widened to float32, float64 rounded to it) descending, then by token id
-    ascending, with -0 == +0: a total order, so every backend returns the same ids. With logits ``l``
-    the log-probabilities are ``l - log(sum(exp(l)))`` over the whole vocabulary. A -inf logit has
-    log-probability -inf. A NaN in a row sorts first and makes all log-probabilities of that row NaN;
-    a +inf does the latter too, as in ``torch.log_softmax``. Other rows are not touched.
+    Candidates come by logit (widened to float32, float64 rounded to it) descending, then by token
+    id ascending, with -0 == +0: a total order, so every backend returns the same ids. With logits
+    ``l`` the log-probabilities are ``l - log(sum(exp(l)))`` over the whole vocabulary. A -inf logit
+    has log-probability -inf. A NaN in a row sorts first and makes all log-probabilities of that row
+    NaN; a +inf does the latter too, as in ``torch.log_softmax``. Other rows are not touched.
 
     Args:
         logits: ``[B, V]`` float64, float32, bfloat16 or float16, any strides.
@@ -203,12 +204,12 @@ def ratio_sample(
     *,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Draws one candidate per row from the ratio policy ``softmax((logprobs + beta * rewards) / T)``.
+    """Draws one candidate per row from the ratio policy ``softmax((logprobs + beta * rewards)/T)``.
 
-    With ``s = logprobs + beta * rewards`` in float32, the slot is ``argmax(s / T + g)`` with standard
-    Gumbel noise ``g`` (the Gumbel-max draw), or ``argmax(s)`` if not ``do_sample``; ties go to the
-    lowest slot. ``g`` is a function of (row seed, position, token id) alone, the same bit for bit on
-    every backend. A candidate with ``s = -inf`` cannot be chosen.
+    With ``s = logprobs + beta * rewards`` in float32, the slot is ``argmax(s / T + g)`` with
+    standard Gumbel noise ``g`` (the Gumbel-max draw), or ``argmax(s)`` without ``do_sample``; ties
+    go to the lowest slot. ``g`` depends on (row seed, position, token id) alone and is the same bit
+    for bit on every backend. A candidate with ``s = -inf`` cannot be chosen.
 
     A row whose ``s / T`` holds a NaN or +inf, or nothing finite, has slot -1 and NaN in ``logq``.
 

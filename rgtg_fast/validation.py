@@ -115,13 +115,12 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
             "language model"
         )
     _check_keywords(model, kwargs)
-    for name, neutral in _OTHER_MODES.items():
-        value = kwargs.get(name, neutral)
-        if value is not None and value != neutral:
-            raise ValueError(
-                f"{name}={value!r} selects another decoding mode; guided decoding is greedy or "
-                f"sampled: leave {name} out, and pass num_return_sequences= for several answers"
-            )
+    check_mode({name: kwargs.get(name) for name in _OTHER_MODES})
+    if kwargs.get("cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation='paged' hands the batch to another decoding loop; leave it out, "
+            "or pass 'static' or 'dynamic'"
+        )
     if kwargs.get("assistant_model") is not None:
         raise ValueError("assistant_model is not supported by guided decoding; leave it out")
     ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -133,6 +132,16 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
     check_mask(
         "attention_mask", kwargs.get("attention_mask"), ids, exact="past_key_values" not in kwargs
     )
+
+
+def check_mode(asked: dict[str, Any]) -> None:
+    """Refuse the options that would switch Hugging Face to another decoding loop."""
+    for name, value in asked.items():
+        if value is not None and value != _OTHER_MODES[name]:
+            raise ValueError(
+                f"{name}={value!r} selects another decoding mode; guided decoding is greedy or "
+                f"sampled: leave {name} out, and pass num_return_sequences= for several answers"
+            )
 
 
 def _check_keywords(model: Any, kwargs: dict[str, Any]) -> None:
@@ -211,11 +220,7 @@ def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) 
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only one"
         )
-    if (config.num_beams or 1) > 1:
-        raise ValueError(
-            f"num_beams={config.num_beams} selects beam search; guided decoding is greedy or "
-            "sampled: pass num_beams=1, and num_return_sequences= for several answers"
-        )
+    check_mode({name: getattr(config, name, None) for name in _OTHER_MODES})
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
@@ -233,15 +238,13 @@ def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) 
             raise ValueError(f"{name}={value} must lie in (0, 1]; leave it out to switch it off")
 
 
-def check_length(
-    name: str, owner: str, mask: Tensor, new_tokens: int, limit: int | None, asked: str
-) -> None:
+def check_length(name: str, owner: str, mask: Tensor, new_tokens: int, limit: int | None) -> None:
     """Prompt and answer must fit the positions a model has."""
     prompt = int(mask.sum(-1).max())
     if limit is not None and prompt + new_tokens > limit:
         raise ValueError(
             f"{name} of {prompt} tokens and {new_tokens} new ones make {prompt + new_tokens}, but "
-            f"{owner} has {limit} positions; pass {asked}<={max(0, limit - prompt)} "
+            f"{owner} has {limit} positions; pass max_new_tokens<={max(0, limit - prompt)} "
             "or shorter prompts"
         )
 
@@ -261,21 +264,22 @@ def position_limit(base: nn.Module, config: Any) -> int | None:
 
 def check_vocabularies(
     rm: RewardModel, vocab_size: int, tokenizer: Any, reward_tokenizer: Any
-) -> None:
-    """Token ids can be shared only where both models mean the same by them."""
+) -> bool:
+    """Whether answers must be re-encoded as text, as token ids mean different things."""
     if reward_tokenizer is not None:
         if tokenizer is None:
             raise ValueError(
                 "reward_tokenizer is given without tokenizer; pass tokenizer= (the language "
                 "model's) too, so that its answers can be decoded"
             )
-        same_vocabulary(tokenizer, reward_tokenizer)
-    elif rm.vocab_size != vocab_size:
+        return not same_vocabulary(tokenizer, reward_tokenizer)
+    if rm.vocab_size != vocab_size:
         raise ValueError(
             f"reward_model has a vocabulary of {rm.vocab_size} tokens and the language model one "
             f"of {vocab_size}; pass reward_tokenizer= and tokenizer= (ids are shared where the two "
             "agree, texts re-encoded where they do not)"
         )
+    return False
 
 
 def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Any:

@@ -25,7 +25,7 @@ def test_show_config_prints_a_reason_for_what_is_missing(capsys):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_an_absent_backend_is_an_error_with_a_reason(op):
-    with pytest.raises(ops.BackendUnavailable, match="no Triton kernel.*pass backend='reference'"):
+    with pytest.raises(ops.BackendUnavailable, match=r"no Triton kernel.*pass backend='reference'"):
         ops._is_reference(op, "triton", "cuda")
 
 

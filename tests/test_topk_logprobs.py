@@ -10,7 +10,7 @@ INF = float("inf")
 
 
 def oracle(logits, k):
-    """Ids by a stable sort, log-probabilities by torch in float64 and in the dtype's own precision."""
+    """Ids by a stable sort, log-probabilities by torch in float64 and in fp32 (fp64)."""
     order = torch.sort(logits.to(torch.float32), dim=1, descending=True, stable=True)
     ids = order.indices[:, :k]
     exact = torch.log_softmax(logits.double(), dim=1).gather(1, ids)

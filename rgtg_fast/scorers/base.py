@@ -55,7 +55,7 @@ class RewardModelScorer:
     def score(self, ids: Tensor) -> Tensor:
         ids_here = ids.to(self.rm.device)
         known = None
-        if self.rm.vocab_size <= self._largest_id:
+        if self.rm.vocab_size <= self.largest_id:
             # A language model's vocabulary may be padded past its tokenizer: such an id is no
             # token, the reward model has no row for it, and it must never be chosen.
             known = ids_here < self.rm.vocab_size
@@ -77,7 +77,7 @@ class RewardModelScorer:
             self.last_reward = self.rewards.gather(1, slot[:, None])[:, 0]
         self._commit(slot)
 
-    _largest_id = -1  # set by the factory where the language model has more ids than the RM
+    largest_id = -1  # set by the factory where the language model has more ids than the RM
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         raise NotImplementedError

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
-from .base import Scorer
+from .base import RewardModelScorer, Scorer
 from .expand import ExpandScorer
 from .probe import Verdict, probe
 from .reencode import ReencodeScorer
@@ -77,9 +77,11 @@ def make_scorer(
                 "reward_tokenizer": reward_tokenizer,
                 "prompt_tokenizer": reward_tokenizer if own_prompt else tokenizer,
             }
-        return ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
-    scorer = (TreeScorer if chosen == "tree" else ExpandScorer)(rm, k, **common)
-    scorer._largest_id = (vocab_size or 0) - 1
+        scorer: RewardModelScorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
+    else:
+        scorer = (TreeScorer if chosen == "tree" else ExpandScorer)(rm, k, **common)
+    if not as_text:
+        scorer.largest_id = (vocab_size or 0) - 1
     return scorer
 
 

@@ -35,6 +35,11 @@ class RewardModel:
                 f"reward_model must be a torch module or a scorer with prefill, score and commit; "
                 f"got {type(model).__name__}"
             )
+        if head is not None and not callable(head):
+            raise ValueError(
+                f"reward_head must be a module or function, hidden [..., H] -> rewards [...]; "
+                f"got {head!r}"
+            )
         self.model = model
         inner: Any = model
         if hasattr(model, "peft_config"):
@@ -119,23 +124,16 @@ def _find_base(model: Any) -> Any:
 
 def _find_head(model: nn.Module, base: nn.Module) -> nn.Module:
     owners = [model] + ([base] if base is not model else [])
-    head, name = next(
-        (
-            (getattr(owner, n), n)
-            for owner in owners
-            for n in HEAD_NAMES
-            if isinstance(getattr(owner, n, None), nn.Module)
-        ),
-        (None, ""),
-    )
+    heads = (getattr(owner, name, None) for owner in owners for name in HEAD_NAMES)
+    head = next((h for h in heads if isinstance(h, nn.Module)), None)
     if head is None:
         raise ValueError(
             f"reward_model {type(model).__name__} has no reward head named "
             f"{', '.join(HEAD_NAMES)}; pass reward_head= (hidden [..., H] -> reward [...])"
         )
-    labels = getattr(head, "out_features", None)
-    if labels is None:
-        labels = getattr(getattr(model, "config", None), "num_labels", 1) if name != "v_head" else 1
+    # Not config.num_labels: Hugging Face sets it to 2 where a custom class never says.
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    labels = linears[-1].out_features if linears else 1
     if labels != 1:
         raise ValueError(
             f"reward_model gives {labels} labels per position, one is wanted; load it with "
