@@ -1,4 +1,4 @@
-"""What the op benchmarks share: timing in turns, the parity gate, the printed and the raw results."""
+"""What the op benchmarks share: timing in turns, the parity gate, printed and raw results."""
 
 from __future__ import annotations
 

@@ -84,44 +84,50 @@ class RewardGuided:
         **model_kwargs: Any,
     ) -> RewardGuidedOutput | Tensor:
         """Called by `model.generate` with everything prepared; returns what it is to return."""
-        batch = max(input_ids.shape[0], 1)
-        copies = generation_config.num_return_sequences or 1
-        prompts = batch // copies
-        embedding = model.get_input_embeddings()
-        vocab_size = embedding.weight.shape[0]
-        check.check_config(model, generation_config, self.k, vocab_size)
-        mask = self._lm_mask(model, input_ids, generation_config, model_kwargs, vocab_size)
-        reward_ids, reward_mask = self._reward_prompt(input_ids, mask, copies)
-        device = input_ids.device
-        warper_temperature, processors = take_temperature(logits_processor)
-        temperature = warper_temperature if self.temperature is None else self.temperature
-        guidance = Guidance(
-            k=self.k,
-            beta=check.per_row("beta", self.beta, prompts, batch, device),
-            temperature=check.per_row("temperature", temperature, prompts, batch, device),
-            seeds=self._row_seeds(batch, bool(generation_config.do_sample), device),
-            do_sample=bool(generation_config.do_sample),
-            check_nan=True if self.check_nan is None and device.type == "cpu" else self.check_nan,
-            backend=self.backend,
-        )
-        new_tokens = generation_config.max_length - input_ids.shape[1]
-        scorer = self._make_scorer(
-            reward_ids, reward_mask, new_tokens, generation_config, vocab_size
-        )
-        scorer.prefill(reward_ids, reward_mask)
-        return guided_decode(
-            model,
-            input_ids,
-            scorer,
-            guidance,
-            logits_processor=processors,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            model_kwargs=model_kwargs,
-            streamer=self.streamer if streamer is None else streamer,
-            synced_gpus=synced_gpus,
-            output_candidates=self.output_candidates,
-        )
+        own_streamer = self.streamer if streamer is None else None
+        with ended_on_error(own_streamer):
+            batch = max(input_ids.shape[0], 1)
+            copies = generation_config.num_return_sequences or 1
+            prompts = batch // copies
+            embedding = model.get_input_embeddings()
+            vocab_size = embedding.weight.shape[0]
+            check.check_config(model, generation_config, self.k, vocab_size)
+            mask = self._lm_mask(model, input_ids, generation_config, model_kwargs, vocab_size)
+            reward_ids, reward_mask = self._reward_prompt(input_ids, mask, copies)
+            device = input_ids.device
+            warper_temperature, processors = take_temperature(logits_processor)
+            temperature = warper_temperature if self.temperature is None else self.temperature
+            guidance = Guidance(
+                k=self.k,
+                beta=check.per_row("beta", self.beta, prompts, batch, device),
+                temperature=check.per_row("temperature", temperature, prompts, batch, device),
+                seeds=self._row_seeds(batch, bool(generation_config.do_sample), device),
+                do_sample=bool(generation_config.do_sample),
+                check_nan=True
+                if self.check_nan is None and device.type == "cpu"
+                else self.check_nan,
+                backend=self.backend,
+            )
+            new_tokens = generation_config.max_length - input_ids.shape[1]
+            scorer = self._make_scorer(
+                reward_ids, reward_mask, new_tokens, generation_config, vocab_size
+            )
+            scorer.prefill(reward_ids, reward_mask)
+            if own_streamer is not None:  # a streamer that HF knows has had the prompt already
+                own_streamer.put(input_ids.cpu())
+            return guided_decode(
+                model,
+                input_ids,
+                scorer,
+                guidance,
+                logits_processor=processors,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                model_kwargs=model_kwargs,
+                streamer=own_streamer if streamer is None else streamer,
+                synced_gpus=synced_gpus,
+                output_candidates=self.output_candidates,
+            )
 
     def _lm_mask(
         self,
@@ -165,8 +171,8 @@ class RewardGuided:
         if ids is None:
             if own_mask is not None:
                 raise ValueError(
-                    "reward_attention_mask is given without reward_input_ids; pass both, or neither "
-                    "to let the reward model see input_ids and attention_mask"
+                    "reward_attention_mask is given without reward_input_ids; pass both, or "
+                    "neither to let the reward model see input_ids and attention_mask"
                 )
             return input_ids, mask
         check.check_ids("reward_input_ids", ids)
@@ -297,32 +303,33 @@ def generate(
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
             does not fit, models that do not match, a NaN logit or reward (row and step named).
     """
-    guided = RewardGuided(
-        reward_model,
-        k=k,
-        beta=beta,
-        seed=seed,
-        temperature=temperature,
-        reward_input_ids=reward_input_ids,
-        reward_attention_mask=reward_attention_mask,
-        reward_tokenizer=reward_tokenizer,
-        tokenizer=tokenizer,
-        reward_head=reward_head,
-        reward_method=reward_method,
-        eos_reward=eos_reward,
-        output_candidates=output_candidates,
-        check_nan=check_nan,
-        backend=backend,
-    )
-    check.check_call(model, inputs, kwargs)
-    # transformers hands neither of these to a custom_generate callable: bound here.
-    bound = functools.partial(guided, streamer=kwargs.get("streamer"))
-    if kwargs.get("synced_gpus"):
-        bound = functools.partial(bound, synced_gpus=True)
-    if inputs is not None:
-        kwargs["inputs"] = inputs
-    with stop_strings_moved(model, tokenizer, kwargs):
-        return model.generate(custom_generate=bound, **kwargs)
+    with ended_on_error(kwargs.get("streamer")):
+        guided = RewardGuided(
+            reward_model,
+            k=k,
+            beta=beta,
+            seed=seed,
+            temperature=temperature,
+            reward_input_ids=reward_input_ids,
+            reward_attention_mask=reward_attention_mask,
+            reward_tokenizer=reward_tokenizer,
+            tokenizer=tokenizer,
+            reward_head=reward_head,
+            reward_method=reward_method,
+            eos_reward=eos_reward,
+            output_candidates=output_candidates,
+            check_nan=check_nan,
+            backend=backend,
+        )
+        # transformers hands neither of these to a custom_generate callable: bound here.
+        bound = functools.partial(guided, streamer=kwargs.get("streamer"))
+        if kwargs.get("synced_gpus"):
+            bound = functools.partial(bound, synced_gpus=True)
+        check.check_call(model, inputs, kwargs)
+        with stop_strings_moved(model, tokenizer, kwargs):
+            if inputs is not None:
+                kwargs["inputs"] = inputs
+            return model.generate(custom_generate=bound, **kwargs)
 
 
 def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
@@ -334,6 +341,17 @@ def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProc
         else:
             kept.append(processor)
     return temperature, kept
+
+
+@contextmanager
+def ended_on_error(streamer: Any) -> Iterator[None]:
+    """End the streamer when a call fails: a thread that reads from it must not wait forever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
 
 
 @contextmanager

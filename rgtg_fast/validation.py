@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def check_options(
 
 
 def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
     if isinstance(value, Tensor):
         if value.dim() != 1 or not (value.is_floating_point() or value.dtype == torch.int64):
             raise ValueError(
@@ -79,7 +82,7 @@ def _check_number(name: str, value: Any) -> None:
                 f"{value.dtype} tensor of shape {list(value.shape)}"
             )
         finite = bool(value.isfinite().all())
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif isinstance(value, Real) and not isinstance(value, bool):  # numpy's floats too
         finite = math.isfinite(value)
     else:
         raise ValueError(f"{name} must be a float or a float tensor [B]; got {value!r}")
@@ -284,7 +287,7 @@ def check_vocabularies(
 
 def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Any:
     """A float as it is; a tensor of one value per prompt or per row as fp32 [B] on `device`."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.dim() == 0:
         return float(value)
     if value.shape[0] not in (prompts, batch):
         raise ValueError(

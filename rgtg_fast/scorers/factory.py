@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -62,11 +63,11 @@ def make_scorer(
     if not isinstance(rm, RewardModel):
         rm = RewardModel(rm, head)  # type: ignore[arg-type]
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
-    verdict, is_new = probe(rm, max_length)
-    chosen = _choose(rm, verdict, method, as_text, warn=is_new)
+    verdict = probe(rm, max_length)
+    chosen = _choose(rm, verdict, method, as_text)
     common: dict[str, Any] = {
         "eos_ids": eos_ids,
-        "eos_reward": _resolve_eos(rm, eos_ids, eos_reward, as_text or verdict.pooled, warn=is_new),
+        "eos_reward": _resolve_eos(rm, eos_ids, eos_reward, as_text or verdict.pooled),
         "capacity": max_length or 0,
         "backend": backend,
     }
@@ -93,7 +94,7 @@ def same_vocabulary(tokenizer: Any, reward_tokenizer: Any) -> bool:
     return all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
 
 
-def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool, warn: bool) -> str:
+def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool) -> str:
     if as_text:
         if method not in ("auto", "reencode"):
             raise ValueError(
@@ -109,29 +110,36 @@ def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool, warn:
             )
         return method
     chosen = verdict.best()
-    if chosen != "tree" and warn:
+    if chosen != "tree":
         reasons = "; ".join(f"{m}: {why}" for m, why in verdict.failed.items())
-        warnings.warn(
+        _warn_once(
+            rm,
             f"{type(rm.model).__name__} is scored by {chosen!r}, which costs {_COST[chosen]} "
             f"({reasons})",
-            stacklevel=3,
         )
     return chosen
 
 
-def _resolve_eos(
-    rm: RewardModel, eos_ids: Tensor | None, eos_reward: str, whole: bool, warn: bool
-) -> str:
+_warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _warn_once(rm: RewardModel, message: str) -> None:
+    said = _warned.setdefault(rm.model, set())
+    if message not in said:
+        said.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _resolve_eos(rm: RewardModel, eos_ids: Tensor | None, eos_reward: str, whole: bool) -> str:
     if eos_reward != "auto" or eos_ids is None:
         return "hidden" if eos_reward == "auto" else eos_reward
     pad = getattr(rm.text_config, "pad_token_id", None)
     if whole or pad is None or pad not in eos_ids.tolist():  # whole: it pools the text itself
         return "hidden"
-    if warn:
-        warnings.warn(
-            f"{type(rm.model).__name__} has pad_token_id == EOS ({pad}): its public forward gives "
-            "prefix + EOS the reward of the prefix, and so does eos_reward='auto'; pass "
-            "eos_reward='hidden' if it was trained to judge the EOS token itself",
-            stacklevel=3,
-        )
+    _warn_once(
+        rm,
+        f"{type(rm.model).__name__} has pad_token_id == EOS ({pad}): its public forward gives "
+        "prefix + EOS the reward of the prefix, and so does eos_reward='auto'; pass "
+        "eos_reward='hidden' if it was trained to judge the EOS token itself",
+    )
     return "previous"

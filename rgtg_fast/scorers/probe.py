@@ -43,8 +43,8 @@ class Verdict:
 
 
 @torch.no_grad()
-def probe(rm: RewardModel, max_length: int | None) -> tuple[Verdict, bool]:
-    """The verdict for `rm` on sequences of up to `max_length` tokens, and whether it is a new one.
+def probe(rm: RewardModel, max_length: int | None) -> Verdict:
+    """The verdict for `rm` on sequences of up to `max_length` tokens.
 
     Verdicts are kept per model, attention implementation, dtype, device and the windows that
     `max_length` reaches: a slot-indexed window goes wrong only past its end.
@@ -54,11 +54,10 @@ def probe(rm: RewardModel, max_length: int | None) -> tuple[Verdict, bool]:
     implementation = getattr(config, "_attn_implementation", None)
     key = (implementation, rm.dtype, str(rm.device), length, rm.check_public)
     known = _verdicts.setdefault(rm.model, {})
-    if key in known:
-        return known[key], False
-    with rm.evaluating():
-        known[key] = _examine(rm, length)
-    return known[key], True
+    if key not in known:
+        with rm.evaluating():
+            known[key] = _examine(rm, length)
+    return known[key]
 
 
 def _probe_length(rm: RewardModel, max_length: int | None) -> int:
