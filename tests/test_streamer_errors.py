@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 import rgtg_fast
-import tiny
 
 
 class Recorder(BaseStreamer):
