@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
+import rgtg_fast
+from rgtg_fast.cli import main
 from rgtg_fast.demo import task
+from rgtg_fast.demo.run import run
 
 NEW = "customer : hello , my kettle has a crack and it is one month old . please help . agent :"
 OLD = "customer : my lamp came apart and it is four years old . agent :"
@@ -97,18 +100,24 @@ def test_a_prompt_outside_the_grammar_is_an_error_that_names_it():
         task.read_case("my dog barks")
 
 
-def test_info_command_prints_the_version():
-    import rgtg_fast
+def test_info_command_prints_the_version(capsys):
+    main(["info"])
+    assert rgtg_fast.__version__ in capsys.readouterr().out
 
-    done = subprocess.run(
-        [sys.executable, "-m", "rgtg_fast", "info"], capture_output=True, text=True, check=True
-    )
-    assert rgtg_fast.__version__ in done.stdout
+
+def test_unknown_command_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["dmo"])
+    assert "demo" in capsys.readouterr().err
+
+
+def test_bench_command_prints_three_ways_of_decoding(capsys):
+    main(["bench", "--new-tokens", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["plain", "guided", "published"]
 
 
 def test_demo_asks_for_no_more_prompts_than_there_are():
-    from rgtg_fast.demo.run import run
-
     with pytest.raises(ValueError, match="prompts=201"):
         run(prompts=201)
 

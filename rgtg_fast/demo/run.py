@@ -33,9 +33,9 @@ from rgtg_fast.demo import task
 from rgtg_fast.demo.speed import measure_speed
 
 ASSETS = Path(__file__).parent / "assets"
-BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 K, MAX_NEW_TOKENS = 10, 72
-SPEED_PROMPTS, TEXTS_SHOWN = 3, 3
+TUNING_PROMPTS, SPEED_PROMPTS, TEXTS_SHOWN = 100, 3, 3
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def distinct_2(texts: list[str]) -> float:
 
 def _guide(assets: Assets, count: int, seed: int, console: Console) -> tuple[dict, dict]:
     """Curves over β on the `beta` prompts, and answers to the `test` prompts at each best β."""
-    tuning, test = assets.prompts["beta"][:count], assets.prompts["test"][:count]
+    test = assets.prompts["test"][:count]
+    tuning = assets.prompts["beta"][: min(count, TUNING_PROMPTS)]
     guided = [name for name, method in METHODS.items() if method.reward_model]
     curves: dict[str, list[dict]] = {name: [] for name in guided}
     answers = {}
@@ -200,9 +201,9 @@ def _show_texts(console: Console, prompts: list[str], answers: dict) -> None:
         case = task.read_case(prompt)
         said = task.pretty(prompt.removesuffix(" agent :"))
         console.print(f"\n[bold]{said}[/]  [dim](right fix: {case.fix})[/]", soft_wrap=True)
-        for name in ("base", "ARGS", "PARGS"):
+        for name in ("base", "ARGS", "PARGS", "ARGS-G", "PARGS-G"):
             got = answers[name][1]
-            line = f"  [cyan]{name:5}[/] {got.gold[i]:+.2f}  {task.pretty(got.texts[i])}"
+            line = f"  [cyan]{name:7}[/] {got.gold[i]:+.2f}  {task.pretty(got.texts[i])}"
             console.print(line, highlight=False, soft_wrap=True)
 
 

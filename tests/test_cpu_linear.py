@@ -1,0 +1,82 @@
+"""The faster fp32 linear layers: same numbers, switched on and off without a trace."""
+
+import platform
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import rgtg_fast
+from rgtg_fast.scorers.cpu_linear import FewRowLinears
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the kernel is for x86"
+)
+
+
+class Two(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.linear = nn.Linear(512, 768, dtype=dtype)
+        self.conv = Conv1D(512, 768).to(dtype)
+        self.small = nn.Linear(512, 8, dtype=dtype)
+
+    def forward(self, x):
+        return self.small(self.conv(self.linear(x)))
+
+
+@pytest.mark.parametrize("rows", [(1, 4), (3, 10), (64, 1), (1, 3), (5, 13)])
+@torch.no_grad()
+def test_results_are_those_of_the_layers(rows):
+    model = Two()
+    x = torch.randn(*rows, 512, generator=torch.Generator().manual_seed(0))
+    exact = Two(torch.float64)
+    exact.load_state_dict(model.state_dict())
+    truth, plain = exact(x.double()), model(x)
+    with FewRowLinears(model).active():
+        got = model(x)
+    allowed = 2 * (plain - truth).abs().max() + 1e-6
+    assert (got - truth).abs().max() <= allowed
+
+
+def test_only_large_plain_fp32_layers_are_switched_and_switched_back():
+    model = Two()
+    fast = FewRowLinears(model)
+    with fast.active():
+        assert "forward" in model.linear.__dict__ and "forward" in model.conv.__dict__
+        assert "forward" not in model.small.__dict__
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    with pytest.raises(RuntimeError), fast.active():
+        raise RuntimeError
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert not FewRowLinears(Two(torch.bfloat16))._patches
+
+
+def test_a_hooked_layer_keeps_its_own_forward():
+    model = Two()
+    model.linear.register_forward_hook(lambda module, args, out: out * 0)
+    assert len(FewRowLinears(model)._patches) == 1
+
+
+def test_the_kernel_is_called_for_siblings_and_for_nothing_else(monkeypatch):
+    """The language model's forwards and the prompt's never take it."""
+    sizes = {"n_embd": 512, "n_layer": 1, "n_head": 4, "vocab_size": 96, "n_positions": 128}
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(GPT2Config(**sizes, **special)).eval()
+    rm = GPT2ForSequenceClassification(GPT2Config(**sizes, **special, num_labels=1)).eval()
+    ids = torch.randint(1, 96, (1, 70))
+    options = {"input_ids": ids, "reward_model": rm, "max_new_tokens": 3, "k": 5}
+    rgtg_fast.generate(lm, **options)  # the probe's own calls are over
+    calls, kernel = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(x, *rest):
+        calls.append(x.shape)
+        return kernel(x, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    rgtg_fast.generate(lm, **options)
+    # attention in and out, and the two of the MLP, for each of three steps
+    assert [shape.numel() // shape[-1] for shape in calls] == [5] * 12
