@@ -218,7 +218,8 @@ def ratio_sample(
         ids: int64 ``[B, k]`` token ids of the candidates.
         beta: weight of the reward, a finite number or ``[B]``.
         temperature: a positive finite number or ``[B]``.
-        seed: an int, which :func:`split_seed` turns into row seeds, or int64 row seeds ``[B]``.
+        seed: an int, which :func:`split_seed` turns into row seeds, or int64 row seeds ``[B]``
+            (in a loop split once: it costs ten times what the draw does).
         position: index of the token in the answer, an int or int64 ``[B]``.
         do_sample: draw, or take the best.
         backend: see the module's docstring.

@@ -108,6 +108,24 @@ def test_noise_follows_the_token_not_its_slot():
     assert torch.equal(slot, 9 - flipped)
 
 
+@pytest.mark.parametrize("large", ["ids", "position", "seed"])
+def test_the_high_word_of_each_counter_counts(large):
+    logprobs, rewards, ids = candidates(200, 10)
+    arguments = {"ids": ids, "seed": torch.arange(200), "position": torch.arange(200)}
+    chosen = []
+    for shift in (0, 2**40):
+        changed = {**arguments, large: arguments[large] + shift}
+        slots = [
+            ops.ratio_sample(
+                logprobs, rewards, **changed, beta=1.0, temperature=1.0, do_sample=True, backend=b
+            )[0]
+            for b in ("cpp", "reference")
+        ]
+        assert torch.equal(*slots)
+        chosen.append(slots[0])
+    assert not torch.equal(*chosen)
+
+
 def test_int_seed_is_split_into_row_seeds():
     logprobs, rewards, ids = candidates(64, 10)
     split = ops.ratio_sample(

@@ -48,7 +48,7 @@ class RewardModelScorer:
         self.eos_ids = None if keeps_eos else eos_ids.to(rm.device)  # type: ignore[union-attr]
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        with self.rm.evaluating():
+        with self.rm.evaluating(), self.rm.fast_linears.active():
             last = self._prefill(input_ids.to(self.rm.device), attention_mask.to(self.rm.device))
         self.last_reward = last  # [B], reward of the prefix as it stands
 
@@ -60,7 +60,7 @@ class RewardModelScorer:
             # token, the reward model has no row for it, and it must never be chosen.
             known = ids_here < self.rm.vocab_size
             ids_here = ids_here.where(known, 0)
-        with self.rm.evaluating(), self.rm.few_row_linears.active():
+        with self.rm.evaluating(), self.rm.fast_linears.active():
             rewards = self._score(ids_here)
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)

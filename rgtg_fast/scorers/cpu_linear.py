@@ -1,9 +1,9 @@
-"""fp32 linear layers for a few rows on x86 CPUs.
+"""fp32 linear layers of 2 to 512 rows on x86 CPUs, through oneDNN.
 
-k siblings make matrices of 4 to 64 rows, where torch's fp32 `linear` and `addmm` (MKL) take 2 to 3
-times the time of one row although the weights are read once all the same. oneDNN's kernel, which
-torch ships as `mkldnn._linear_pointwise`, was 1.4 to 1.7 times faster there on every shape of GPT-2
-(bench/README.md). It reads the weights as they are stored; nothing is packed or copied.
+For k siblings torch's fp32 `linear` and `addmm` (MKL) take 2 to 3 times the time of one row,
+although the weights are read once all the same. oneDNN's kernel, which torch ships as
+`mkldnn._linear_pointwise`, took 0.4 to 0.8 of MKL's time on GPT-2's shapes (bench/README.md). It
+reads the weights as they are stored; nothing is packed or copied.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_FEWEST, _MOST = 4, 64  # rows
+_FEWEST, _MOST = 2, 512  # rows; at 512 the two meet
 _LARGE = 1 << 18  # weights; below, the call's own cost (some 30 µs) outweighs the gain
 
 
-class FewRowLinears:
+class FastLinears:
     """The linear layers of `model` that can take the faster kernel; `active()` switches them.
 
     Only plain `nn.Linear` and GPT-2's `Conv1D` without hooks, with fp32 weights on CPU. The modules

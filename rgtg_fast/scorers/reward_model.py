@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ops
-from .cpu_linear import FewRowLinears
+from .cpu_linear import FastLinears
 
 HEAD_NAMES = ("score", "classifier", "v_head", "regression_head")
 BASE_NAMES = ("model", "transformer", "pretrained_model", "base_model", "backbone", "gpt_neox")
@@ -52,7 +52,7 @@ class RewardModel:
         self._modules = list(model.modules())
         if isinstance(self.head, nn.Module):
             self._modules += list(self.head.modules())
-        self.few_row_linears = FewRowLinears(self.base)
+        self.fast_linears = FastLinears(self.base)
         embedding = self.base.get_input_embeddings()
         self.device: torch.device = embedding.weight.device
         self.vocab_size: int = embedding.weight.shape[0]
