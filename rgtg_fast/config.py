@@ -73,6 +73,8 @@ def show_config() -> None:
     print(f"{'threads':14} {facts['threads']}")
     print(f"{'devices':14} {', '.join(facts['devices'])}")
     for op, backends in facts["backends"].items():
-        print(op)
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        automatic = ", ".join(f"{ops._automatic(op, kind)} on {kind}" for kind in kinds)
+        print(f"{op} (auto: {automatic})")
         for backend, reason in backends.items():
             print(f"  {backend:12} {'yes' if reason is None else 'no: ' + reason}")

@@ -1,10 +1,10 @@
 """The ops of one guided decoding step, typed, validated and dispatched to a backend.
 
-Every op takes ``backend``: ``"auto"`` (C++ for CPU tensors, CUDA C++ for CUDA tensors),
-``"reference"`` (torch, float64 inside), ``"cpp"``, ``"cuda"`` or ``"triton"``. The environment
-variable ``RGTG_BACKEND`` replaces ``"auto"``. A backend that is not there for the op and the device
-raises :class:`BackendUnavailable`; nothing falls back in silence, not even ``"auto"`` on a CUDA
-tensor whose op has no CUDA kernel. ``backend="reference"`` always works.
+Every op takes ``backend``: ``"auto"``, ``"reference"`` (torch, float64 inside, on any device),
+``"cpp"``, ``"cuda"`` or ``"triton"``. ``"auto"`` is C++ for CPU tensors and CUDA C++ for CUDA
+tensors; where the op has no kernel for the device it is the reference on that device, and
+``rgtg_fast.show_config()`` says which. The environment variable ``RGTG_BACKEND`` replaces
+``"auto"``. A backend that is asked for by name and is not there raises :class:`BackendUnavailable`.
 """
 
 from __future__ import annotations
@@ -80,11 +80,19 @@ def _check_available(op: str, backend: str, device: str) -> None:
         )
 
 
+@torch.compiler.assume_constant_result
+def _automatic(op: str, device: str) -> str:
+    if device == "cpu":  # without the extension this is an error that says so
+        return "cpp"
+    has_kernel = device == "cuda" and unavailable_reason(op, "cuda") is None
+    return "cuda" if has_kernel else "reference"
+
+
 def _is_reference(op: str, backend: str, device: str) -> bool:
     """Settles the backend; True for the torch implementation, False for the compiled op."""
     chosen = _requested(backend)
     if chosen == "auto":
-        chosen = "cpp" if device == "cpu" else "cuda"
+        chosen = _automatic(op, device)
     if chosen == "reference":
         return True
     _check_available(op, chosen, device)
