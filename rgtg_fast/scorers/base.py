@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,7 +26,7 @@ class Scorer(Protocol):
         """Append candidate `slot` int64 [B] (index into the last scored ids) to every row."""
 
 
-class RewardModelScorer:
+class RewardModelScorer(ABC):
     """EOS handling, devices and the bookkeeping of the last reward; subclasses do the forwards.
 
     `eos_ids` with `eos_reward="previous"` gives prefix + EOS the reward of the prefix.
@@ -79,14 +80,17 @@ class RewardModelScorer:
 
     largest_id = -1  # set by the factory where the language model has more ids than the RM
 
+    @abstractmethod
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Encode the prompts; rewards fp32 [B] of the prompts themselves."""
 
+    @abstractmethod
     def _score(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Rewards fp32 [B, k] of prefix + candidate."""
 
+    @abstractmethod
     def _commit(self, slot: Tensor) -> None:
-        raise NotImplementedError
+        """Append the winners to the prefix."""
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

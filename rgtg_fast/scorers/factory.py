@@ -63,7 +63,8 @@ def make_scorer(
     if not isinstance(rm, RewardModel):
         rm = RewardModel(rm, head)  # type: ignore[arg-type]
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
-    verdict = probe(rm, max_length)
+    tried = {"auto": ("tree", "expand"), "reencode": ()}.get(method, (method,))
+    verdict = probe(rm, max_length, () if as_text else tried)
     chosen = _choose(rm, verdict, method, as_text)
     common: dict[str, Any] = {
         "eos_ids": eos_ids,
@@ -103,15 +104,16 @@ def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool) -> st
             )
         return "reencode"
     if method != "auto":
-        if method in verdict.failed:
+        why = verdict.reasons.get(method)
+        if why is not None:
             raise ValueError(
-                f"reward_method={method!r} is wrong for {type(rm.model).__name__}: "
-                f"{verdict.failed[method]}; use reward_method='auto'"
+                f"reward_method={method!r} is wrong for {type(rm.model).__name__}: {why}; "
+                "use reward_method='auto'"
             )
         return method
-    chosen = verdict.best()
+    chosen = verdict.method
     if chosen != "tree":
-        reasons = "; ".join(f"{m}: {why}" for m, why in verdict.failed.items())
+        reasons = "; ".join(f"{m}: {why}" for m, why in verdict.reasons.items() if why)
         _warn_once(
             rm,
             f"{type(rm.model).__name__} is scored by {chosen!r}, which costs {_COST[chosen]} "

@@ -30,34 +30,41 @@ _verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Verdict]] = weakref.WeakKe
 
 @dataclass
 class Verdict:
-    """What the probe found.
+    """What the probe found: `pooled`, only the public forward gives the reward; `reasons`, why a
+    method cannot be used, or None where it can. Methods not asked about are not in it."""
 
-    `pooled`: only the public forward gives the reward. `failed`: method -> why it cannot be used.
-    """
+    pooled: bool
+    reasons: dict[str, str | None] = field(default_factory=dict)
 
-    pooled: bool = False
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def best(self) -> str:
-        return next((m for m in ("tree", "expand") if m not in self.failed), "reencode")
+    @property
+    def method(self) -> str:
+        """The fastest method found right."""
+        return next((m for m, why in self.reasons.items() if why is None), "reencode")
 
 
 @torch.no_grad()
-def probe(rm: RewardModel, max_length: int | None) -> Verdict:
+def probe(rm: RewardModel, max_length: int | None, methods: tuple[str, ...]) -> Verdict:
     """The verdict for `rm` on sequences of up to `max_length` tokens.
 
-    Verdicts are kept per model, attention implementation, dtype, device and the windows that
-    `max_length` reaches: a slot-indexed window goes wrong only past its end.
+    `methods` are tried in order until one is right. Verdicts are kept per model, attention
+    implementation, dtype, device and the windows that `max_length` reaches: a slot-indexed window
+    goes wrong only past its end.
     """
     length = _probe_length(rm, max_length)
-    config = rm.text_config
-    implementation = getattr(config, "_attn_implementation", None)
+    implementation = getattr(rm.text_config, "_attn_implementation", None)
     key = (implementation, rm.dtype, str(rm.device), length, rm.check_public)
     known = _verdicts.setdefault(rm.model, {})
-    if key not in known:
-        with rm.evaluating():
-            known[key] = _examine(rm, length)
-    return known[key]
+    with rm.evaluating():
+        ids = _random_ids(rm, (2, length))
+        if key not in known:
+            known[key] = Verdict(pooled=rm.check_public and not _head_is_public(rm, ids[:1]))
+        verdict = known[key]
+        for method in methods:
+            if method not in verdict.reasons:
+                verdict.reasons[method] = _why_not(rm, method, verdict.pooled, ids)
+            if verdict.reasons[method] is None:
+                break
+    return Verdict(verdict.pooled, {m: verdict.reasons[m] for m in methods if m in verdict.reasons})
 
 
 def _probe_length(rm: RewardModel, max_length: int | None) -> int:
@@ -75,34 +82,22 @@ def _probe_length(rm: RewardModel, max_length: int | None) -> int:
     return length if not limit else max(3, min(length, limit - _STEPS - 1))
 
 
-def _examine(rm: RewardModel, length: int) -> Verdict:
-    ids = _random_ids(rm, (2, length))
-    if rm.check_public and not _head_is_public(rm, ids[:1]):
-        why = "its public forward is not its head on the last hidden state"
-        return Verdict(pooled=True, failed={"tree": why, "expand": why})
-    verdict = Verdict()
+def _why_not(rm: RewardModel, method: str, pooled: bool, ids: Tensor) -> str | None:
+    """Why `method` would be wrong for `rm`; None where it is right."""
+    if pooled:
+        return "its public forward is not its head on the last hidden state"
+    if method == "tree" and not plain_attention(rm.text_config):
+        return f"{rm.text_config._attn_implementation!r} attention takes no dense 4D mask"
     projected = copy.copy(rm)
     weight = torch.randn(_hidden_size(rm, ids), generator=torch.Generator().manual_seed(1))
     projected.head = lambda hidden: hidden.float() @ weight.to(hidden.device)
+    scorer = TreeScorer if method == "tree" else ExpandScorer
     try:
         truth, noise = _full_forwards(projected, ids)
+        got = _run(scorer(projected, _SIBLINGS), ids)
     except Exception as error:  # whatever a foreign model raises is a reason
-        why = f"a plain forward failed with {_brief(error)}"
-        return Verdict(failed={"tree": why, "expand": why})
-    for scorer in (TreeScorer, ExpandScorer):
-        if scorer is TreeScorer and not plain_attention(rm.text_config):
-            implementation = rm.text_config._attn_implementation
-            verdict.failed["tree"] = f"{implementation!r} attention takes no dense 4D mask"
-            continue
-        try:
-            got = _run(scorer(projected, _SIBLINGS), ids)
-        except Exception as error:
-            verdict.failed[scorer.method] = f"it failed with {_brief(error)}"
-            continue
-        differs = _disagreement(got, truth, noise, rm.dtype)
-        if differs:
-            verdict.failed[scorer.method] = differs
-    return verdict
+        return f"it failed with {_brief(error)}"
+    return _disagreement(got, truth, noise, rm.dtype)
 
 
 def _disagreement(got: Tensor, truth: Tensor, noise: float, dtype: torch.dtype) -> str | None:
