@@ -64,6 +64,15 @@ def test_scores_are_those_of_full_forwards(rm: str, method: str) -> None:
     walk(scorer, public(zoo.rm(rm)), zoo.prompts())
 
 
+@pytest.mark.parametrize("rm", ["llama", "gemma3", "deepseek_v3"])
+def test_buffers_grow_where_no_length_was_announced(rm: str) -> None:
+    """deepseek_v3 has keys and values of different sizes, gemma3 a mask for each kind of layer."""
+    scorer = make_scorer(zoo.rm(rm), k=K, method="tree")
+    walk(scorer, public(zoo.rm(rm)), zoo.prompts())
+    longest = max(len(prompt) for prompt in zoo.prompts())
+    assert scorer.cache.capacity > longest + 1
+
+
 @pytest.mark.parametrize("rm", zoo.ENCODERS)
 def test_encoder_scores_are_those_of_full_forwards(rm: str) -> None:
     walk(scorer_for(zoo.rm(rm)), public(zoo.rm(rm)), zoo.prompts())
