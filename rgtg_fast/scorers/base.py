@@ -48,11 +48,13 @@ class RewardModelScorer(ABC):
         keeps_eos = eos_reward == "hidden" or eos_ids is None
         self.eos_ids = None if keeps_eos else eos_ids.to(rm.device)  # type: ignore[union-attr]
 
+    @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         with self.rm.evaluating(), self.rm.fast_linears.active():
             last = self._prefill(input_ids.to(self.rm.device), attention_mask.to(self.rm.device))
         self.last_reward = last  # [B], reward of the prefix as it stands
 
+    @torch.no_grad()
     def score(self, ids: Tensor) -> Tensor:
         ids_here = ids.to(self.rm.device)
         known = None
