@@ -99,8 +99,8 @@ def _attend_prefix(
     tl.store(peaks + place, peak, mask=asked)
     tl.store(sums + place, total, mask=asked)
     if begin < end:
-        at = partials + place[:, None] * D + d[None, :]
-        tl.store(at, acc, mask=asked[:, None] & in_head[None, :])
+        target = partials + place[:, None] * D + d[None, :]
+        tl.store(target, acc, mask=asked[:, None] & in_head[None, :])
 
 
 @triton.jit
@@ -188,7 +188,8 @@ def candidate_attention(
             softcap or 0.0, peaks, sums, partials, prefix, heads, group, queries, splits,
             *q.stride()[:3], *k_prefix.stride()[:3], *v_prefix.stride()[:3],
             D=width, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=32 if wide else 64, SPLIT=split,
-            HAS_WINDOW=window is not None, WIDEN=INTERPRETED, **cap, num_warps=4, num_stages=2 if wide else 3,
+            HAS_WINDOW=window is not None, WIDEN=INTERPRETED, **cap,
+            num_warps=4, num_stages=2 if wide else 3,
         )  # fmt: skip
         _merge_self[(rows * heads, queries)](
             q, k_self, v_self, scale, softcap or 0.0, peaks, sums, partials, out,

@@ -41,19 +41,23 @@ def best_of_rows(code, ids):
 
 
 @triton.jit
+def _swap_pairs(cube, ascends, axis: tl.constexpr, dims: tl.constexpr):
+    # The other of each pair as sum - self: wraps around, and is exact all the same.
+    other = tl.sum(cube, axis=axis, keep_dims=True) - cube
+    is_right = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (dims - 1 - axis))
+    return tl.where((cube < other) != ((ascends ^ is_right) == 1), other, cube)
+
+
+@triton.jit
 def _merge_runs(cube, stage: tl.constexpr, dims: tl.constexpr):
     """Sorts runs of 2^stage keys, each bitonic: descending and ascending in turns, the last one
     (stage == dims) descending."""
-    side = tl.arange(0, 2)
-    ascends = 0
     if stage < dims:
-        ascends = tl.reshape(side, [1] * (dims - 1 - stage) + [2] + [1] * stage)
+        ascends = tl.reshape(tl.arange(0, 2), [1] * (dims - 1 - stage) + [2] + [1] * stage)
+    else:
+        ascends = 0
     for i in tl.static_range(stage):
-        axis: tl.constexpr = dims - stage + i
-        # The other of each pair as sum - self: wraps around, and is exact all the same.
-        other = tl.sum(cube, axis=axis, keep_dims=True) - cube
-        is_right = tl.reshape(side, [1] * axis + [2] + [1] * (dims - 1 - axis))
-        cube = tl.where((cube < other) != ((ascends ^ is_right) == 1), other, cube)
+        cube = _swap_pairs(cube, ascends, dims - stage + i, dims)
     return cube
 
 

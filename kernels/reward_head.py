@@ -59,7 +59,7 @@ def _reward_head(
 
 
 def tile(hidden: Tensor, weight: Tensor) -> dict:
-    """The tile of a head's launch: at most 32 Ki elements (16 Ki in float64), and warps to match."""
+    """Tile and warps of a head's launch: at most 32 Ki elements, half of it in float64."""
     acc = accumulator(hidden, weight)
     candidates = power_of_two(min(hidden.shape[1], MAX_TILE_ROWS))
     elements = 32768 if acc == tl.float32 else 16384

@@ -45,7 +45,7 @@ def _reduce_groups(
     peak = tl.max(tl.where(x != x, -float("inf"), x), axis=1)
     peak = tl.where(code == NAN_CODE, float("nan"), peak)
     share = tl.where(x == -float("inf"), 0.0, tl.exp(x - peak[:, None]))
-    if ACC == tl.float32:  # in float64 the first token by key need not be the largest
+    if tl.float32 == ACC:  # in float64 the first token by key need not be the largest
         share = tl.where(ids == first[:, None], 0.0, share)
 
     at = row * groups + group
@@ -84,7 +84,7 @@ def _merge(
         at = start + chunk
         x = tl.load(peaks + row * groups + at, mask=at < groups, other=-float("inf"))
         rest = tl.load(rests + row * groups + at, mask=at < groups, other=0.0).to(tl.float64)
-        if ACC == tl.float32:
+        if tl.float32 == ACC:
             rest += 1.0
         sums += tl.where(x == -float("inf"), 0.0, tl.exp(x - top).to(tl.float64) * rest)
     total = tl.sum(sums, axis=0)

@@ -7,8 +7,13 @@ from pathlib import Path
 
 
 def _demo(args: argparse.Namespace) -> None:
+    import torch
+
     from rgtg_fast.demo.run import run
 
+    # The models are so small that threads cost more in waiting than they bring in work, several
+    # times over on a busy machine.
+    torch.set_num_threads(1)
     run(prompts=args.prompts, out=args.out, seed=args.seed, draw=not args.no_plot)
 
 

@@ -24,8 +24,8 @@ class Driver:
     def get_current_target(self):
         return self.target
 
-    def get_current_device(self):
-        return 0
+    def get_current_device(self):  # compiled kernels are kept by device
+        return self.target.arch
 
     def get_current_stream(self, device):
         return 0

@@ -30,9 +30,10 @@ def test_an_absent_backend_is_an_error_with_a_reason(op):
 
 
 @pytest.mark.parametrize("op", [op for op in ops.OPS if op != "topk_logprobs"])
-def test_auto_on_cuda_never_falls_back_to_torch_in_silence(op):
+def test_auto_on_cuda_is_torch_where_there_is_no_kernel_and_asking_for_one_is_an_error(op):
+    assert ops._is_reference(op, "auto", "cuda")
     with pytest.raises(ops.BackendUnavailable, match=f"no CUDA kernel of {op}"):
-        ops._is_reference(op, "auto", "cuda")
+        ops._is_reference(op, "cuda", "cuda")
 
 
 def test_a_backend_for_the_other_device_is_an_error():
