@@ -1,0 +1,240 @@
+#include <cuda_runtime.h>
+
+#include <csetjmp>
+#include <csignal>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+extern "C" unsigned char simt_shared_begin[], simt_shared_end[];
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+namespace {
+
+constexpr size_t kStack = 64 * 1024;
+constexpr int kWarp = 32;
+
+enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class Order { forward, reverse, random };
+
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t start;
+  jmp_buf context;
+  bool started = false;
+  State state = State::ready;
+  int exchanges = 0;
+};
+
+// The lanes that wait in one warp. Two rounds of values, because a lane may enter the next round
+// before another has read the last.
+struct Warp {
+  uint32_t arrived = 0, mask = 0;
+  uint64_t values[2][kWarp];
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<int> order;
+  int current = 0, live = 0, waiting = 0;
+  const std::function<void()>* kernel = nullptr;
+  jmp_buf scheduler;
+  sigjmp_buf fault;
+  std::string error;
+  Order policy = Order::forward;
+  std::mt19937 random;
+};
+
+Machine& machine = *new Machine;
+
+Fiber& current_fiber() { return machine.fibers[machine.current]; }
+
+// Back to the scheduler until it resumes this fiber.
+void yield_fiber() {
+  if (_setjmp(current_fiber().context) == 0) _longjmp(machine.scheduler, 1);
+}
+
+void fail(const std::string& what) {
+  if (machine.error.empty()) machine.error = what;
+  siglongjmp(machine.fault, 1);
+}
+
+void run_fiber() {
+  (*machine.kernel)();
+  current_fiber().state = State::done;
+  --machine.live;
+  _longjmp(machine.scheduler, 1);
+}
+
+void release_block_barrier() {
+  machine.waiting = 0;
+  for (Fiber& fiber : machine.fibers) {
+    if (fiber.state == State::at_block_barrier) fiber.state = State::ready;
+  }
+}
+
+void resume(int thread) {
+  machine.current = thread;
+  const unsigned x = thread % blockDim.x, rest = thread / blockDim.x;
+  threadIdx = dim3(x, rest % blockDim.y, rest / blockDim.y);
+  Fiber& fiber = machine.fibers[thread];
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.context, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+// Other garbage for every block, copied from one random page because it is done for every block.
+void fill_shared_memory() {
+  constexpr size_t kPage = 4096;
+  static const std::vector<unsigned char>& garbage = *[] {
+    auto* bytes = new std::vector<unsigned char>(2 * kPage);
+    for (unsigned char& byte : *bytes) byte = static_cast<unsigned char>(machine.random());
+    return bytes;
+  }();
+  const unsigned char* from = garbage.data() + machine.random() % kPage;
+  for (unsigned char* to = simt_shared_begin; to < simt_shared_end; to += kPage) {
+    memcpy(to, from, std::min<size_t>(kPage, simt_shared_end - to));
+  }
+}
+
+void prepare_block(int threads) {
+  machine.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+  machine.live = threads;
+  machine.waiting = 0;
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = machine.fibers[t];
+    fiber.started = false;
+    fiber.state = State::ready;
+    fiber.exchanges = 0;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    makecontext(&fiber.start, run_fiber, 0);
+  }
+  fill_shared_memory();
+}
+
+void run_block(int threads) {
+  prepare_block(threads);
+  while (machine.live > 0) {
+    if (machine.policy == Order::random) {
+      std::shuffle(machine.order.begin(), machine.order.end(), machine.random);
+    }
+    bool progress = false;
+    for (const int thread : machine.order) {
+      if (machine.fibers[thread].state != State::ready) continue;
+      resume(thread);
+      progress = true;
+    }
+    if (progress) continue;
+    if (machine.waiting == 0 || machine.waiting != machine.live) {
+      fail("deadlock: some threads wait where the others never come");
+    }
+    release_block_barrier();
+  }
+}
+
+void on_fault(int) { fail("a kernel reached outside its buffers"); }
+
+}  // namespace
+
+int lane() { return machine.current % kWarp; }
+
+void block_barrier() {
+  current_fiber().state = State::at_block_barrier;
+  ++machine.waiting;
+  yield_fiber();
+}
+
+const uint64_t* exchange(uint32_t mask, uint64_t value) {
+  const int me = lane();
+  Warp& warp = machine.warps[machine.current / kWarp];
+  uint64_t* values = warp.values[current_fiber().exchanges++ % 2];
+  if (!(mask >> me & 1)) fail("a lane calls a warp primitive whose mask leaves it out");
+  if (warp.arrived != 0 && warp.mask != mask) fail("lanes of one warp call with different masks");
+  warp.mask = mask;
+  warp.arrived |= 1u << me;
+  values[me] = value;
+  current_fiber().state = State::at_warp_barrier;
+  if (warp.arrived == mask) {
+    warp.arrived = 0;
+    const int first = machine.current - me;
+    for (int i = 0; i < kWarp; ++i) {
+      if (mask >> i & 1) machine.fibers[first + i].state = State::ready;
+    }
+  }
+  yield_fiber();
+  return values;
+}
+
+cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+  const int threads = static_cast<int>(block.x * block.y * block.z);
+  while (static_cast<int>(machine.fibers.size()) < threads) machine.fibers.emplace_back();
+  machine.order.resize(threads);
+  std::iota(machine.order.begin(), machine.order.end(), 0);
+  if (machine.policy == Order::reverse) std::reverse(machine.order.begin(), machine.order.end());
+  machine.kernel = &kernel;
+  machine.error.clear();
+  blockDim = block;
+  gridDim = grid;
+  struct sigaction action = {}, old_segv, old_bus;
+  action.sa_handler = on_fault;
+  sigaction(SIGSEGV, &action, &old_segv);
+  sigaction(SIGBUS, &action, &old_bus);
+  if (sigsetjmp(machine.fault, 1) == 0) {
+    for (unsigned z = 0; z < grid.z; ++z) {
+      for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) {
+          blockIdx = dim3(x, y, z);
+          run_block(threads);
+        }
+      }
+    }
+  }
+  sigaction(SIGSEGV, &old_segv, nullptr);
+  sigaction(SIGBUS, &old_bus, nullptr);
+  return machine.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace simt
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Order 0 forward, 1 reverse, otherwise random with that seed.
+void simt_set_order(unsigned order) {
+  using simt::Order;
+  simt::machine.policy = order == 0 ? Order::forward : order == 1 ? Order::reverse : Order::random;
+  simt::machine.random.seed(order);
+}
+
+const char* simt_error() { return simt::machine.error.c_str(); }
+
+// Memory that ends at a page nobody may touch; filled with 0xFF, which is NaN in every float type.
+void* simt_allocate(size_t bytes) {
+  const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + 2 * page - 1) / page * page;
+  char* base = static_cast<char*>(mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  memset(base, 0xFF, body + page);
+  mprotect(base, page, PROT_NONE);
+  mprotect(base + page + body, page, PROT_NONE);
+  return base + page + body - bytes;
+}
+
+void simt_free(void* end_of_buffer, size_t bytes) {
+  const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + 2 * page - 1) / page * page;
+  munmap(static_cast<char*>(end_of_buffer) + bytes - body - page, body + 2 * page);
+}
+}
