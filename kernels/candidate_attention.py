@@ -173,12 +173,13 @@ def candidate_attention(
     )
     group = query_heads // heads
     queries = k * group
-    block_m = min(64, power_of_two(queries, 16))
+    block_d = power_of_two(width, 16)
+    key_bytes = block_d * q.element_size()  # what a tile of keys takes of shared memory, per key
+    block_n, stages = (64, 3) if key_bytes <= 256 else (32, 2) if key_bytes <= 512 else (16, 1)
+    block_m = min(64 if key_bytes <= 512 else 32, power_of_two(queries, 16))
     tiles = triton.cdiv(queries, block_m)
     split = split_length(prefix, rows * heads * tiles)
     splits = max(1, triton.cdiv(prefix, split))
-    block_d = power_of_two(width, 16)
-    wide = block_d * q.element_size() > 256
     peaks, sums = q.new_empty((2, rows, heads, splits, queries), dtype=torch.float32)
     partials = q.new_empty((rows, heads, splits, queries, width), dtype=torch.float32)
     cap = {"HAS_SOFTCAP": softcap is not None}
@@ -187,9 +188,9 @@ def candidate_attention(
             q, k_prefix, v_prefix, start.contiguous(), length.contiguous(), scale, window or 0,
             softcap or 0.0, peaks, sums, partials, prefix, heads, group, queries, splits,
             *q.stride()[:3], *k_prefix.stride()[:3], *v_prefix.stride()[:3],
-            D=width, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=32 if wide else 64, SPLIT=split,
+            D=width, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split,
             HAS_WINDOW=window is not None, WIDEN=INTERPRETED, **cap,
-            num_warps=4, num_stages=2 if wide else 3,
+            num_warps=4, num_stages=stages,
         )  # fmt: skip
         _merge_self[(rows * heads, queries)](
             q, k_self, v_self, scale, softcap or 0.0, peaks, sums, partials, out,

@@ -284,8 +284,8 @@ def candidate_attention(
     chosen = settle("candidate_attention", backend, q.device.type, q.shape[0])
     if chosen != "reference" and (q.dtype == torch.float64 or not 1 <= q.shape[3] <= 256):
         raise ValueError(
-            f"q has dtype {q.dtype} and head size {q.shape[3]}; the compiled backends take "
-            "float32, bfloat16 or float16 and head sizes up to 256; pass those or backend='reference'"
+            f"q has dtype {q.dtype} and heads of {q.shape[3]}; the compiled backends take float32, "
+            "bfloat16 or float16, up to 256 wide; pass those or backend='reference'"
         )
     arguments = (q, k_prefix, v_prefix, k_self, v_self, start, length, float(scale))
     softcap = None if softcap is None else float(softcap)

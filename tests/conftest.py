@@ -1,7 +1,14 @@
-"""Set-up for every test: one thread, NaN in fresh memory, GPU tests only where there is a GPU."""
+"""Set-up for every test: one thread, NaN in fresh memory; without a GPU no GPU tests, and Triton
+interpreted."""
+
+import os
 
 import pytest
 import torch
+
+# Read when the Triton kernels are imported: without a GPU they run in numpy.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config):
