@@ -76,7 +76,7 @@ def show_config() -> None:
     print(f"{'devices':14} {', '.join(facts['devices'])}")
     for op, backends in facts["backends"].items():
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        automatic = ", ".join(f"{automatic(op, kind, rows=1)} on {kind}" for kind in kinds)
-        print(f"{op} (auto: {automatic})")
+        choices = ", ".join(f"{automatic(op, kind, rows=1)} on {kind}" for kind in kinds)
+        print(f"{op} (auto: {choices})")
         for backend, reason in backends.items():
             print(f"  {backend:12} {'yes' if reason is None else 'no: ' + reason}")
