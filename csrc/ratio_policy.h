@@ -16,9 +16,7 @@ struct Score {
   RGTG_HOST_DEVICE bool undefined() const {
     return tempered != tempered || tempered == kInf<float>;
   }
-  RGTG_HOST_DEVICE bool possible() const {
-    return !undefined() && tempered != -kInf<float>;
-  }
+  RGTG_HOST_DEVICE bool possible() const { return !undefined() && tempered != -kInf<float>; }
   // The candidate with the largest value is taken, the lowest slot among equals.
   RGTG_HOST_DEVICE float value(bool do_sample, int64_t seed, int64_t position, int64_t id) const {
     return do_sample ? add_rn(tempered, gumbel_noise(seed, position, id)) : plain;

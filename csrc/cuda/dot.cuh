@@ -106,9 +106,9 @@ __device__ void candidate_dots(int64_t first, int64_t last, int64_t width, Opera
     double half = 0;
     if (candidate < last) {
       const T* row = row_of(candidate);
-      half = row == nullptr ? kNaN<double>
-                            : warp_dot(row, other, other_offset, second ? middle : 0,
-                                       second ? width : middle);
+      half = row == nullptr
+                 ? kNaN<double>
+                 : warp_dot(row, other, other_offset, second ? middle : 0, second ? width : middle);
     }
     if (second && leads) second_half[dot] = half;
     __syncthreads();

@@ -15,15 +15,16 @@ struct HeadInputs {
   HeadArguments arguments;
 
   // hidden [B, k, H], weight [H], one bias.
-  HeadInputs(const Tensor& given_hidden, const Tensor& given_weight, std::optional<Tensor> given_bias)
+  HeadInputs(const Tensor& given_hidden, const Tensor& given_weight,
+             std::optional<Tensor> given_bias)
       : hidden(checked(given_hidden)),
         weight(with_dense_last_dim(given_weight)),
         rewards(empty_on_device_of<2>(hidden, {hidden.sizes()[0], hidden.sizes()[1]},
                                       ScalarType::Float)),
         bias(given_bias) {
     const int64_t rows = hidden.sizes()[0], k = hidden.sizes()[1], width = hidden.sizes()[2];
-    STD_TORCH_CHECK(weight.dim() == 1 && weight.sizes()[0] == width, "weight must be [H] with H=",
-                    width);
+    STD_TORCH_CHECK(weight.dim() == 1 && weight.sizes()[0] == width,
+                    "weight must be [H] with H=", width);
     check_same_device(hidden, {&weight});
     check_grid(rows, k);
     Operand bias_operand = {nullptr, Element::fp32};

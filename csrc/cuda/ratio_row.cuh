@@ -69,8 +69,7 @@ __device__ inline void sample_row(const RatioArguments& a, int64_t row) {
   const double log_sum_exp = largest + log(total);
   for (int64_t slot = lane; slot < a.k; slot += 32) {
     float& logq = a.logq[first + slot];
-    logq = undefined ? kNaN<float>
-                     : static_cast<float>(logq - log_sum_exp);
+    logq = undefined ? kNaN<float> : static_cast<float>(logq - log_sum_exp);
   }
 }
 

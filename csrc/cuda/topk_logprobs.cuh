@@ -17,8 +17,9 @@
 
 namespace rgtg::cuda {
 
-constexpr int kVectors = 4;     // 16-byte loads in flight per thread
-constexpr int kMaxSlices = 64;  // so that the keys of a row's slices fit in the queue of the merge
+constexpr int kVectors = 4;      // 16-byte loads in flight per thread
+constexpr int kSliceBlocks = 3;  // per multiprocessor: a fourth would make registers spill
+constexpr int kMaxSlices = 64;   // so that the keys of a row's slices fit in the queue of the merge
 
 static_assert(kMaxSlices * kMaxCandidates <= kQueue, "the merge queues every key");
 
@@ -113,8 +114,7 @@ __device__ uint64_t scan_tile(const Tile<T>& tile, int64_t vocab, LogSum<Accumul
   for (int i = 0; i < Tile<T>::kItems; ++i) {
     const int64_t id = tile.id(i);
     if (id < 0 || id >= vocab) continue;
-    best = Larger()(best,
-                    pack_key(static_cast<float>(tile.logit(i)), static_cast<uint32_t>(id)));
+    best = Larger()(best, pack_key(static_cast<float>(tile.logit(i)), static_cast<uint32_t>(id)));
   }
   return best;
 }
@@ -137,7 +137,7 @@ __device__ void push_tile(const Tile<T>& tile, int64_t vocab, uint64_t threshold
 // Grid: rows * slices blocks. Writes keys [rows, slices, k] in descending order and sums [rows,
 // slices].
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kSliceBlocks)
     topk_slices(const T* logits, int64_t row_stride, int64_t vocab, int slices, int64_t tiles,
                 int k, uint64_t* keys, LogSum<double>* sums) {
   using Acc = Accumulator<T>;

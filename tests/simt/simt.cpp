@@ -1,10 +1,11 @@
 #include <cuda_runtime.h>
 
-#include <csetjmp>
-#include <csignal>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <ucontext.h>
 #include <unistd.h>
+#include <csetjmp>
+#include <csignal>
 
 #include <algorithm>
 #include <memory>
@@ -146,7 +147,34 @@ void run_block(int threads) {
   }
 }
 
-void on_fault(int) { fail("a kernel reached outside its buffers"); }
+void on_signal(int signal) {
+  fail(signal == SIGVTALRM ? "a kernel does not end" : "a kernel reached outside its buffers");
+}
+
+// While one lives, the signals that a broken kernel causes end the launch. A launch has kSeconds of
+// processor time.
+class SignalGuard {
+ public:
+  SignalGuard() {
+    struct sigaction action = {};
+    action.sa_handler = on_signal;
+    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &before_[i]);
+    set_timer(kSeconds);
+  }
+  ~SignalGuard() {
+    set_timer(0);
+    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &before_[i], nullptr);
+  }
+
+ private:
+  static constexpr int kSignals[3] = {SIGSEGV, SIGBUS, SIGVTALRM}, kSeconds = 4;
+  struct sigaction before_[3];
+
+  static void set_timer(int seconds) {
+    const itimerval timer = {{0, 0}, {seconds, 0}};
+    setitimer(ITIMER_VIRTUAL, &timer, nullptr);
+  }
+};
 
 }  // namespace
 
@@ -189,10 +217,7 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   machine.error.clear();
   blockDim = block;
   gridDim = grid;
-  struct sigaction action = {}, old_segv, old_bus;
-  action.sa_handler = on_fault;
-  sigaction(SIGSEGV, &action, &old_segv);
-  sigaction(SIGBUS, &action, &old_bus);
+  const SignalGuard guard;
   if (sigsetjmp(machine.fault, 1) == 0) {
     for (unsigned z = 0; z < grid.z; ++z) {
       for (unsigned y = 0; y < grid.y; ++y) {
@@ -203,8 +228,6 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
       }
     }
   }
-  sigaction(SIGSEGV, &old_segv, nullptr);
-  sigaction(SIGBUS, &old_bus, nullptr);
   return machine.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -225,8 +248,8 @@ const char* simt_error() { return simt::machine.error.c_str(); }
 // Memory that ends at a page nobody may touch; filled with 0xFF, which is NaN in every float type.
 void* simt_allocate(size_t bytes) {
   const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + 2 * page - 1) / page * page;
-  char* base = static_cast<char*>(mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* base = static_cast<char*>(
+      mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   memset(base, 0xFF, body + page);
   mprotect(base, page, PROT_NONE);
   mprotect(base + page + body, page, PROT_NONE);
