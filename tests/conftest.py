@@ -1,5 +1,5 @@
-"""Set-up for every test: one thread and NaN in fresh memory. GPU tests run under ``-m gpu`` only, and
-without that the Triton kernels are interpreted, on CPU tensors, GPU or not."""
+"""Set-up for every test: one thread, NaN in fresh memory. GPU tests run under ``-m gpu`` only;
+without it the Triton kernels are interpreted, on CPU tensors, GPU or not."""
 
 import os
 
