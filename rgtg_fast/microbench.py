@@ -54,14 +54,12 @@ def _topk_cases(device: str) -> Iterator[Case]:
         pass
     for rows in (1, 64, 256) if device == "cuda" else (1, 8):
         for k in (10, 64):
-            shape = (rows, 151_936)
-            yield Case(
-                f"B={rows} V=151936 bf16 k={k}",
-                lambda shape=shape, k=k: (torch.randn(shape, device=device).bfloat16(), k),
-                rows * (151_936 * 2 + 12 * k),
-                baseline,
-                others,
-            )
+
+            def make(rows: int = rows, k: int = k) -> tuple:
+                return torch.randn(rows, 151_936, device=device).bfloat16(), k
+
+            least = rows * (151_936 * 2 + 12 * k)
+            yield Case(f"B={rows} V=151936 bf16 k={k}", make, least, baseline, others)
 
 
 def _head_cases(device: str) -> Iterator[Case]:
