@@ -1,9 +1,9 @@
 """The CUDA kernels on the CPU: ``OPS[name]`` takes the arguments of ``torch.ops.rgtg_fast.<name>``.
 
 csrc/cuda/*.cuh is compiled by g++ against tests/simt, once per state of the sources. Inputs are
-copied to memory that ends at a page nobody may touch, with NaN wherever a view has gaps; outputs and
-workspace begin as NaN. Every op runs in several orders of the threads, whose results must be the
-same bit for bit.
+copied to memory with NaN around them and wherever a view has gaps; outputs and workspace begin as
+NaN. Every op runs once in memory that ends at a page nobody may touch, then, aligned as torch's
+memory is, in several orders of the threads, whose results must be the same bit for bit.
 """
 
 import ctypes
@@ -87,8 +87,8 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         self.library.simt_error.restype = ctypes.c_char_p
         self.library.simt_allocate.restype = ctypes.c_void_p
-        self.library.simt_allocate.argtypes = [ctypes.c_size_t]
-        self.library.simt_free.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int]
+        self.library.simt_free.argtypes = [ctypes.c_void_p]
         self.library.simt_topk_slice_count.argtypes = [ctypes.c_int, ctypes.c_int64]
         self.orders = orders
 
@@ -98,6 +98,9 @@ class Emulator:
 
     def in_every_order(self, run):
         """``run(buffers)`` in each order; its outputs, which must not depend on the order."""
+        with _Buffers(self.library, at_guard=True) as buffers:
+            self.library.simt_set_order(FORWARD)
+            run(buffers)
         first = None
         for order in self.orders:
             self.library.simt_set_order(order)
@@ -186,19 +189,19 @@ class Emulator:
 class _Buffers:
     """Guarded memory of one run."""
 
-    def __init__(self, library):
-        self.library, self.held = library, []
+    def __init__(self, library, at_guard=False):
+        self.library, self.at_guard, self.held = library, at_guard, []
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for pointer, size in self.held:
-            self.library.simt_free(pointer, size)
+        for pointer in self.held:
+            self.library.simt_free(pointer)
 
-    def _allocate(self, size):
-        pointer = self.library.simt_allocate(size)
-        self.held.append((pointer, size))
+    def _allocate(self, size, offset=0):
+        pointer = self.library.simt_allocate(size, -1 if self.at_guard else offset)
+        self.held.append(pointer)
         return pointer
 
     def new(self, shape, dtype=torch.int64):
@@ -215,11 +218,12 @@ class _Buffers:
         return torch.frombuffer(raw, dtype=dtype).clone().reshape(shape)
 
     def put(self, tensor):
-        """A copy with the strides of ``tensor``, and NaN in the gaps."""
+        """A copy with the strides and the alignment of ``tensor``, and NaN in the gaps."""
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         if tensor.numel() == 0:
             return self._allocate(0)
-        pointer = self._allocate(span * tensor.element_size())
+        offset = tensor.storage_offset() * tensor.element_size() % 16
+        pointer = self._allocate(span * tensor.element_size(), offset)
         raw = (ctypes.c_char * (span * tensor.element_size())).from_address(pointer)
         view = torch.frombuffer(raw, dtype=tensor.dtype)
         view.as_strided(tensor.shape, tensor.stride()).copy_(tensor)

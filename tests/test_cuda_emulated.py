@@ -207,14 +207,13 @@ def test_a_missing_barrier_is_found(tmp_path, file, occurrence, where):
 BROKEN_BOUNDS = [
     ("topk_logprobs.cuh", "id >= 0 && id + kWidth <= vocab", "true"),
     ("topk_logprobs.cuh", "id + e >= 0 && id + e < vocab", "id + e >= 0 && id + e <= vocab"),
-    ("dot.cuh", "i + kWidth <= length", "i < length"),
     ("vocab_reward.cuh", "id < 0 || id >= a.vocab", "false"),
     ("ratio_sample.cuh", "row < a.rows", "true"),
 ]
 
 
 @pytest.mark.parametrize("file, old, new", BROKEN_BOUNDS)
-def test_a_broken_bound_is_found(tmp_path, file, old, new):
+def test_a_read_outside_the_buffers_is_found(tmp_path, file, old, new):
     broken = mutant(tmp_path, file, old, new)
     with pytest.raises(AssertionError, match="reached outside"):
         if file == "topk_logprobs.cuh":
@@ -224,3 +223,10 @@ def test_a_broken_bound_is_found(tmp_path, file, old, new):
             broken.ratio_sample(logprobs, logprobs, ids, *settings, True)
         else:
             broken.vocab_reward(randn(1, 1029), randn(9, 1029), torch.tensor([[8, 9]]))
+
+
+def test_a_read_past_the_end_of_a_row_is_found(tmp_path):
+    broken = mutant(tmp_path, "dot.cuh", "i + kWidth <= length", "i < length")
+    hidden, weight = randn(1, 2, 1032)[..., :1029], randn(1029)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(broken.reward_head(hidden, weight), hidden @ weight)

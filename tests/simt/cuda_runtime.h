@@ -2,9 +2,9 @@
 // of the language and the runtime for these kernels, executed by simt.cpp.
 //
 // Blocks run one after another, the threads of a block as fibers. A fiber runs until it waits at a
-// __syncthreads or a warp primitive; which waiting fiber runs next is the order asked for. So
-// threads are as far apart as barriers let them be, and what a kernel gets wrong without one shows
-// as a result that depends on the order.
+// __syncthreads or a warp primitive, and a warp runs until __syncthreads stops it; which comes next
+// is the order asked for. What a kernel gets wrong without a barrier shows as a result that depends
+// on the order.
 #pragma once
 
 #include <cmath>

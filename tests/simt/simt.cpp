@@ -8,10 +8,13 @@
 #include <csignal>
 
 #include <algorithm>
+#include <array>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 extern "C" unsigned char simt_shared_begin[], simt_shared_end[];
@@ -47,7 +50,6 @@ struct Warp {
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<int> order;
   int current = 0, live = 0, waiting = 0;
   const std::function<void()>* kernel = nullptr;
   jmp_buf scheduler;
@@ -55,6 +57,7 @@ struct Machine {
   std::string error;
   Order policy = Order::forward;
   std::mt19937 random;
+  std::map<void*, std::pair<void*, size_t>> mapped;
 };
 
 Machine& machine = *new Machine;
@@ -127,18 +130,44 @@ void prepare_block(int threads) {
   fill_shared_memory();
 }
 
+// Every lane of a warp that is ready, once.
+bool run_lanes(int warp, int threads) {
+  std::array<int, kWarp> lanes;
+  std::iota(lanes.begin(), lanes.end(), 0);
+  if (machine.policy == Order::reverse) std::reverse(lanes.begin(), lanes.end());
+  if (machine.policy == Order::random) std::shuffle(lanes.begin(), lanes.end(), machine.random);
+  bool progress = false;
+  for (const int lane : lanes) {
+    const int thread = warp * kWarp + lane;
+    if (thread >= threads || machine.fibers[thread].state != State::ready) continue;
+    resume(thread);
+    progress = true;
+  }
+  return progress;
+}
+
+// A warp goes on until the block's barrier stops it (in random order: or chance does), so that
+// warps are as far apart as they can be.
+bool run_warp(int warp, int threads) {
+  bool progress = false;
+  while (run_lanes(warp, threads)) {
+    progress = true;
+    if (machine.policy == Order::random && machine.random() % 2) break;
+  }
+  return progress;
+}
+
 void run_block(int threads) {
   prepare_block(threads);
+  std::vector<int> warps(machine.warps.size());
+  std::iota(warps.begin(), warps.end(), 0);
+  if (machine.policy == Order::reverse) std::reverse(warps.begin(), warps.end());
   while (machine.live > 0) {
     if (machine.policy == Order::random) {
-      std::shuffle(machine.order.begin(), machine.order.end(), machine.random);
+      std::shuffle(warps.begin(), warps.end(), machine.random);
     }
     bool progress = false;
-    for (const int thread : machine.order) {
-      if (machine.fibers[thread].state != State::ready) continue;
-      resume(thread);
-      progress = true;
-    }
+    for (const int warp : warps) progress |= run_warp(warp, threads);
     if (progress) continue;
     if (machine.waiting == 0 || machine.waiting != machine.live) {
       fail("deadlock: some threads wait where the others never come");
@@ -210,9 +239,6 @@ const uint64_t* exchange(uint32_t mask, uint64_t value) {
 cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const int threads = static_cast<int>(block.x * block.y * block.z);
   while (static_cast<int>(machine.fibers.size()) < threads) machine.fibers.emplace_back();
-  machine.order.resize(threads);
-  std::iota(machine.order.begin(), machine.order.end(), 0);
-  if (machine.policy == Order::reverse) std::reverse(machine.order.begin(), machine.order.end());
   machine.kernel = &kernel;
   machine.error.clear();
   blockDim = block;
@@ -245,19 +271,23 @@ void simt_set_order(unsigned order) {
 
 const char* simt_error() { return simt::machine.error.c_str(); }
 
-// Memory that ends at a page nobody may touch; filled with 0xFF, which is NaN in every float type.
-void* simt_allocate(size_t bytes) {
-  const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + 2 * page - 1) / page * page;
-  char* base = static_cast<char*>(
-      mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+// Memory between pages nobody may touch, filled with 0xFF, which is NaN in every float type. It ends
+// at such a page or, with an offset that is not negative, begins that far from an aligned address.
+void* simt_allocate(size_t bytes, int offset) {
+  const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + 3 * page - 1) / page * page;
+  char* base = static_cast<char*>(mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   memset(base, 0xFF, body + page);
   mprotect(base, page, PROT_NONE);
   mprotect(base + page + body, page, PROT_NONE);
-  return base + page + body - bytes;
+  char* memory = offset < 0 ? base + page + body - bytes : base + 2 * page + offset;
+  simt::machine.mapped[memory] = {base, body + 2 * page};
+  return memory;
 }
 
-void simt_free(void* end_of_buffer, size_t bytes) {
-  const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + 2 * page - 1) / page * page;
-  munmap(static_cast<char*>(end_of_buffer) + bytes - body - page, body + 2 * page);
+void simt_free(void* memory) {
+  const auto found = simt::machine.mapped.find(memory);
+  munmap(found->second.first, found->second.second);
+  simt::machine.mapped.erase(found);
 }
 }
