@@ -1,4 +1,4 @@
-"""candidate_attention against torch: the same as ``python -m rgtg_fast bench candidate_attention``."""
+"""candidate_attention against torch; ``python -m rgtg_fast bench candidate_attention`` is the same."""
 
 import sys
 
