@@ -9,7 +9,9 @@
 namespace rgtg::cuda {
 
 constexpr int kWarpsPerDot = 2;
-constexpr int kLoads = 8;  // 16-byte loads of each operand in flight per thread
+// 16-byte loads of each operand in flight per thread. The kernels ask for one block per
+// multiprocessor only, or the compiler would trade the registers of these loads for occupancy.
+constexpr int kLoads = 8;
 
 // A vector or matrix whose type is known at run time only.
 struct Operand {

@@ -13,7 +13,7 @@ constexpr int kStepThreads = kStepCandidates * kWarpsPerDot * 32;
 // Grid: rows. The rewards are read back from global memory, past the barrier that ends
 // head_rewards.
 template <class T>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, 1)
     ratio_step_kernel(HeadArguments head, RatioArguments ratio) {
   head_rewards<kStepCandidates, T>(head, blockIdx.x, 0, head.k);
   if (threadIdx.x < 32) sample_row(ratio, blockIdx.x);

@@ -32,7 +32,7 @@ constexpr int kHeadThreads = kHeadCandidates * kWarpsPerDot * 32;
 
 // Grid: rows, groups of kHeadCandidates.
 template <class T>
-__global__ void __launch_bounds__(kHeadThreads) reward_head_kernel(HeadArguments a) {
+__global__ void __launch_bounds__(kHeadThreads, 1) reward_head_kernel(HeadArguments a) {
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kHeadCandidates;
   const int64_t last = first + kHeadCandidates < a.k ? first + kHeadCandidates : a.k;
   head_rewards<kHeadCandidates, T>(a, blockIdx.x, first, last);

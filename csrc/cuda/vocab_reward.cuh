@@ -23,7 +23,7 @@ constexpr int kVocabThreads = kVocabCandidates * kWarpsPerDot * 32;
 // Grid: rows, groups of kVocabCandidates. The reward of an id outside the vocabulary is NaN: a
 // kernel cannot raise.
 template <class T>
-__global__ void __launch_bounds__(kVocabThreads) vocab_reward_kernel(VocabArguments a) {
+__global__ void __launch_bounds__(kVocabThreads, 1) vocab_reward_kernel(VocabArguments a) {
   const int64_t row = blockIdx.x;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kVocabCandidates;
   const int64_t last = first + kVocabCandidates < a.k ? first + kVocabCandidates : a.k;
