@@ -1,4 +1,4 @@
-"""candidate_attention against torch; ``python -m rgtg_fast bench candidate_attention`` is the same."""
+"""candidate_attention against torch, as ``python -m rgtg_fast bench candidate_attention``."""
 
 import sys
 

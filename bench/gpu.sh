@@ -3,6 +3,8 @@
 # sanitizer, the benchmarks (raw figures into bench/results/<op>_gpu.json).
 #
 #   PYTHON=python3 bench/gpu.sh [build] [test] [sanitize] [bench]      (default: all four)
+#
+# PYTEST_ARGS="-q -n 8" compiles the Triton kernels of the matrix on eight cores (pytest-xdist).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -23,7 +25,7 @@ for step in $STEPS; do
       "$PYTHON" -m rgtg_fast info
       ;;
     test)
-      "$PYTHON" -m pytest -q -m gpu tests/test_matrix.py tests/test_gpu.py
+      "$PYTHON" -m pytest ${PYTEST_ARGS:--q} -m gpu tests/test_matrix.py tests/test_gpu.py
       ;;
     sanitize)
       # Triton's kernels are compiled once before, so that the sanitizer sees launches only. The

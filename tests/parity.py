@@ -60,7 +60,8 @@ BACKENDS = (
     Backend("triton-gpu", "cuda", _triton, OPS),
     Backend("cuda-gpu", "cuda", _compiled, FUSED),
 )
-SLOW = ("triton-interpreted", "cuda-emulated")
+# Interpreting, emulating, and compiling anew for every shape take their time.
+SLOW = ("triton-interpreted", "cuda-emulated", "triton-gpu")
 
 
 def backends_of(op):
