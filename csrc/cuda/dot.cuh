@@ -9,9 +9,6 @@
 namespace rgtg::cuda {
 
 constexpr int kWarpsPerDot = 2;
-// 16-byte loads of each operand in flight per thread. The kernels ask for one block per
-// multiprocessor only, or the compiler would trade the registers of these loads for occupancy.
-constexpr int kLoads = 8;
 
 // A vector or matrix whose type is known at run time only.
 struct Operand {
@@ -47,8 +44,9 @@ __device__ void add_products(const Vector<T>& a, const Vector<T>& b,
   for (int e = 0; e < Vector<T>::kWidth; ++e) total[e] += widen(a.item[e]) * widen(b.item[e]);
 }
 
-// One thread's share of sum(a[i] * b[i]) where both are aligned.
-template <class T>
+// One thread's share of sum(a[i] * b[i]) where both are aligned, with kLoads 16-byte loads of each
+// in flight. kLoads does not change the order of the additions.
+template <int kLoads, class T>
 __device__ Accumulator<T> aligned_dot(const T* a, const T* b, int64_t length) {
   constexpr int kWidth = Vector<T>::kWidth;
   constexpr int kStep = 32 * kWidth;
@@ -75,12 +73,12 @@ __device__ Accumulator<T> aligned_dot(const T* a, const T* b, int64_t length) {
 }
 
 // sum(a[i] * b[i]) over begin <= i < end, by one warp; every lane gets it.
-template <class T>
+template <int kLoads, class T>
 __device__ double warp_dot(const T* a, Operand b, int64_t b_offset, int64_t begin, int64_t end) {
   if (b.element == kElement<T>) {
     const T* x = a + begin;
     const T* y = static_cast<const T*>(b.data) + b_offset + begin;
-    if (is_aligned(x) && is_aligned(y)) return warp_sum(aligned_dot(x, y, end - begin));
+    if (is_aligned(x) && is_aligned(y)) return warp_sum(aligned_dot<kLoads>(x, y, end - begin));
   }
   // Mixed or unaligned operands are rare: element by element, in fp64.
   double total = 0;
@@ -93,7 +91,7 @@ __device__ double warp_dot(const T* a, Operand b, int64_t b_offset, int64_t begi
 // emit(c, dot) for candidates first <= c < last, each by one thread; ends with a barrier. For
 // blocks of kCandidates * kWarpsPerDot warps. row_of(c) is the candidate's vector or null, whose
 // dot is NaN; the other operand is other[other_offset ..].
-template <int kCandidates, class T, class RowOf, class Emit>
+template <int kCandidates, int kLoads, class T, class RowOf, class Emit>
 __device__ void candidate_dots(int64_t first, int64_t last, int64_t width, Operand other,
                                int64_t other_offset, RowOf row_of, Emit emit) {
   __shared__ double second_half[kCandidates];
@@ -108,9 +106,9 @@ __device__ void candidate_dots(int64_t first, int64_t last, int64_t width, Opera
     double half = 0;
     if (candidate < last) {
       const T* row = row_of(candidate);
-      half = row == nullptr
-                 ? kNaN<double>
-                 : warp_dot(row, other, other_offset, second ? middle : 0, second ? width : middle);
+      half = row == nullptr ? kNaN<double>
+                            : warp_dot<kLoads>(row, other, other_offset, second ? middle : 0,
+                                               second ? width : middle);
     }
     if (second && leads) second_half[dot] = half;
     __syncthreads();

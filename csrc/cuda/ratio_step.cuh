@@ -15,7 +15,7 @@ constexpr int kStepThreads = kStepCandidates * kWarpsPerDot * 32;
 template <class T>
 __global__ void __launch_bounds__(kStepThreads, 1)
     ratio_step_kernel(HeadArguments head, RatioArguments ratio) {
-  head_rewards<kStepCandidates, T>(head, blockIdx.x, 0, head.k);
+  head_rewards<kStepCandidates, 8, T>(head, blockIdx.x, 0, head.k);
   if (threadIdx.x < 32) sample_row(ratio, blockIdx.x);
 }
 

@@ -15,11 +15,11 @@ struct HeadArguments {
 };
 
 // The rewards of candidates first .. last - 1 of one row.
-template <int kCandidates, class T>
+template <int kCandidates, int kLoads, class T>
 __device__ void head_rewards(const HeadArguments& a, int64_t row, int64_t first, int64_t last) {
   const T* hidden = static_cast<const T*>(a.hidden.data) + row * a.row_stride;
   const double bias = a.bias.data == nullptr ? 0.0 : a.bias.at(0);
-  candidate_dots<kCandidates, T>(
+  candidate_dots<kCandidates, kLoads, T>(
       first, last, a.width, a.weight, 0,
       [&](int64_t candidate) { return hidden + candidate * a.candidate_stride; },
       [&](int64_t candidate, double dot) {
@@ -35,7 +35,7 @@ template <class T>
 __global__ void __launch_bounds__(kHeadThreads, 1) reward_head_kernel(HeadArguments a) {
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kHeadCandidates;
   const int64_t last = first + kHeadCandidates < a.k ? first + kHeadCandidates : a.k;
-  head_rewards<kHeadCandidates, T>(a, blockIdx.x, first, last);
+  head_rewards<kHeadCandidates, 8, T>(a, blockIdx.x, first, last);
 }
 
 inline cudaError_t launch_reward_head(const HeadArguments& a, cudaStream_t stream) {

@@ -1,5 +1,6 @@
 // vocab_reward on the device: k rows gathered from a [V, H] head, each dotted with the row's hidden
-// state. One block alone is starved of bandwidth, so a row's candidates are spread over blocks.
+// state. One block alone is starved of bandwidth, so a row's candidates are spread over blocks, two
+// of which share a multiprocessor, that one loads while the other adds up.
 #pragma once
 
 #include "cuda/dot.cuh"
@@ -23,12 +24,12 @@ constexpr int kVocabThreads = kVocabCandidates * kWarpsPerDot * 32;
 // Grid: rows, groups of kVocabCandidates. The reward of an id outside the vocabulary is NaN: a
 // kernel cannot raise.
 template <class T>
-__global__ void __launch_bounds__(kVocabThreads, 1) vocab_reward_kernel(VocabArguments a) {
+__global__ void __launch_bounds__(kVocabThreads, 2) vocab_reward_kernel(VocabArguments a) {
   const int64_t row = blockIdx.x;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kVocabCandidates;
   const int64_t last = first + kVocabCandidates < a.k ? first + kVocabCandidates : a.k;
   const T* weight = static_cast<const T*>(a.weight.data);
-  candidate_dots<kVocabCandidates, T>(
+  candidate_dots<kVocabCandidates, 4, T>(
       first, last, a.width, a.hidden, row * a.hidden_stride,
       [&](int64_t candidate) {
         const int64_t id = a.ids[row * a.k + candidate];
