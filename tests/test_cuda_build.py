@@ -46,7 +46,11 @@ def test_kernels_compile_without_spills_or_stack(arch, tmp_path):
 
 
 def test_kernels_include_no_torch_header():
-    for path in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cuh"), ROOT / "csrc/cuda/launch.h"]:
+    for path in [
+        *ROOT.glob("csrc/*.h"),
+        *ROOT.glob("csrc/cuda/*.cuh"),
+        ROOT / "csrc/cuda/launch.h",
+    ]:
         assert "torch/" not in path.read_text(), path.name
 
 

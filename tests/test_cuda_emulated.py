@@ -1,4 +1,4 @@
-"""The CUDA kernels under the SIMT emulation, and that the emulation finds what it is there to find."""
+"""The CUDA kernels under the SIMT emulation, and that it finds what it is there to find."""
 
 import shutil
 
