@@ -176,7 +176,9 @@ def candidate_attention(
     block_d = power_of_two(width, 16)
     key_bytes = block_d * q.element_size()  # what a tile of keys takes of shared memory, per key
     block_n, stages = (64, 3) if key_bytes <= 256 else (32, 2) if key_bytes <= 512 else (16, 1)
-    block_m = min(64 if key_bytes <= 512 else 32, power_of_two(queries, 16))
+    # Wide float32 tiles, which no tensor core takes, spill at four warps and 64 queries.
+    spills = q.dtype == torch.float32 and block_d >= 128
+    block_m = min(32 if spills else 64, power_of_two(queries, 16))
     tiles = triton.cdiv(queries, block_m)
     split = split_length(prefix, rows * heads * tiles)
     splits = max(1, triton.cdiv(prefix, split))
@@ -190,7 +192,7 @@ def candidate_attention(
             *q.stride()[:3], *k_prefix.stride()[:3], *v_prefix.stride()[:3],
             D=width, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split,
             HAS_WINDOW=window is not None, WIDEN=INTERPRETED, **cap,
-            num_warps=4, num_stages=stages,
+            num_warps=8 if spills else 4, num_stages=stages,
         )  # fmt: skip
         _merge_self[(rows * heads, queries)](
             q, k_self, v_self, scale, softcap or 0.0, peaks, sums, partials, out,

@@ -5,7 +5,10 @@ tensors, against a driver that names a target and has no device.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import torch
 import triton
@@ -34,6 +37,16 @@ class Driver:
         return torch.device("cpu")
 
 
+def stack_bytes(cubin):
+    """What a thread spills of its registers, by the cuobjdump that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", text))
+
+
 def compile_only(self, grid, **kwargs):
     def launch(*args, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
@@ -41,6 +54,7 @@ def compile_only(self, grid, **kwargs):
             "kernel": self.__name__,
             "arch": kernel.metadata.target.arch,
             "cubin": len(kernel.asm["cubin"]),
+            "stack": stack_bytes(kernel.asm["cubin"]),
             "shared": kernel.metadata.shared,
             "fma": kernel.asm["ptx"].count("fma.rn.f32"),
         }
@@ -57,6 +71,13 @@ def floats(dtype, *shape):
     return torch.randn(shape).to(dtype)
 
 
+def launch_attention(dtype, k, head, window, softcap):
+    prefix, own = floats(dtype, 2, 2, 600, head), floats(dtype, 2, k, 2, head)
+    count = torch.zeros(2, dtype=torch.int64)
+    arguments = (floats(dtype, 2, k, 8, head), prefix, prefix, own, own, count, count)
+    torch.ops.rgtg_fast_triton.candidate_attention(*arguments, 0.1, window, softcap)
+
+
 def launch_all(dtype, k, width, vocab, head):
     ids, one = torch.zeros(2, k, dtype=torch.int64), torch.ones(2)
     count = torch.zeros(2, dtype=torch.int64)
@@ -70,11 +91,8 @@ def launch_all(dtype, k, width, vocab, head):
     ops.ratio_step(torch.randn(2, k), hidden, weight, ids, *policy, True, weight[:1])
     if dtype == torch.float64:
         return
-    prefix, own = floats(dtype, 2, 2, 600, head), floats(dtype, 2, k, 2, head)
-    query = floats(dtype, 2, k, 8, head)
-    for window, softcap in ((None, None), (128, 30.0)):
-        arguments = (query, prefix, prefix, own, own, count, count, 0.1, window, softcap)
-        ops.candidate_attention(*arguments)
+    launch_attention(dtype, k, head, None, None)
+    launch_attention(dtype, k, head, 128, 30.0)
 
 
 if __name__ == "__main__":
@@ -86,5 +104,7 @@ if __name__ == "__main__":
             launch_all(torch.float32, 10, 4096, 32_000, 256)
             launch_all(torch.float64, 1, 100, 61, 64)
             launch_all(torch.float16, 10, 100, 1000, 64)
+            launch_attention(torch.float32, 10, 128, None, None)
+            launch_attention(torch.bfloat16, 10, 256, None, None)
         else:
             launch_all(torch.bfloat16, 10, 4096, 151_936, 128)
