@@ -225,8 +225,9 @@ class _Buffers:
         offset = tensor.storage_offset() * tensor.element_size() % 16
         pointer = self._allocate(span * tensor.element_size(), offset)
         raw = (ctypes.c_char * (span * tensor.element_size())).from_address(pointer)
-        view = torch.frombuffer(raw, dtype=tensor.dtype)
-        view.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        # By index, because elements of an expanded view share their memory.
+        places = torch.arange(span).as_strided(tensor.shape, tensor.stride())
+        torch.frombuffer(raw, dtype=tensor.dtype)[places.reshape(-1)] = tensor.reshape(-1)
         return pointer
 
     def operand(self, tensor):
