@@ -44,7 +44,7 @@ def _attend_prefix(
     q_row, q_slot, q_head, k_row, k_head, k_step, v_row, v_head, v_step,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, IS_HALF: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
     row, head = pair // heads, pair % heads
@@ -89,10 +89,15 @@ def _attend_prefix(
             value = tl.load(values + t[:, None] * v_step + d[None, :], mask=mask, other=0.0)
             total = total * shrink + tl.sum(share, axis=1)
             acc = acc * shrink[:, None]
-            share = share.to(value.dtype)
+            # The weights in two parts of the values' type: rounded to one, they would cost more
+            # accuracy than the result's own rounding. The kernel waits for memory either way.
+            high = share.to(value.dtype)
+            low = (share - high.to(tl.float32)).to(value.dtype)
             if WIDEN:
-                share, value = share.to(tl.float32), value.to(tl.float32)
-            acc += tl.dot(share, value, input_precision="ieee")
+                high, low, value = high.to(tl.float32), low.to(tl.float32), value.to(tl.float32)
+            acc += tl.dot(high, value, input_precision="ieee")
+            if IS_HALF:
+                acc += tl.dot(low, value, input_precision="ieee")
             peak = new_peak
 
     place = (pair * splits + split) * queries + query
@@ -139,7 +144,7 @@ def _merge_self(
     mixed = tl.sum(parts * weight[:, None], axis=0) + own * value.to(tl.float32)
     mixed = mixed / (tl.sum(weight * total, axis=0) + own)
     at = ((row * (queries // group) + slot) * heads * group + query_head) * D + d
-    tl.store(out + at, mixed.to(x.dtype), mask=in_head)
+    tl.store(out + at, mixed.to(out.dtype.element_ty), mask=in_head)
 
 
 def split_length(prefix: int, programs: int) -> int:
@@ -165,9 +170,11 @@ def candidate_attention(
 ) -> Tensor:
     rows, k, query_heads, width = q.shape
     heads, prefix = k_prefix.shape[1:3]
-    out = q.new_empty(q.shape)
+    # The interpreter's conversion to bfloat16 truncates where the GPU's rounds, so there the
+    # result leaves the kernel in float32.
+    out = q.new_empty(q.shape, dtype=torch.float32 if INTERPRETED else q.dtype)
     if out.numel() == 0:
-        return out
+        return out.to(q.dtype)
     q, k_prefix, v_prefix, k_self, v_self = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_prefix, v_prefix, k_self, v_self)
     )
@@ -191,7 +198,8 @@ def candidate_attention(
             softcap or 0.0, peaks, sums, partials, prefix, heads, group, queries, splits,
             *q.stride()[:3], *k_prefix.stride()[:3], *v_prefix.stride()[:3],
             D=width, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split,
-            HAS_WINDOW=window is not None, WIDEN=INTERPRETED, **cap,
+            HAS_WINDOW=window is not None, WIDEN=INTERPRETED,
+            IS_HALF=q.dtype != torch.float32, **cap,
             num_warps=8 if spills else 4, num_stages=stages,
         )  # fmt: skip
         _merge_self[(rows * heads, queries)](
@@ -200,4 +208,4 @@ def candidate_attention(
             *q.stride()[:3], *k_self.stride()[:3], *v_self.stride()[:3],
             D=width, BLOCK_D=block_d, SPLITS=power_of_two(splits), **cap, num_warps=4,
         )  # fmt: skip
-    return out
+    return out.to(q.dtype)
