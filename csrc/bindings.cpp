@@ -18,6 +18,10 @@ STABLE_TORCH_LIBRARY(rgtg_fast, m) {
   m.def(
       "ratio_sample(Tensor logprobs, Tensor rewards, Tensor ids, Tensor beta, Tensor temperature, "
       "Tensor seed, Tensor position, bool do_sample) -> (Tensor slot, Tensor logq)");
+  m.def(
+      "ratio_step(Tensor logprobs, Tensor hidden, Tensor weight, Tensor ids, Tensor beta, "
+      "Tensor temperature, Tensor seed, Tensor position, bool do_sample, Tensor? bias=None) -> "
+      "(Tensor slot, Tensor rewards, Tensor logq)");
 }
 
 namespace {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #ifdef __CUDACC__
 #define RGTG_HOST_DEVICE __host__ __device__
@@ -11,6 +12,12 @@
 #endif
 
 namespace rgtg {
+
+// std::numeric_limits has host functions only.
+template <class F>
+constexpr F kInf = std::numeric_limits<F>::infinity();
+template <class F>
+constexpr F kNaN = std::numeric_limits<F>::quiet_NaN();
 
 RGTG_HOST_DEVICE inline uint32_t float_bits(float x) {
   uint32_t bits;

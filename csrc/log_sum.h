@@ -5,13 +5,12 @@
 #include "host_device.h"
 
 #include <cmath>
-#include <limits>
 
 namespace rgtg {
 
 template <class Acc>
 struct LogSum {
-  Acc reference = -std::numeric_limits<Acc>::infinity();
+  Acc reference = -kInf<Acc>;
   Acc total = 0;
 
   RGTG_HOST_DEVICE void rebase(Acc new_reference) {
@@ -26,7 +25,7 @@ struct LogSum {
 
   // Subtracting in this order keeps the small digits where x and reference are huge.
   RGTG_HOST_DEVICE Acc logprob(Acc x) const {
-    const bool impossible = x == -std::numeric_limits<Acc>::infinity() && total == total;
+    const bool impossible = x == -kInf<Acc> && total == total;
     return impossible ? x : (x - reference) - log(total);
   }
 };

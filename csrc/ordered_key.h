@@ -5,6 +5,8 @@
 
 namespace rgtg {
 
+constexpr int kMaxCandidates = 64;  // k of the compiled topk_logprobs
+
 // Unsigned integers that order like the floats: -inf < ... < -0 == +0 < ... < +inf < NaN.
 RGTG_HOST_DEVICE inline uint32_t ordered(float x) {
   if (x != x) return 0xFFFFFFFFu;

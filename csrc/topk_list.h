@@ -6,8 +6,6 @@
 
 namespace rgtg {
 
-constexpr int kMaxCandidates = 64;
-
 struct TopkList {
   int capacity;
   int count = 0;

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rgtg_fast.backends import BACKENDS, OPS
+
 
 def _demo(args: argparse.Namespace) -> None:
     import torch
@@ -25,6 +27,15 @@ def _info(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     import torch
+
+    if args.op:
+        from rgtg_fast import microbench
+
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not microbench.run(args.op, args.backend, device, args.repeat, args.json):
+            raise SystemExit("an implementation differs from the reference; it has no speed")
+        return
+
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from rgtg_fast.demo.run import ASSETS
@@ -32,6 +43,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     lm_name = args.lm or str(ASSETS / "lm")
     rm_name = args.reward_model or str(ASSETS / "rm_partial")
+    args.device = args.device or "cpu"
     lm = AutoModelForCausalLM.from_pretrained(lm_name).to(args.device).eval()
     rm = AutoModelForSequenceClassification.from_pretrained(rm_name).to(args.device).eval()
     ids = AutoTokenizer.from_pretrained(lm_name)(args.text, return_tensors="pt")["input_ids"]
@@ -61,8 +73,15 @@ def parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     bench = commands.add_parser(
-        "bench", help="plain, guided and published decoding, ms per token, one prompt at a time"
+        "bench",
+        help="an op's kernels, or decoding: plain, guided and published, one prompt at a time",
     )
+    bench.add_argument(
+        "op", nargs="?", choices=OPS, help="measure this op in microseconds (default: decoding)"
+    )
+    bench.add_argument("--backend", choices=BACKENDS[1:], help="of the op (default: all there are)")
+    bench.add_argument("--repeat", type=int, default=100, help="timed calls of the op's kernels")
+    bench.add_argument("--json", type=Path, help="file for the op's raw figures")
     bench.add_argument("--lm", help="causal LM: folder or hub name (default: the embedded one)")
     bench.add_argument("--reward-model", help="one-label classifier with the LM's tokenizer")
     bench.add_argument(
@@ -72,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--k", type=int, default=10)
     bench.add_argument("--beta", type=float, default=2.0)
     bench.add_argument("--seed", type=int, default=0)
-    bench.add_argument("--device", default="cpu")
+    bench.add_argument("--device", help="default: for an op the GPU if there is one, else cpu")
     bench.set_defaults(run=_bench)
     return top
 

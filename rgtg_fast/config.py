@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .backends import automatic
 
 
 def _version(package: str) -> str:
@@ -41,6 +42,7 @@ def info() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": _version("transformers"),
+            "triton": _version("triton"),
         },
         "build": build,
         "simd": simd,
@@ -74,7 +76,7 @@ def show_config() -> None:
     print(f"{'devices':14} {', '.join(facts['devices'])}")
     for op, backends in facts["backends"].items():
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        automatic = ", ".join(f"{ops._automatic(op, kind)} on {kind}" for kind in kinds)
-        print(f"{op} (auto: {automatic})")
+        choices = ", ".join(f"{automatic(op, kind, rows=1)} on {kind}" for kind in kinds)
+        print(f"{op} (auto: {choices})")
         for backend, reason in backends.items():
             print(f"  {backend:12} {'yes' if reason is None else 'no: ' + reason}")

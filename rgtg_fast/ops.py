@@ -1,102 +1,72 @@
 """The ops of one guided decoding step, typed, validated and dispatched to a backend.
 
 Every op takes ``backend``: ``"auto"``, ``"reference"`` (torch, float64 inside, on any device),
-``"cpp"``, ``"cuda"`` or ``"triton"``. ``"auto"`` is C++ for CPU tensors and CUDA C++ for CUDA
-tensors; where the op has no kernel for the device it is the reference on that device, and
-``rgtg_fast.show_config()`` says which. The environment variable ``RGTG_BACKEND`` replaces
-``"auto"``. A backend that is asked for by name and is not there raises :class:`BackendUnavailable`.
+``"cpp"``, ``"cuda"`` or ``"triton"``. ``"auto"`` is C++ for CPU tensors and the faster of CUDA C++
+and Triton for CUDA tensors; where the op has no kernel for the device it is the reference on that
+device, and ``rgtg_fast.show_config()`` says which. ``"triton"`` takes CPU tensors only where
+TRITON_INTERPRET=1 was set before the first use of it. The environment variable ``RGTG_BACKEND``
+replaces ``"auto"``. A backend that is asked for by name and is not there raises
+:class:`BackendUnavailable`.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _fakes, reference
+from ._checks import (
+    check_attention,
+    check_bias,
+    check_device,
+    check_float,
+    check_ints,
+    check_k,
+    per_row_policy,
+    split_seed,
+)
+from .backends import BACKENDS, OPS, Backend, BackendUnavailable, settle, unavailable_reason
 
-Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
-BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
-OPS = ("topk_logprobs", "reward_head", "ratio_sample", "vocab_reward")
+__all__ = [
+    "BACKENDS",
+    "MAX_CANDIDATES",
+    "OPS",
+    "Backend",
+    "BackendUnavailable",
+    "candidate_attention",
+    "ratio_sample",
+    "ratio_step",
+    "reward_head",
+    "split_seed",
+    "topk_logprobs",
+    "unavailable_reason",
+    "vocab_reward",
+]
+
 MAX_CANDIDATES = 64
 
-_CUDA_OPS = ("topk_logprobs",)
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-try:
-    from . import _C
-
-    _missing = None
-except ImportError as error:  # a source tree that was never built
-    _missing = str(error)
+_fakes.register("rgtg_fast")
 
 
-class BackendUnavailable(ValueError):
-    """The backend asked for does not exist for this op on this device; the message says why."""
-
-
-def unavailable_reason(op: str, backend: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` in this installation, or None where it can."""
-    if backend == "reference":
-        return None
-    if backend == "triton":
-        return f"there is no Triton kernel of {op} in this version"
-    if _missing is not None:
-        return f"the compiled extension rgtg_fast._C cannot be imported ({_missing})"
-    if backend == "cuda":
-        if op not in _CUDA_OPS:
-            return f"there is no CUDA kernel of {op} in this version"
-        if _C.build_info()["cuda_archs"] is None:
-            return "the extension was built without nvcc"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _requested(backend: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; pass one of {', '.join(BACKENDS)}")
-    chosen = os.environ.get("RGTG_BACKEND", "auto") if backend == "auto" else backend
-    if chosen not in BACKENDS:
-        raise ValueError(
-            f"RGTG_BACKEND={chosen!r} is unknown; set it to one of {', '.join(BACKENDS)}"
-        )
-    return chosen
-
-
-@torch.compiler.assume_constant_result
-def _check_available(op: str, backend: str, device: str) -> None:
-    reason = unavailable_reason(op, backend)
-    wanted_device = "cuda" if backend in ("cuda", "triton") else "cpu"
-    if reason is None and device != wanted_device:
-        reason = f"it runs on {wanted_device} tensors and these are on {device}"
-    if reason is not None:
-        raise BackendUnavailable(
-            f"backend={backend!r} cannot run {op}: {reason}; pass backend='reference'"
-        )
-
-
-@torch.compiler.assume_constant_result
-def _automatic(op: str, device: str) -> str:
-    if device == "cpu":  # without the extension this is an error that says so
-        return "cpp"
-    has_kernel = device == "cuda" and unavailable_reason(op, "cuda") is None
-    return "cuda" if has_kernel else "reference"
-
-
-def _is_reference(op: str, backend: str, device: str) -> bool:
-    """Settles the backend; True for the torch implementation, False for the compiled op."""
-    chosen = _requested(backend)
-    if chosen == "auto":
-        chosen = _automatic(op, device)
+def _run(op: str, backend: str, *arguments: Any) -> Any:
+    """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
+    first = arguments[0]
+    chosen = settle(op, backend, first.device.type, first.shape[0])
     if chosen == "reference":
-        return True
-    _check_available(op, chosen, device)
-    return False
+        return getattr(reference, op)(*arguments)
+    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
+    return getattr(space, op)(*arguments)
+
+
+def _limit_k(k: int, op: str, backend: str, first: Tensor) -> None:
+    if k <= MAX_CANDIDATES or settle(op, backend, first.device.type, 1) == "reference":
+        return
+    raise ValueError(
+        f"k={k} candidates asked for but the compiled backends keep at most {MAX_CANDIDATES}; "
+        f"pass k<={MAX_CANDIDATES} or backend='reference'"
+    )
 
 
 def topk_logprobs(logits: Tensor, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -119,16 +89,10 @@ def topk_logprobs(logits: Tensor, k: int, *, backend: Backend = "auto") -> tuple
     Raises:
         ValueError: for a wrong shape, dtype or ``k``; BackendUnavailable for a missing backend.
     """
-    _check_float("logits", logits, ("B", "V"))
-    _check_k(k, logits.shape[1])
-    if _is_reference("topk_logprobs", backend, logits.device.type):
-        return reference.topk_logprobs(logits, k)
-    if k > MAX_CANDIDATES:
-        raise ValueError(
-            f"k={k} candidates asked for but the compiled backends keep at most {MAX_CANDIDATES}; "
-            f"pass k<={MAX_CANDIDATES} or backend='reference'"
-        )
-    return torch.ops.rgtg_fast.topk_logprobs(logits, k)
+    check_float("logits", logits, ("B", "V"))
+    check_k(k, logits.shape[1])
+    _limit_k(k, "topk_logprobs", backend, logits)
+    return _run("topk_logprobs", backend, logits, k)
 
 
 def reward_head(
@@ -148,21 +112,10 @@ def reward_head(
     Raises:
         ValueError: for a wrong shape or dtype; BackendUnavailable for a missing backend.
     """
-    _check_float("hidden", hidden, ("B", "k", "H"))
-    _check_float("weight", weight, (hidden.shape[2],))
-    _check_device("weight", weight, "hidden", hidden)
-    if isinstance(bias, (int, float)):
-        bias = torch.full((1,), bias, dtype=torch.float64, device=hidden.device)
-    if bias is not None:
-        _check_float("bias", bias, None)
-        if bias.numel() != 1:
-            raise ValueError(
-                f"bias has shape {list(bias.shape)}; pass a number or one element, or None"
-            )
-        _check_device("bias", bias, "hidden", hidden)
-    if _is_reference("reward_head", backend, hidden.device.type):
-        return reference.reward_head(hidden, weight, bias)
-    return torch.ops.rgtg_fast.reward_head(hidden, weight, bias)
+    check_float("hidden", hidden, ("B", "k", "H"))
+    check_float("weight", weight, (hidden.shape[2],))
+    check_device("weight", weight, "hidden", hidden)
+    return _run("reward_head", backend, hidden, weight, check_bias(bias, hidden))
 
 
 def vocab_reward(
@@ -183,11 +136,11 @@ def vocab_reward(
         ValueError: for a wrong shape or dtype or, on CPU, an id outside the vocabulary (inside a
             compiled graph that is a RuntimeError); BackendUnavailable for a missing backend.
     """
-    _check_float("hidden", hidden, ("B", "H"))
-    _check_float("weight", weight, ("V", hidden.shape[1]))
-    _check_ints("ids", ids, (hidden.shape[0], "k"))
-    _check_device("weight", weight, "hidden", hidden)
-    _check_device("ids", ids, "hidden", hidden)
+    check_float("hidden", hidden, ("B", "H"))
+    check_float("weight", weight, ("V", hidden.shape[1]))
+    check_ints("ids", ids, (hidden.shape[0], "k"))
+    check_device("weight", weight, "hidden", hidden)
+    check_device("ids", ids, "hidden", hidden)
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= weight.shape[0]:
@@ -195,9 +148,7 @@ def vocab_reward(
                 f"ids holds {low if low < 0 else high} but weight has rows 0 .. "
                 f"{weight.shape[0] - 1}; pass token ids of the reward model's vocabulary"
             )
-    if _is_reference("vocab_reward", backend, hidden.device.type):
-        return reference.vocab_reward(hidden, weight, ids)
-    return torch.ops.rgtg_fast.vocab_reward(hidden, weight, ids)
+    return _run("vocab_reward", backend, hidden, weight, ids)
 
 
 def ratio_sample(
@@ -238,156 +189,104 @@ def ratio_sample(
     Raises:
         ValueError: for a wrong shape, dtype or value; BackendUnavailable for a missing backend.
     """
-    _check_float("logprobs", logprobs, ("B", "k"))
-    rows, k = logprobs.shape
-    if k == 0:
-        raise ValueError("logprobs has no candidates; pass [B, k] with k>=1")
-    device = logprobs.device
-    _check_float("rewards", rewards, (rows, k))
-    _check_ints("ids", ids, (rows, k))
-    _check_device("rewards", rewards, "logprobs", logprobs)
-    _check_device("ids", ids, "logprobs", logprobs)
-    betas = _per_row_float("beta", beta, rows, device, positive=False)
-    temperatures = _per_row_float("temperature", temperature, rows, device, positive=True)
-    if isinstance(seed, int):
-        seed = split_seed(seed, rows, device)
-    _check_ints("seed", seed, (rows,))
-    _check_device("seed", seed, "logprobs", logprobs)
-    if isinstance(position, int):
-        position = torch.full((rows,), position, dtype=torch.int64, device=device)
-    _check_ints("position", position, (rows,))
-    _check_device("position", position, "logprobs", logprobs)
-    arguments = (
-        logprobs.to(torch.float32),
-        rewards.to(torch.float32),
-        ids,
-        betas,
-        temperatures,
-        seed,
-        position,
-        do_sample,
-    )
-    if _is_reference("ratio_sample", backend, device.type):
-        return reference.ratio_sample(*arguments)
-    return torch.ops.rgtg_fast.ratio_sample(*arguments)
+    per_row = per_row_policy(logprobs, ids, beta, temperature, seed, position)
+    check_float("rewards", rewards, tuple(logprobs.shape))
+    check_device("rewards", rewards, "logprobs", logprobs)
+    scores = (logprobs.to(torch.float32), rewards.to(torch.float32))
+    return _run("ratio_sample", backend, *scores, ids, *per_row, do_sample)
 
 
-def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:
-    """One seed per row from one int: Philox4x32-10 keyed by ``seed``, counting rows.
+def ratio_step(
+    logprobs: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    beta: float | Tensor,
+    temperature: float | Tensor,
+    seed: int | Tensor,
+    position: int | Tensor,
+    do_sample: bool,
+    bias: Tensor | float | None = None,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`reward_head` and :func:`ratio_sample` at once: the end of a decoding step.
+
+    Bit for bit what the two give one after the other on the same backend.
 
     Args:
-        seed: an int in -2^63 .. 2^63 - 1.
-        batch: rows B.
-        device: where to put the result; CPU by default.
+        logprobs: ``[B, k]`` any float dtype, used as float32; k <= 64 unless
+            ``backend="reference"``.
+        hidden, weight, bias: ``[B, k, H]``, ``[H]`` and one element, as for :func:`reward_head`.
+        ids, beta, temperature, seed, position, do_sample: as for :func:`ratio_sample`.
+        backend: see the module's docstring.
 
     Returns:
-        Row seeds, int64 ``[B]``. Row b does not depend on B.
+        ``slot`` int64 ``[B]``, ``rewards`` float32 ``[B, k]`` and ``logq`` float32 ``[B, k]``.
 
     Raises:
-        ValueError: if the seed does not fit in int64.
+        ValueError: for a wrong shape, dtype or value; BackendUnavailable for a missing backend.
     """
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed} does not fit in int64; pass one in -2**63 .. 2**63 - 1")
-    return reference.split_seed(seed, batch, device)
+    per_row = per_row_policy(logprobs, ids, beta, temperature, seed, position)
+    check_float("hidden", hidden, (*logprobs.shape, "H"))
+    check_float("weight", weight, (hidden.shape[2],))
+    check_device("hidden", hidden, "logprobs", logprobs)
+    check_device("weight", weight, "hidden", hidden)
+    bias = check_bias(bias, hidden)
+    _limit_k(logprobs.shape[1], "ratio_step", backend, logprobs)
+    logprobs = logprobs.to(torch.float32)
+    return _run("ratio_step", backend, logprobs, hidden, weight, ids, *per_row, do_sample, bias)
 
 
-def _shape_text(shape: tuple[int | str, ...]) -> str:
-    return "[" + ", ".join(str(size) for size in shape) + "]"
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    matches = tensor.dim() == len(shape) and all(
-        isinstance(wanted, str) or got == wanted
-        for got, wanted in zip(tensor.shape, shape, strict=True)
-    )
-    if not matches:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {_shape_text(shape)}")
-
-
-def _check_float(name: str, tensor: Tensor, shape: tuple[int | str, ...] | None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}; pass a floating-point tensor")
-    if tensor.dtype not in _FLOATS:
-        raise ValueError(
-            f"{name} has dtype {tensor.dtype}; pass float64, float32, bfloat16 or float16"
-        )
-    if shape is not None:
-        _check_shape(name, tensor, shape)
-
-
-def _check_ints(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}; pass an int64 tensor")
-    if tensor.dtype != torch.int64:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; pass int64")
-    _check_shape(name, tensor, shape)
-
-
-def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} but {other_name} is on {other.device}; "
-            f"move {name} to {other.device}"
-        )
-
-
-def _check_k(k: int, vocab: int) -> None:
-    if k < 1:
-        raise ValueError(f"k={k} candidates asked for; pass k>=1")
-    if k > vocab:
-        raise ValueError(
-            f"k={k} candidates asked for but the vocabulary has {vocab} tokens; pass k<={vocab}"
-        )
-
-
-def _per_row_float(
-    name: str, value: float | Tensor, rows: int, device: torch.device, positive: bool
+def candidate_attention(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
-    wanted = "positive and finite" if positive else "finite"
-    if not isinstance(value, Tensor):
-        if not math.isfinite(value) or (positive and value <= 0):
-            raise ValueError(f"{name}={value}; pass a {wanted} number")
-        return torch.full((rows,), value, dtype=torch.float32, device=device)
-    _check_float(name, value, (rows,))
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}; move it to {device}")
-    # Reading values would stop a CUDA stream or break a graph; there the bad row gets slot -1.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        good = torch.isfinite(value) & (value > 0) if positive else torch.isfinite(value)
-        if not bool(good.all()):
-            raise ValueError(f"{name}={value.tolist()}; every element must be {wanted}")
-    return value.to(torch.float32)
+    """Attention of k sibling candidates to one shared prefix and, each, to itself.
 
+    With ``s = scale * q . key`` (then ``softcap * tanh(s / softcap)``) over the live positions of
+    the prefix and the sibling's own key, the result is ``softmax(s) @ values``. Siblings do not see
+    each other. Query head h uses key head ``h // (Hq / Hkv)``.
 
-if _missing is None:
+    Args:
+        q: ``[B, k, Hq, D]`` float32, bfloat16 or float16 (float64 with ``backend="reference"``).
+        k_prefix, v_prefix: ``[B, Hkv, T, D]`` in q's dtype; live where ``start <= t < length``.
+            What lies elsewhere is not used, not even if it is NaN.
+        k_self, v_self: ``[B, k, Hkv, D]``, the siblings' own.
+        start, length: int64 ``[B]``; every sibling is at position ``length``.
+        scale: factor of the scores, usually ``D ** -0.5``.
+        window: see only the last ``window`` positions counting the sibling's own:
+            ``t > length - window``.
+        softcap: a positive cap of the scores, or None.
+        backend: see the module's docstring.
 
-    @torch.library.register_fake("rgtg_fast::topk_logprobs")
-    def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        rows = logits.shape[0]
-        return (
-            logits.new_empty((rows, k), dtype=torch.float32),
-            logits.new_empty((rows, k), dtype=torch.int64),
+    Returns:
+        ``[B, k, Hq, D]`` in q's dtype, contiguous.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; BackendUnavailable for a missing backend.
+    """
+    check_attention(q, k_prefix, v_prefix, k_self, v_self, start, length)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}; pass at least 1 (the query itself), or None")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}; pass a positive number, or None")
+    chosen = settle("candidate_attention", backend, q.device.type, q.shape[0])
+    if chosen != "reference" and (q.dtype == torch.float64 or not 1 <= q.shape[3] <= 256):
+        raise ValueError(
+            f"q has dtype {q.dtype} and heads of {q.shape[3]}; the compiled backends take float32, "
+            "bfloat16 or float16, up to 256 wide; pass those or backend='reference'"
         )
-
-    @torch.library.register_fake("rgtg_fast::reward_head")
-    def _(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
-
-    @torch.library.register_fake("rgtg_fast::vocab_reward")
-    def _(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        return hidden.new_empty(ids.shape, dtype=torch.float32)
-
-    @torch.library.register_fake("rgtg_fast::ratio_sample")
-    def _(
-        logprobs: Tensor,
-        rewards: Tensor,
-        ids: Tensor,
-        beta: Tensor,
-        temperature: Tensor,
-        seed: Tensor,
-        position: Tensor,
-        do_sample: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return logprobs.new_empty((logprobs.shape[0],), dtype=torch.int64), torch.empty_like(
-            logprobs, memory_format=torch.contiguous_format
-        )
+    arguments = (q, k_prefix, v_prefix, k_self, v_self, start, length, float(scale))
+    softcap = None if softcap is None else float(softcap)
+    return _run("candidate_attention", backend, *arguments, window, softcap)

@@ -1,4 +1,4 @@
-"""The four ops in plain torch: the oracle of the tests and ``backend="reference"``.
+"""The ops in plain torch: the oracle of the tests and ``backend="reference"``.
 
 Values are computed in float64 from the inputs as given and returned in float32. The noise of the
 sampler is the exception: it is float32 arithmetic, operation for operation that of
@@ -87,6 +87,57 @@ def ratio_sample(
     logq = torch.log_softmax(tempered.to(torch.float64), dim=1)
     logq = torch.where(undefined.unsqueeze(1), torch.nan, logq)
     return slot, logq.to(torch.float32)
+
+
+def ratio_step(
+    logprobs: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    beta: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    do_sample: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rewards = reward_head(hidden, weight, bias)
+    policy = (beta, temperature, seed, position)
+    slot, logq = ratio_sample(logprobs, rewards, ids, *policy, do_sample)
+    return slot, rewards, logq
+
+
+def candidate_attention(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    rows, k, heads, width = q.shape
+    key_heads = k_prefix.shape[1]
+    query = q.to(torch.float64).reshape(rows, k, key_heads, heads // key_heads, width)
+    t = torch.arange(k_prefix.shape[2], device=q.device)
+    end = length.unsqueeze(1)
+    live = (t >= start.unsqueeze(1)) & (t < end)  # [B, T]
+    if window is not None:
+        live = live & (t > end - window)
+    values = torch.where(live[:, None, :, None], v_prefix.to(torch.float64), 0.0)
+    own = (query * k_self.to(torch.float64).unsqueeze(3)).sum(dim=-1, keepdim=True)
+    scores = torch.einsum("bkhgd,bhtd->bkhgt", query, k_prefix.to(torch.float64))
+    scores = torch.cat([scores, own], dim=-1) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = torch.cat([live, torch.ones_like(end, dtype=torch.bool)], dim=1)
+    share = torch.softmax(torch.where(seen[:, None, None, None], scores, -torch.inf), dim=-1)
+    out = torch.einsum("bkhgt,bhtd->bkhgd", share[..., :-1], values)
+    out = out + share[..., -1:] * v_self.to(torch.float64).unsqueeze(3)
+    return out.reshape(q.shape).to(q.dtype)
 
 
 def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:

@@ -1,10 +1,20 @@
-"""Set-up for every test: one thread, NaN in fresh memory, GPU tests only where there is a GPU."""
+"""Set-up for every test: one thread, NaN in fresh memory. GPU tests run under ``-m gpu`` only;
+without it the Triton kernels are interpreted, on CPU tensors, GPU or not."""
+
+import os
 
 import pytest
 import torch
 
 
+def for_gpu(config):
+    chosen = config.getoption("markexpr", "")
+    return "gpu" in chosen and "not gpu" not in chosen
+
+
 def pytest_configure(config):
+    if not for_gpu(config):
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     torch.set_num_threads(1)
     # Fills what torch.empty and its C++ kin return with NaN (integers with their maximum), so that
     # reading memory nobody wrote cannot pass unseen.
@@ -15,9 +25,13 @@ def pytest_configure(config):
     )
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+    elif not for_gpu(config):
+        reason = "run with -m gpu"
+    else:
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=reason))

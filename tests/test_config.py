@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import rgtg_fast
-from rgtg_fast import _C, config, ops
+from rgtg_fast import _C, backends, config, crossover, ops
 
 
 def test_info_names_every_op_and_backend():
@@ -10,35 +10,55 @@ def test_info_names_every_op_and_backend():
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["simd"]["in use"] in facts["simd"]["available"]
     for op in ops.OPS:
-        backends = facts["backends"][op]
-        assert set(backends) == {"reference", "cpp", "triton", "cuda"}
-        assert backends["reference"] is None and backends["cpp"] is None
-        assert "no Triton kernel" in backends["triton"]
+        listed = facts["backends"][op]
+        assert set(listed) == {"reference", "cpp", "triton", "cuda"}
+        assert listed["reference"] is None
+    assert facts["backends"]["topk_logprobs"]["cpp"] is None
+    assert "no C++ kernel" in facts["backends"]["candidate_attention"]["cpp"]
 
 
 def test_show_config_prints_a_reason_for_what_is_missing(capsys):
     rgtg_fast.show_config()
     printed = capsys.readouterr().out
     assert torch.__version__ in printed and _C.build_info()["compiler"] in printed
-    assert "no: there is no Triton kernel of topk_logprobs" in printed
+    assert "no: there is no C++ kernel of candidate_attention" in printed
+    assert "topk_logprobs (auto: cpp on cpu" in printed
+    assert "candidate_attention (auto: reference on cpu" in printed
 
 
 @pytest.mark.parametrize("op", ops.OPS)
-def test_an_absent_backend_is_an_error_with_a_reason(op):
-    with pytest.raises(ops.BackendUnavailable, match=r"no Triton kernel.*pass backend='reference'"):
-        ops._is_reference(op, "triton", "cuda")
+def test_an_absent_backend_is_an_error_with_a_reason(op, monkeypatch):
+    monkeypatch.setattr(backends, "_triton_reason", lambda: "Triton is not here")
+    with pytest.raises(ops.BackendUnavailable, match=r"Triton is not here; pass backend='refe"):
+        backends.settle(op, "triton", "cuda", 1)
 
 
-@pytest.mark.parametrize("op", [op for op in ops.OPS if op != "topk_logprobs"])
-def test_auto_on_cuda_is_torch_where_there_is_no_kernel_and_asking_for_one_is_an_error(op):
-    assert ops._is_reference(op, "auto", "cuda")
-    with pytest.raises(ops.BackendUnavailable, match=f"no CUDA kernel of {op}"):
-        ops._is_reference(op, "cuda", "cuda")
+@pytest.mark.parametrize("op", ops.OPS)
+def test_auto_is_torch_where_there_is_no_kernel_and_asking_for_one_is_an_error(op, monkeypatch):
+    monkeypatch.setattr(backends, "unavailable_reason", lambda op, backend: f"no {backend} here")
+    assert backends.settle(op, "auto", "cuda", 1) == "reference"
+    assert backends.settle(op, "auto", "xpu", 1) == "reference"
+    with pytest.raises(ops.BackendUnavailable, match="no cuda here"):
+        backends.settle(op, "cuda", "cuda", 1)
+
+
+@pytest.mark.parametrize(("there", "chosen"), [("cuda triton", "triton"), ("cuda", "cuda")])
+def test_auto_on_cuda_is_the_faster_of_what_is_there(there, chosen, monkeypatch):
+    table = {"reward_head": ((8, "triton"), (crossover.ANY, "cuda"))}
+    monkeypatch.setattr(crossover, "FASTER", table)
+    monkeypatch.setattr(backends, "_compiled_for", lambda op, device: there)
+    assert backends.automatic("reward_head", "cuda", rows=8) == chosen
+    assert backends.automatic("reward_head", "cuda", rows=9) == "cuda"
+
+
+def test_crossover_has_an_answer_for_every_op():
+    for op in ops.OPS:
+        assert crossover.faster(op, 10**9) in ("cuda", "triton")
 
 
 def test_a_backend_for_the_other_device_is_an_error():
     with pytest.raises(ops.BackendUnavailable, match="it runs on cpu tensors and these are on"):
-        ops._is_reference("topk_logprobs", "cpp", "cuda")
+        backends.settle("topk_logprobs", "cpp", "cuda", 1)
 
 
 def test_unknown_backend():
@@ -47,8 +67,8 @@ def test_unknown_backend():
 
 
 def test_environment_overrides_auto_only(monkeypatch):
-    monkeypatch.setenv("RGTG_BACKEND", "triton")
-    with pytest.raises(ops.BackendUnavailable, match="triton"):
+    monkeypatch.setenv("RGTG_BACKEND", "cuda")
+    with pytest.raises(ops.BackendUnavailable, match="cuda"):
         ops.topk_logprobs(torch.zeros(1, 2), 1)
     ops.topk_logprobs(torch.zeros(1, 2), 1, backend="cpp")
     monkeypatch.setenv("RGTG_BACKEND", "reference")

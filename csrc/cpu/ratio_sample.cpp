@@ -1,13 +1,12 @@
-#include "gumbel.h"
+#include "ratio_policy.h"
 
-#include "cpu/tensors.h"
+#include "cpu/ops.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <tuple>
 
 namespace rgtg {
 namespace {
@@ -27,14 +26,12 @@ int64_t sample_row(const RowInput& row, int64_t k, bool do_sample, float* logq) 
   bool undefined = false;
   float best = 0.0f, largest = -std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < k; ++i) {
-    const float score = row.logprobs[i] + row.beta * row.rewards[i];
-    const float tempered = div_rn(score, row.temperature);
-    logq[i] = tempered;
-    largest = std::max(largest, tempered);
-    undefined |= std::isnan(tempered) || tempered == std::numeric_limits<float>::infinity();
-    if (!std::isfinite(tempered)) continue;
-    const float value =
-        do_sample ? tempered + gumbel_noise(row.seed, row.position, row.ids[i]) : score;
+    const Score score(row.logprobs[i], row.rewards[i], row.beta, row.temperature);
+    logq[i] = score.tempered;
+    largest = std::max(largest, score.tempered);
+    undefined |= score.undefined();
+    if (!score.possible()) continue;
+    const float value = score.value(do_sample, row.seed, row.position, row.ids[i]);
     if (slot < 0 || value > best) {
       slot = i;
       best = value;
@@ -59,6 +56,8 @@ struct Dense {
       : tensor(torch::stable::contiguous(t)),
         data(static_cast<const T*>(tensor.const_data_ptr())) {}
 };
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> ratio_sample(const Tensor& logprobs, const Tensor& rewards,
                                         const Tensor& ids, const Tensor& beta,
@@ -96,8 +95,6 @@ std::tuple<Tensor, Tensor> ratio_sample(const Tensor& logprobs, const Tensor& re
   });
   return {slot, logq};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("ratio_sample", TORCH_BOX(&ratio_sample)); }
 

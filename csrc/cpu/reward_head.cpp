@@ -1,11 +1,9 @@
 #include "cpu/dot.h"
+#include "cpu/ops.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
-
 namespace rgtg {
-namespace {
 
 Tensor reward_head(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias) {
   STD_TORCH_CHECK(hidden.dim() == 3 && weight.dim() == 1, "hidden must be [B, k, H], weight [H]");
@@ -27,8 +25,6 @@ Tensor reward_head(const Tensor& hidden, const Tensor& weight, std::optional<Ten
   });
   return rewards;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("reward_head", TORCH_BOX(&reward_head)); }
 

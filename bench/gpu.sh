@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command from any folder: build, the parity matrix, the
+# sanitizer, the benchmarks (raw figures into bench/results/<op>_gpu.json).
+#
+#   PYTHON=python3 bench/gpu.sh [build] [test] [sanitize] [bench]      (default: all four)
+#
+# PYTEST_ARGS="-q -n 8" compiles the Triton kernels of the matrix on eight cores (pytest-xdist).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+STEPS=${*:-build test sanitize bench}
+OPS="topk_logprobs reward_head ratio_sample ratio_step vocab_reward candidate_attention"
+RESULTS=${RESULTS:-bench/results}
+export PYTHONPATH=$PWD
+unset TRITON_INTERPRET
+
+# rgtg_fast.kernels lies in kernels/; an installed package knows that, a bare checkout does not.
+"$PYTHON" -c "import rgtg_fast.kernels" 2>/dev/null || ln -sfn ../kernels rgtg_fast/kernels
+
+for step in $STEPS; do
+  echo "== $step"
+  case $step in
+    build)
+      "$PYTHON" setup.py --quiet build_ext --inplace
+      "$PYTHON" -m rgtg_fast info
+      ;;
+    test)
+      "$PYTHON" -m pytest ${PYTEST_ARGS:--q} -m gpu tests/test_matrix.py tests/test_gpu.py
+      ;;
+    sanitize)
+      # Triton's kernels are compiled once before, so that the sanitizer sees launches only. The
+      # caching allocator hides overruns between tensors and is turned off.
+      for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+          "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k real_sizes
+      done
+      ;;
+    bench)
+      for op in $OPS; do
+        "$PYTHON" -m rgtg_fast bench "$op" --device cuda --json "$RESULTS/${op}_gpu.json"
+      done
+      ;;
+    *)
+      echo "unknown step $step" >&2
+      exit 2
+      ;;
+  esac
+done

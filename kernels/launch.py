@@ -1,0 +1,27 @@
+"""What the launchers share."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Decided when the kernels are defined: whether @triton.jit compiled or wrapped for numpy.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, so make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def accumulator(*tensors: Tensor) -> tl.dtype:
+    """float64 if any tensor is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return tl.float64 if wide else tl.float32
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``n`` and at least ``least``."""
+    return max(triton.next_power_of_2(n), least)

@@ -1,0 +1,172 @@
+"""Checks of the ops' arguments; every error names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _shape_text(shape: tuple[int | str, ...]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    matches = tensor.dim() == len(shape) and all(
+        isinstance(wanted, str) or got == wanted
+        for got, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not matches:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {_shape_text(shape)}")
+
+
+def check_float(name: str, tensor: Tensor, shape: tuple[int | str, ...] | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; pass a floating-point tensor")
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; pass float64, float32, bfloat16 or float16"
+        )
+    if shape is not None:
+        check_shape(name, tensor, shape)
+
+
+def check_ints(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; pass an int64 tensor")
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; pass int64")
+    check_shape(name, tensor, shape)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; "
+            f"move {name} to {other.device}"
+        )
+
+
+def check_k(k: int, vocab: int) -> None:
+    if k < 1:
+        raise ValueError(f"k={k} candidates asked for; pass k>=1")
+    if k > vocab:
+        raise ValueError(
+            f"k={k} candidates asked for but the vocabulary has {vocab} tokens; pass k<={vocab}"
+        )
+
+
+def per_row_float(
+    name: str, value: float | Tensor, rows: int, device: torch.device, positive: bool
+) -> Tensor:
+    wanted = "positive and finite" if positive else "finite"
+    if not isinstance(value, Tensor):
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise ValueError(f"{name}={value}; pass a {wanted} number")
+        return torch.full((rows,), value, dtype=torch.float32, device=device)
+    check_float(name, value, (rows,))
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; move it to {device}")
+    # Reading values would stop a CUDA stream or break a graph; there the bad row gets slot -1.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        good = torch.isfinite(value) & (value > 0) if positive else torch.isfinite(value)
+        if not bool(good.all()):
+            raise ValueError(f"{name}={value.tolist()}; every element must be {wanted}")
+    return value.to(torch.float32)
+
+
+def check_bias(bias: Tensor | float | None, hidden: Tensor) -> Tensor | None:
+    """The bias of a head as a tensor of one element, or None."""
+    if isinstance(bias, (int, float)):
+        return torch.full((1,), bias, dtype=torch.float64, device=hidden.device)
+    if bias is not None:
+        check_float("bias", bias, None)
+        if bias.numel() != 1:
+            raise ValueError(
+                f"bias has shape {list(bias.shape)}; pass a number or one element, or None"
+            )
+        check_device("bias", bias, "hidden", hidden)
+    return bias
+
+
+def per_row_policy(
+    logprobs: Tensor,
+    ids: Tensor,
+    beta: float | Tensor,
+    temperature: float | Tensor,
+    seed: int | Tensor,
+    position: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """beta, temperature, row seeds and positions, each ``[B]``, with ``logprobs`` checked too."""
+    check_float("logprobs", logprobs, ("B", "k"))
+    rows, k = logprobs.shape
+    if k == 0:
+        raise ValueError("logprobs has no candidates; pass [B, k] with k>=1")
+    device = logprobs.device
+    check_ints("ids", ids, (rows, k))
+    check_device("ids", ids, "logprobs", logprobs)
+    betas = per_row_float("beta", beta, rows, device, positive=False)
+    temperatures = per_row_float("temperature", temperature, rows, device, positive=True)
+    if isinstance(seed, int):
+        seed = split_seed(seed, rows, device)
+    check_ints("seed", seed, (rows,))
+    check_device("seed", seed, "logprobs", logprobs)
+    if isinstance(position, int):
+        position = torch.full((rows,), position, dtype=torch.int64, device=device)
+    check_ints("position", position, (rows,))
+    check_device("position", position, "logprobs", logprobs)
+    return betas, temperatures, seed, position
+
+
+def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:
+    """One seed per row from one int: Philox4x32-10 keyed by ``seed``, counting rows.
+
+    Args:
+        seed: an int in -2^63 .. 2^63 - 1.
+        batch: rows B.
+        device: where to put the result; CPU by default.
+
+    Returns:
+        Row seeds, int64 ``[B]``. Row b does not depend on B.
+
+    Raises:
+        ValueError: if the seed does not fit in int64.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} does not fit in int64; pass one in -2**63 .. 2**63 - 1")
+    return reference.split_seed(seed, batch, device)
+
+
+def check_attention(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    start: Tensor,
+    length: Tensor,
+) -> None:
+    check_float("q", q, ("B", "k", "Hq", "D"))
+    rows, k, query_heads, width = q.shape
+    check_float("k_prefix", k_prefix, (rows, "Hkv", "T", width))
+    heads = k_prefix.shape[1]
+    if heads == 0 or query_heads % heads:
+        raise ValueError(
+            f"q has {query_heads} heads and k_prefix {heads}; pass a multiple of the key heads"
+        )
+    check_float("v_prefix", v_prefix, tuple(k_prefix.shape))
+    check_float("k_self", k_self, (rows, k, heads, width))
+    check_float("v_self", v_self, (rows, k, heads, width))
+    check_ints("start", start, (rows,))
+    check_ints("length", length, (rows,))
+    others = {"k_prefix": k_prefix, "v_prefix": v_prefix, "k_self": k_self, "v_self": v_self}
+    for name, tensor in others.items():
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype} and q {q.dtype}; pass the same")
+    for name, tensor in {**others, "start": start, "length": length}.items():
+        check_device(name, tensor, "q", q)

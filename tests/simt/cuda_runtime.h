@@ -1,0 +1,99 @@
+// Stands in for CUDA's header of this name, so that a host compiler builds csrc/cuda/*.cuh: enough
+// of the language and the runtime for these kernels, executed by simt.cpp.
+//
+// Blocks run one after another, the threads of a block as fibers. A fiber runs until it waits at a
+// __syncthreads or a warp primitive, and a warp runs until __syncthreads stops it; which comes next
+// is the order asked for. What a kernel gets wrong without a barrier shows as a result that depends
+// on the order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __host__
+#define __device__
+#define __global__
+// The linker script gathers these in one section, which is filled with garbage before every block.
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+namespace simt {
+
+cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+
+void block_barrier();
+// Gives every lane of the mask the values of all 32 lanes, once all of them have called.
+const uint64_t* exchange(uint32_t mask, uint64_t value);
+int lane();
+
+template <class V>
+V shuffle(uint32_t mask, V value, int source) {
+  static_assert(sizeof(V) <= 8);
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  const uint64_t* all = exchange(mask, bits);
+  memcpy(&value, &all[source], sizeof value);
+  return value;
+}
+
+}  // namespace simt
+
+inline void __syncthreads() { simt::block_barrier(); }
+inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu) { simt::exchange(mask, 0); }
+
+template <class V>
+V __shfl_xor_sync(uint32_t mask, V value, int offset) {
+  return simt::shuffle(mask, value, simt::lane() ^ offset);
+}
+
+template <class V>
+V __shfl_sync(uint32_t mask, V value, int source) {
+  return simt::shuffle(mask, value, source % 32);
+}
+
+inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
+  const uint64_t* all = simt::exchange(mask, predicate != 0);
+  uint32_t votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= static_cast<uint32_t>((mask >> i & 1) && all[i]) << i;
+  return votes;
+}
+
+inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(uint32_t mask, int predicate) {
+  return __ballot_sync(mask, predicate) == mask;
+}
+
+template <class V>
+V atomicAdd(V* address, V value) {
+  const V before = *address;
+  *address = before + value;
+  return before;
+}
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... arguments) {
+  return simt::run(config->gridDim, config->blockDim, [=] { kernel(arguments...); });
+}

@@ -1,0 +1,25 @@
+// The launches of csrc/cuda/*.cuh for Python: each op takes its arguments struct, field by field.
+#include "cuda/ratio_sample.cuh"
+#include "cuda/ratio_step.cuh"
+#include "cuda/topk_logprobs.cuh"
+#include "cuda/vocab_reward.cuh"
+
+using namespace rgtg::cuda;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int simt_topk_slice_count(int element, int64_t vocab) {
+  return topk_slice_count(static_cast<Element>(element), vocab);
+}
+
+int simt_topk_logprobs(int element, const TopkArguments* a) {
+  return launch_topk_logprobs(static_cast<Element>(element), *a, nullptr);
+}
+int simt_reward_head(const HeadArguments* a) { return launch_reward_head(*a, nullptr); }
+int simt_vocab_reward(const VocabArguments* a) { return launch_vocab_reward(*a, nullptr); }
+int simt_ratio_sample(const RatioArguments* a) { return launch_ratio_sample(*a, nullptr); }
+int simt_ratio_step(const HeadArguments* head, const RatioArguments* ratio) {
+  return launch_ratio_step(*head, *ratio, nullptr);
+}
+}

@@ -1,0 +1,72 @@
+"""What can be known of the CUDA build without a GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulated import ROOT, SIMT
+
+from rgtg_fast import _C
+
+ARCHS = ("80", "90", "100", "120")  # WHEEL_ARCHS of the Makefile
+KERNELS = ("topk_slices", "topk_merge", "reward_head", "vocab_reward", "ratio_sample", "ratio_step")
+
+
+def tool(name):
+    """A tool of the CUDA toolkit or, failing that, the copy that Triton brings."""
+    found = shutil.which(name)
+    if found is None:
+        try:
+            import triton
+
+            bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+            found = str(bundled) if bundled.exists() else None
+        except ImportError:
+            pass
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_without_spills_or_stack(arch, tmp_path):
+    command = [tool("nvcc"), "-std=c++20", "-O3", "-Xptxas", "-v", "-x", "cu", "-cubin"]
+    command += [f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "kernels.cubin")]
+    log = subprocess.run(
+        [*command, str(SIMT / "ops.cpp")], capture_output=True, text=True, check=True
+    ).stderr
+    assert all(kernel in log for kernel in KERNELS)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    assert len(frames) >= len(KERNELS)
+    assert set(frames) == {("0", "0")}
+
+
+def test_kernels_include_no_torch_header():
+    for path in [
+        *ROOT.glob("csrc/*.h"),
+        *ROOT.glob("csrc/cuda/*.cuh"),
+        ROOT / "csrc/cuda/launch.h",
+    ]:
+        assert "torch/" not in path.read_text(), path.name
+
+
+OPS = ("topk_logprobs", "reward_head", "vocab_reward", "ratio_sample", "ratio_step")
+
+
+@pytest.mark.skipif(_C.build_info()["cuda_archs"] is None, reason="built without nvcc")
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_a_cuda_kernel(op):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rgtg_fast::{op}", "CUDA")
+
+
+@pytest.mark.skipif(_C.build_info()["cuda_archs"] is None, reason="built without nvcc")
+def test_the_binary_holds_every_architecture_it_claims():
+    listing = subprocess.check_output(
+        [tool("cuobjdump"), "--list-elf", os.fspath(_C.__file__)], text=True
+    )
+    for arch in _C.build_info()["cuda_archs"].replace("+PTX", "").split():
+        assert f"sm_{arch.replace('.', '')}" in listing
