@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 DEPS := $(VENV)/.installed-$(subst ==,-,$(TORCH))
 BUILT := $(VENV)/.built
 LINT := $(VENV)/.lint
-SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh)
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 .PHONY: demo test test-oldest wheel bench assets lint clean
 
