@@ -269,8 +269,32 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("  ".join(cells).rstrip())
 
 
+def draw(op: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """Medians by case, a line per implementation, a band from the 10th to the 90th percentile."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        timed = [r for r in rows if r["implementation"] == name and r["us"] is not None]
+        at = [cases.index(r["case"]) for r in timed]
+        axes.plot(at, [r["us"] for r in timed], marker="o", label=name)
+        axes.fill_between(at, [r["p10"] for r in timed], [r["p90"] for r in timed], alpha=0.2)
+    axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_ylabel("µs (median, 10th to 90th percentile)")
+    axes.set_title(op)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def run(op: str, backend: str | None, device: str, repeat: int, out: Path | None) -> bool:
-    """Measures, prints and, given ``out``, writes the raw figures; False where parity failed.
+    """Measures and prints; False where parity failed.
+
+    Given ``out``, a JSON file, writes the raw figures there and a plot beside it.
 
     Raises:
         BackendUnavailable: if ``backend`` cannot run ``op`` on ``device``.
@@ -294,4 +318,5 @@ def run(op: str, backend: str | None, device: str, repeat: int, out: Path | None
         record = {**facts, "device": str(driver), "cuda": torch.version.cuda, "rows": rows}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
+        draw(op, rows, out.with_suffix(".png"))
     return all(row["us"] is not None for row in rows)

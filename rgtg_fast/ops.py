@@ -135,6 +135,7 @@ def vocab_reward(
     Raises:
         ValueError: for a wrong shape or dtype or, on CPU, an id outside the vocabulary (inside a
             compiled graph that is a RuntimeError); BackendUnavailable for a missing backend.
+            On a GPU such an id gives NaN, as a kernel cannot raise.
     """
     check_float("hidden", hidden, ("B", "H"))
     check_float("weight", weight, ("V", hidden.shape[1]))
