@@ -21,7 +21,6 @@ from transformers import (
 
 from . import ops
 from . import validation as check
-from .cpu_linear import FastLinears
 from .decoding import Guidance, guided_decode
 from .output import RewardGuidedOutput
 from .scorers.base import Scorer
@@ -116,20 +115,19 @@ class RewardGuided:
             scorer.prefill(reward_ids, reward_mask)
             if own_streamer is not None:  # a streamer that HF knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
-            with FastLinears(model).active():
-                return guided_decode(
-                    model,
-                    input_ids,
-                    scorer,
-                    guidance,
-                    logits_processor=processors,
-                    stopping_criteria=stopping_criteria,
-                    generation_config=generation_config,
-                    model_kwargs=model_kwargs,
-                    streamer=own_streamer if streamer is None else streamer,
-                    synced_gpus=synced_gpus,
-                    output_candidates=self.output_candidates,
-                )
+            return guided_decode(
+                model,
+                input_ids,
+                scorer,
+                guidance,
+                logits_processor=processors,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                model_kwargs=model_kwargs,
+                streamer=own_streamer if streamer is None else streamer,
+                synced_gpus=synced_gpus,
+                output_candidates=self.output_candidates,
+            )
 
     def _lm_mask(
         self,

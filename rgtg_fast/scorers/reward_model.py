@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ops
-from ..cpu_linear import FastLinears
+from .cpu_linear import FastLinears
 
 HEAD_NAMES = ("score", "classifier", "v_head", "regression_head")
 BASE_NAMES = ("model", "transformer", "pretrained_model", "base_model", "backbone", "gpt_neox")

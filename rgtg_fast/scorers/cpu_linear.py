@@ -1,10 +1,9 @@
-"""fp32 linear layers of up to 512 rows on x86 CPUs, through oneDNN.
+"""fp32 linear layers of 2 to 512 rows on x86 CPUs, through oneDNN.
 
 For k siblings torch's fp32 `linear` and `addmm` (MKL) take 2 to 3 times the time of one row,
 although the weights are read once all the same. oneDNN's kernel, which torch ships as
-`mkldnn._linear_pointwise`, took 0.4 to 0.8 of MKL's time on GPT-2's shapes (bench/README.md). One
-row of an `nn.Linear`, such as an LM head, gains as much; one row of GPT-2's `Conv1D` does not.
-The weights are read as they are stored; nothing is packed or copied.
+`mkldnn._linear_pointwise`, took 0.4 to 0.8 of MKL's time on GPT-2's shapes (bench/README.md). It
+reads the weights as they are stored; nothing is packed or copied.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_MOST = 512  # rows; there the two meet
+_FEWEST, _MOST = 2, 512  # rows; at 512 the two meet
 _LARGE = 1 << 18  # weights; below, the call's own cost (some 30 µs) outweighs the gain
 
 
@@ -45,7 +44,7 @@ class FastLinears:
             yield
         finally:
             for attributes, _ in self._patches:
-                attributes.pop("forward", None)  # another thread may have been first
+                del attributes["forward"]
 
 
 def _available() -> bool:
@@ -72,11 +71,10 @@ def _is_plain(module: nn.Module) -> bool:
 def _forward_of(module: Any) -> Callable[[Tensor], Tensor]:
     original = module.forward
     stored_by_input = isinstance(module, Conv1D)
-    fewest = 2 if stored_by_input else 1
 
     def forward(x: Tensor) -> Tensor:
         rows = x.numel() // max(1, x.shape[-1])
-        if not fewest <= rows <= _MOST or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if not _FEWEST <= rows <= _MOST or x.dtype != torch.float32 or torch.is_grad_enabled():
             return original(x)
         weight = module.weight.t() if stored_by_input else module.weight
         return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
