@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(rgtg_fast, m) {
       "ratio_step(Tensor logprobs, Tensor hidden, Tensor weight, Tensor ids, Tensor beta, "
       "Tensor temperature, Tensor seed, Tensor position, bool do_sample, Tensor? bias=None) -> "
       "(Tensor slot, Tensor rewards, Tensor logq)");
+  m.def(
+      "prefix_bt_loss(Tensor r_chosen, Tensor r_rejected, Tensor len_chosen, Tensor len_rejected, "
+      "Tensor weights, Tensor margin, float label_smoothing, float centering, int first) -> "
+      "(Tensor loss, Tensor grad_chosen, Tensor grad_rejected)");
 }
 
 namespace {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from . import crossover
+from . import crossover, reference
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
@@ -19,6 +19,7 @@ OPS = (
     "ratio_step",
     "vocab_reward",
     "candidate_attention",
+    "prefix_bt_loss",
 )
 _COMPILED = {"cpp": ("CPU", "C++"), "cuda": ("CUDA", "CUDA")}  # dispatch key, name
 
@@ -129,3 +130,13 @@ def settle(op: str, backend: str, device: str, rows: int) -> str:
     if chosen != "reference":
         _check_available(op, chosen, device)
     return chosen
+
+
+def run(op: str, backend: str, *arguments: Any) -> Any:
+    """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
+    first = arguments[0]
+    chosen = settle(op, backend, first.device.type, first.shape[0])
+    if chosen == "reference":
+        return getattr(reference, op)(*arguments)
+    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
+    return getattr(space, op)(*arguments)

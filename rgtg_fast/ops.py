@@ -1,4 +1,4 @@
-"""The ops of one guided decoding step, typed, validated and dispatched to a backend.
+"""The ops of a guided decoding step and of reward training, typed, checked and dispatched.
 
 Every op takes ``backend``: ``"auto"``, ``"reference"`` (torch, float64 inside, on any device),
 ``"cpp"``, ``"cuda"`` or ``"triton"``. ``"auto"`` is C++ for CPU tensors and the faster of CUDA C++
@@ -11,12 +11,10 @@ replaces ``"auto"``. A backend that is asked for by name and is not there raises
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _fakes, reference
+from . import _fakes
 from ._checks import (
     check_attention,
     check_bias,
@@ -28,6 +26,8 @@ from ._checks import (
     split_seed,
 )
 from .backends import BACKENDS, OPS, Backend, BackendUnavailable, settle, unavailable_reason
+from .backends import run as _run
+from .losses import prefix_bt_loss
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +36,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "candidate_attention",
+    "prefix_bt_loss",
     "ratio_sample",
     "ratio_step",
     "reward_head",
@@ -48,16 +49,6 @@ __all__ = [
 MAX_CANDIDATES = 64
 
 _fakes.register("rgtg_fast")
-
-
-def _run(op: str, backend: str, *arguments: Any) -> Any:
-    """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
-    first = arguments[0]
-    chosen = settle(op, backend, first.device.type, first.shape[0])
-    if chosen == "reference":
-        return getattr(reference, op)(*arguments)
-    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
-    return getattr(space, op)(*arguments)
 
 
 def _limit_k(k: int, op: str, backend: str, first: Tensor) -> None:
