@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-from rgtg_fast.training import PreferenceDataset
 from tiny import EOS, gpt2_rm, llama_rm
 from training import close, config, id_pairs, step, trainer
+
+from rgtg_fast.training import PreferenceDataset
 
 
 def exploded_loss(model, rows, extension="hold", first=1, linear=False):

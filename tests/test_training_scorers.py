@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny import gpt2_lm, gpt2_rm, llama_lm, prompts, vocab_size
 
 import rgtg_fast
 from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
-from tiny import gpt2_lm, gpt2_rm, llama_lm, prompts, vocab_size
 
 K = 5
 
@@ -25,9 +25,7 @@ def naive(kind, model, ids, candidate):
 def test_rewards_equal_full_forwards_over_several_steps(kind, make):
     model = make(seed=5)
     inputs = prompts(3, 7, 5)
-    rows = [
-        i[m.bool()] for i, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    ]
+    rows = [i[m.bool()] for i, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     scorer = kind(model)
     scorer.prefill(**inputs)
     gen = torch.Generator().manual_seed(0)
@@ -42,9 +40,7 @@ def test_rewards_equal_full_forwards_over_several_steps(kind, make):
         torch.testing.assert_close(scorer.score(ids), expected, rtol=1e-4, atol=1e-4)
         slot = torch.randint(0, K, (len(rows),), generator=gen)
         scorer.commit(slot)
-        rows = [
-            torch.cat([r, i[s, None]]) for r, i, s in zip(rows, ids, slot, strict=True)
-        ]
+        rows = [torch.cat([r, i[s, None]]) for r, i, s in zip(rows, ids, slot, strict=True)]
 
 
 @pytest.mark.parametrize("kind", [VocabRewardScorer, AutoregressiveScorer])
@@ -87,9 +83,7 @@ def test_generate_with_the_language_model_as_its_own_guide_sharpens_it():
         return_dict_in_generate=True,
         output_candidates=True,
     )
-    torch.testing.assert_close(
-        out.candidate_rewards, out.candidate_logprobs, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(out.candidate_rewards, out.candidate_logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_past_the_reward_models_vocabulary_get_minus_infinity():

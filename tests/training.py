@@ -4,9 +4,9 @@ import random
 
 import torch
 import transformers
+from tiny import EOS, gpt2_lm, gpt2_rm, tokenizer, vocab_size
 
 from rgtg_fast.training import PrefixRewardConfig, PrefixRewardTrainer
-from tiny import EOS, gpt2_lm, gpt2_rm, tokenizer, vocab_size
 
 GOOD, BAD = ("thank you", "the parcel will arrive", "sorry", "please wait"), ("no", "hello")
 

@@ -28,6 +28,7 @@ class NextTokenScorer(ABC):
                 "causal LM (AutoModelForCausalLM)"
             )
         self.model, self.head = model, head
+        self.state: Tensor
         self.rm = RewardModel(model, head=head)
 
     @torch.no_grad()

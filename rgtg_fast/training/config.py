@@ -64,8 +64,6 @@ class PrefixRewardConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
 
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
         _one_of("loss_type", self.loss_type, tuple(OBJECTIVES))
         scalar_labels = OBJECTIVES[self.loss_type].data == "labelled"

@@ -81,18 +81,19 @@ class PreferenceDataset(_Rows):
         overlong: str = "truncate",
         invalid: str = "error",
         eos: str = "append",
-        min_answer_tokens: int | None = None,
+        min_answer_tokens: int = 1,
         seed: int = 0,
     ) -> None:
         _check_option("overlong", overlong, OVERLONG)
         _check_option("invalid", invalid, INVALID)
         _check_option("eos", eos, EOS_RULES)
         raw, named = load_rows(source, split, seed)
-        if min_answer_tokens is None:
-            min_answer_tokens = named.min_answer_tokens if named else 1
+        if named is not None:
+            min_answer_tokens = max(min_answer_tokens, named.min_answer_tokens)
         self.report = DataReport(rows=len(raw))
         encoded = encode_pairs(raw, tokenizer, eos)
-        rows, bad = [], {}
+        rows: list[Row] = []
+        bad: dict[str, int] = {}
         for row in encoded:
             reason = _invalid_reason(row)
             if reason is None and not self._fits(row, min_answer_tokens, max_length, overlong):
@@ -151,7 +152,7 @@ class PreferenceDataset(_Rows):
 
 
 class LabelledDataset(_Rows):
-    """Texts with a label in [0, 1] (RAD's data): `prompt_ids` (may be empty), `answer_ids`, `label`.
+    """Texts with a label in [0, 1] (RAD's data): `prompt_ids`, `answer_ids` and `label`.
 
     Rows are `{text, label}`, where every token counts, or `{prompt, text, label}`, where the
     prompt's tokens carry no loss; or `{prompt_ids, answer_ids, label}`. Options as in
@@ -178,7 +179,8 @@ class LabelledDataset(_Rows):
         _check_option("eos", eos, EOS_RULES)
         raw, _ = load_rows(source, split, seed)
         self.report = DataReport(rows=len(raw))
-        self.rows, bad = [], {}
+        self.rows = []
+        bad: dict[str, int] = {}
         for row in raw:
             entry = _encode_labelled(row, tokenizer, eos)
             reason = None

@@ -189,7 +189,9 @@ def normalise(row: Row, tokenizer: Any) -> Row:
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    end = len(os.path.commonprefix([chosen, rejected]))
+    end = 0
+    while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
+        end += 1
     while end and not chosen[end - 1].isspace():
         end -= 1
     while end and chosen[end - 1] == " ":  # a space belongs to the word after it

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._loss import prefix_bt_loss
+from ..ops import prefix_bt_loss
 from .forward import TrainedParts
 
 Batch = dict[str, Tensor]
@@ -50,7 +50,7 @@ def _width(batch: Batch) -> int:
 
 
 def _margin(batch: Batch, args: Any) -> Tensor | float | None:
-    return batch["margin"] if "margin" in batch else args.margin
+    return batch.get("margin", args.margin)
 
 
 def _last_loss(rewards: Tensor, batch: Batch, args: Any) -> Tensor:

@@ -15,7 +15,7 @@ from .config import PrefixRewardConfig
 from .data import LabelledDataset, PreferenceDataset, remove_leaks
 from .forward import TrainedParts, call_inside, check_causal
 from .metrics import label_metrics, pair_metrics
-from .objectives import OBJECTIVES, Scored
+from .objectives import OBJECTIVES, Objective, Scored
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +45,7 @@ class PrefixRewardTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
     args: PrefixRewardConfig
+    objective: Objective
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class PrefixRewardTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs; start with `accelerate launch` or torchrun, "
                 "or show it one by CUDA_VISIBLE_DEVICES"
             )
-        objective = OBJECTIVES[args.loss_type]
+        objective: Objective = OBJECTIVES[args.loss_type]
         self.objective = objective
         if peft_config is not None:
             from peft import get_peft_model
@@ -98,14 +99,12 @@ class PrefixRewardTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._parts: TrainedParts | None = None
         self._sums: dict[str, list[Tensor]] = {}
+        trained: Any = self.model
         if args.disable_dropout:
-            for module in self.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            disable_dropout(trained)
+        parts = self.parts(trained)
         if objective.head == "scalar":
-            check_causal(self.parts(self.model))
-        else:
-            self.parts(self.model)
+            check_causal(parts)
 
     def parts(self, model: nn.Module) -> TrainedParts:
         """Base and head of the unwrapped model."""
@@ -118,11 +117,11 @@ class PrefixRewardTrainer(Trainer):
         inner = self.accelerator.unwrap_model(model)
         parts = self.parts(inner)
 
-        def run() -> tuple[Tensor, Tensor | None]:
+        def run() -> Scored:
             with self.accelerator.autocast():
-                return tuple(self.objective.score(parts, inputs, self.args, step))  # type: ignore[return-value]
+                return self.objective.score(parts, inputs, self.args, step)
 
-        return Scored(*call_inside(model, inner, run))
+        return call_inside(model, inner, run)
 
     def compute_loss(
         self,
@@ -178,6 +177,15 @@ class PrefixRewardTrainer(Trainer):
         return loss, (held[:, 0] - held[:, 1]).float(), labels
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout of the model to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
 def last_gap(rewards: Tensor, answer_mask: Tensor) -> Tensor:
     """r(chosen) - r(rejected) [N] of the whole answers, from rewards [N, 2, T]."""
     ends = rewards.gather(-1, answer_mask.sum(-1, keepdim=True) - 1)[..., 0]
@@ -194,19 +202,17 @@ def make_dataset(
         raise ValueError(
             f"{split}_dataset is {type(source).__name__}; pass a path, a dataset or rows"
         )
-    kind: Any = PreferenceDataset
+    options: dict[str, Any] = {
+        "split": split,
+        "max_length": args.max_length,
+        "overlong": args.overlong,
+        "invalid": args.invalid,
+        "eos": args.eos,
+        "seed": args.seed,
+    }
     if OBJECTIVES[args.loss_type].data == "labelled":
-        kind = LabelledDataset
-    return kind(
-        source,
-        tokenizer,
-        split=split,
-        max_length=args.max_length,
-        overlong=args.overlong,
-        invalid=args.invalid,
-        eos=args.eos,
-        seed=args.seed,
-    )
+        return LabelledDataset(source, tokenizer, **options)
+    return PreferenceDataset(source, tokenizer, min_answer_tokens=args.first, **options)
 
 
 def make_collator(args: PrefixRewardConfig, tokenizer: Any, model: Any) -> Any:
