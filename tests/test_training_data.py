@@ -67,6 +67,11 @@ def test_without_a_prompt_the_common_words_are_the_prompt():
     assert text(row["chosen_ids"]) == " thank you<eos>"
 
 
+def test_token_ids_without_a_prompt_share_theirs():
+    row = PreferenceDataset([{"chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 8, 9]}])[0]
+    assert row == {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
+
+
 def test_conversations_go_through_the_chat_template():
     data = PreferenceDataset(DATA / "chat.jsonl", chat_tokenizer())
     for row, question in zip(data.rows, ("where is my order?", "hello"), strict=True):
@@ -157,7 +162,7 @@ def test_duplicates_are_counted():
     [
         ("nowhere.jsonl", "no data at 'nowhere.jsonl'"),
         ([{"prompt": "a", "answer": "b"}], "needs chosen and rejected"),
-        ([{"prompt_ids": [1], "chosen_ids": [2]}], "lacks rejected_ids"),
+        ([{"prompt_ids": [1], "chosen_ids": [2]}], "no rejected_ids"),
         ([], "no pair is left"),
     ],
 )
@@ -200,7 +205,7 @@ def test_the_published_padding_puts_eos_behind_the_shorter_answer():
 
 
 def test_labelled_texts_are_read_and_labels_checked():
-    rows = [{"text": "hello", "label": 0.25}, {"prompt": "a", "text": " b", "label": 1}]
+    rows = [{"text": "hello", "label": 0.25}, {"prompt": "a", "completion": " b", "label": True}]
     data = LabelledDataset(rows, tokenizer(), eos="append")
     assert data[0]["prompt_ids"] == [] and text(data[0]["answer_ids"]) == "hello<eos>"
     assert text(data[1]["prompt_ids"]) == "a" and data[1]["label"] == 1.0

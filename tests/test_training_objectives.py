@@ -170,3 +170,16 @@ def test_full_features_are_those_of_the_whole_answers():
         )
         torch.testing.assert_close(features.differences[n], chosen - rejected, rtol=1e-4, atol=1e-4)
     assert features.pair.tolist() == list(range(5))
+
+
+def test_features_of_an_inner_layer_are_its_hidden_states():
+    rows = id_pairs(1)
+    model = gpt2_rm(initializer_range=0.2)
+    features = pair_features(model.transformer, PreferenceDataset(rows), layer=1, full=True)
+    chosen, rejected = (
+        model.transformer(
+            torch.tensor([rows[0]["prompt_ids"] + rows[0][s]]), output_hidden_states=True
+        ).hidden_states[1][0, -1]
+        for s in SIDES
+    )
+    torch.testing.assert_close(features.differences[0], chosen - rejected, rtol=1e-4, atol=1e-4)

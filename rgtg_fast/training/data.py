@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from .formats import Row, load_rows, normalise
+from .formats import Row, common_prefix, load_rows, normalise
 
 OVERLONG = ("truncate", "drop", "error")
 EOS_RULES = ("append", "keep")
@@ -53,7 +53,8 @@ class PreferenceDataset(_Rows):
 
     Rows may be `{prompt, chosen, rejected}` texts, `{chosen, rejected}` that share their beginning,
     conversations (through the tokenizer's chat template), or ready `{prompt_ids, chosen_ids,
-    rejected_ids}`, which are taken as they are. For `source` see `load_rows`.
+    rejected_ids}`, which are taken as they are; without `prompt_ids` the tokens with which both
+    begin are the prompt. For `source` see `load_rows`.
 
     EOS stands at the true end of an answer only, never behind a prefix: `eos="append"` puts it
     behind answers that lack it, `eos="keep"` adds none; an answer cut at `max_length` gets none.
@@ -154,9 +155,9 @@ class PreferenceDataset(_Rows):
 class LabelledDataset(_Rows):
     """Texts with a label in [0, 1] (RAD's data): `prompt_ids`, `answer_ids` and `label`.
 
-    Rows are `{text, label}`, where every token counts, or `{prompt, text, label}`, where the
-    prompt's tokens carry no loss; or `{prompt_ids, answer_ids, label}`. Options as in
-    `PreferenceDataset`.
+    Rows are `{text, label}`, where every token counts, or `{prompt, text, label}` (`completion` is
+    as good as `text`), where the prompt's tokens carry no loss; or `{prompt_ids, answer_ids,
+    label}`. Options as in `PreferenceDataset`.
 
     Raises:
         ValueError: for missing keys, labels outside [0, 1], or empty texts, with counts.
@@ -299,11 +300,15 @@ def pair_key(row: Row) -> tuple[Any, ...]:
 
 
 def _ready(row: Row) -> Row:
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise ValueError(f"a row of token ids lacks {', '.join(missing)}; give all three")
-    entry: Row = {name: [int(i) for i in row[name]] for name in names}
+    if row.get("rejected_ids") is None:
+        raise ValueError("a row of token ids has chosen_ids but no rejected_ids; give both")
+    chosen, rejected = ([int(i) for i in row[name]] for name in ("chosen_ids", "rejected_ids"))
+    if row.get("prompt_ids") is None:
+        same = common_prefix(chosen, rejected)
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    else:
+        prompt = [int(i) for i in row["prompt_ids"]]
+    entry: Row = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
     if row.get("margin") is not None:
         entry["margin"] = float(row["margin"])
     return entry
@@ -320,6 +325,8 @@ def _invalid_reason(row: Row) -> str | None:
 
 
 def _encode_labelled(row: Row, tokenizer: Any, eos: str) -> Row:
+    if "completion" in row:
+        row = {**row, "text": row["completion"]}
     if "label" not in row or not ("text" in row or "answer_ids" in row):
         raise ValueError(f"a labelled row has the keys {sorted(row)}; it needs text and label")
     if "answer_ids" in row:

@@ -188,10 +188,14 @@ def normalise(row: Row, tokenizer: Any) -> Row:
     }
 
 
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """The number of elements with which both begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    end = 0
-    while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
-        end += 1
+    end = common_prefix(chosen, rejected)
     while end and not chosen[end - 1].isspace():
         end -= 1
     while end and chosen[end - 1] == " ":  # a space belongs to the word after it
@@ -200,9 +204,7 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _common_messages(chosen: Sequence[Row], rejected: Sequence[Row]) -> tuple[Any, Any, Any]:
-    same = 0
-    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
-        same += 1
+    same = common_prefix(chosen, rejected)
     return list(chosen[:same]), list(chosen[same:]), list(rejected[same:])
 
 

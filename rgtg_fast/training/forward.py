@@ -100,11 +100,10 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def call_inside(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Any]) -> Any:
-    """`function()` run as the forward of `wrapped` (DistributedDataParallel and its like), so that
-    its hooks for gradient reduction see it, while `function` is free to call the parts of `inner`.
+    """`function()` run as the forward of `wrapped` (DistributedDataParallel and its like, or the
+    model itself with its hooks), so that gathering of weights and reduction of gradients see it,
+    while `function` is free to call the parts of `inner`.
     """
-    if wrapped is inner:
-        return function()
     own = inner.__dict__.get("forward")
 
     def restore() -> None:

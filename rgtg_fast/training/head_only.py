@@ -49,11 +49,14 @@ def pair_features(
     *,
     first: int = 1,
     full: bool = False,
+    layer: int = -1,
     batch_size: int = 16,
 ) -> PairFeatures:
     """Features of every prefix, from one forward of the frozen `lm` per batch, in eval mode.
 
-    Prefixes of `first` tokens and more count; with `full=True` the whole answers only.
+    Prefixes of `first` tokens and more count; with `full=True` the whole answers only. `layer` is
+    `RewardHead`'s: -1 for the last hidden state after the final norm, else an index into
+    `hidden_states`.
 
     Raises `ValueError` for a pair without a prefix of `first` tokens.
     """
@@ -66,11 +69,14 @@ def pair_features(
         batch = {name: value.to(rm.device) for name, value in batch.items()}
         ids, lengths = batch["input_ids"], batch["answer_mask"].sum(-1)
         with rm.evaluating(), rm.fast_linears.active():
-            hidden, _ = rm.forward_base(
+            hidden, out = rm.forward_base(
                 ids.flatten(0, 1),
                 attention_mask=batch["attention_mask"].flatten(0, 1),
+                output_hidden_states=layer != -1,
                 use_cache=False,
             )
+        if layer != -1:
+            hidden = out.hidden_states[layer]
         longest = lengths.amax(-1)
         if int(longest.min()) < first:
             raise ValueError(
