@@ -31,11 +31,11 @@ the command line, with metrics.json, a plot and a model card beside the model::
     loss_type: prefix
     lora: {r: 16, target_modules: all-linear}
 
-| `loss_type` | model | what is learned | guide for `generate` |
+| `loss_type` | model | what is learned | guide |
 | --- | --- | --- | --- |
 | `prefix` | classifier | Bradley-Terry at every prefix | the model itself |
-| `full` | classifier | Bradley-Terry at the last token (ordinary RM, as in ARGS) | the model itself |
-| `farma` | causal LM | reward of token v = output row v (arXiv 2502.04517) | `VocabRewardScorer(rm)` |
+| `full` | classifier | Bradley-Terry at the last token (as in ARGS) | the model itself |
+| `farma` | causal LM | R(v) = output row v (arXiv 2502.04517) | `VocabRewardScorer(rm)` |
 | `genarm` | causal LM | reward = Σ log-probs (arXiv 2410.08193) | `AutoregressiveScorer(rm)` |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
 
