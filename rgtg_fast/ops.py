@@ -11,6 +11,7 @@ replaces ``"auto"``. A backend that is asked for by name and is not there raises
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "candidate_attention",
+    "kernel",
     "ratio_sample",
     "ratio_step",
     "reward_head",
@@ -50,14 +52,23 @@ MAX_CANDIDATES = 64
 _fakes.register("rgtg_fast")
 
 
-def _run(op: str, backend: str, *arguments: Any) -> Any:
+def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Callable[..., Any]:
+    """The function behind ``op`` on a backend, for loops: it checks nothing.
+
+    Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
+    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
+    """
+    chosen = settle(op, backend, device.type, rows)
+    if chosen == "reference":
+        return getattr(reference, op)
+    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
+    return getattr(space, op).default
+
+
+def _run(op: str, backend: Backend, *arguments: Any) -> Any:
     """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
     first = arguments[0]
-    chosen = settle(op, backend, first.device.type, first.shape[0])
-    if chosen == "reference":
-        return getattr(reference, op)(*arguments)
-    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
-    return getattr(space, op)(*arguments)
+    return kernel(op, backend, first.device, first.shape[0])(*arguments)
 
 
 def _limit_k(k: int, op: str, backend: str, first: Tensor) -> None:

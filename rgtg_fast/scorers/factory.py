@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from .base import RewardModelScorer, Scorer
 from .expand import ExpandScorer
-from .probe import Verdict, probe
+from .probe import WAYS, Verdict, probe
 from .reencode import ReencodeScorer
 from .reward_model import RewardModel
 from .tree import TreeScorer
@@ -64,7 +64,7 @@ def make_scorer(
         rm = RewardModel(rm, head)  # type: ignore[arg-type]
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
     tried = {"auto": ("tree", "expand"), "reencode": ()}.get(method, (method,))
-    verdict = probe(rm, max_length, () if as_text else tried)
+    verdict = probe(rm, max_length, () if as_text else tried, backend)
     chosen = _choose(rm, verdict, method, as_text)
     common: dict[str, Any] = {
         "eos_ids": eos_ids,
@@ -80,8 +80,10 @@ def make_scorer(
                 "prompt_tokenizer": reward_tokenizer if own_prompt else tokenizer,
             }
         scorer: RewardModelScorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
+    elif chosen == "tree":
+        scorer = TreeScorer(rm, k, fused=verdict.way("tree") == "fused", **common)
     else:
-        scorer = (TreeScorer if chosen == "tree" else ExpandScorer)(rm, k, **common)
+        scorer = ExpandScorer(rm, k, **common)
     if not as_text:
         scorer.largest_id = (vocab_size or 0) - 1
     return scorer
@@ -104,7 +106,7 @@ def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool) -> st
             )
         return "reencode"
     if method != "auto":
-        why = verdict.reasons.get(method)
+        why = verdict.why_not(method)
         if why is not None:
             raise ValueError(
                 f"reward_method={method!r} is wrong for {type(rm.model).__name__}: {why}; "
@@ -113,7 +115,7 @@ def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool) -> st
         return method
     chosen = verdict.method
     if chosen != "tree":
-        reasons = "; ".join(f"{m}: {why}" for m, why in verdict.reasons.items() if why)
+        reasons = "; ".join(f"{m}: {why}" for m in WAYS if (why := verdict.why_not(m)))
         _warn_once(
             rm,
             f"{type(rm.model).__name__} is scored by {chosen!r}, which costs {_COST[chosen]} "
