@@ -23,6 +23,9 @@ from . import ops
 from . import validation as check
 from .decoding import Guidance, guided_decode
 from .output import RewardGuidedOutput
+from .plan import make_plan
+from .policy import HFPolicy, make_policy
+from .record import Record
 from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
 from .scorers.reward_model import RewardModel
@@ -56,6 +59,8 @@ class RewardGuided:
     check_nan: bool | None = None
     backend: ops.Backend = "auto"
     streamer: Any = None
+    sync_every: int | None = None
+    compact: bool = True
 
     def __post_init__(self) -> None:
         check.check_options(
@@ -66,6 +71,7 @@ class RewardGuided:
             self.eos_reward,
             self.reward_method,
             self.backend,
+            self.sync_every,
         )
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
@@ -81,9 +87,13 @@ class RewardGuided:
         generation_config: GenerationConfig,
         streamer: Any = None,
         synced_gpus: bool = False,
+        keep_cache: bool = False,
         **model_kwargs: Any,
     ) -> RewardGuidedOutput | Tensor:
-        """Called by `model.generate` with everything prepared; returns what it is to return."""
+        """Called by `model.generate` with everything prepared; returns what it is to return.
+
+        `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
+        """
         own_streamer = self.streamer if streamer is None else None
         with ended_on_error(own_streamer):
             batch = max(input_ids.shape[0], 1)
@@ -112,21 +122,39 @@ class RewardGuided:
             scorer = self._make_scorer(
                 reward_ids, reward_mask, new_tokens, generation_config, vocab_size
             )
+            record = Record(generation_config, self.output_candidates)
+            keep_cache = keep_cache or record.on
+            policy = make_policy(
+                model, input_ids, mask, generation_config, model_kwargs, self.backend
+            )
+            plan = make_plan(
+                new_tokens,
+                device,
+                processors,
+                stopping_criteria,
+                getattr(generation_config, "_pad_token_tensor", None),
+                sync_every=self.sync_every,
+                compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
+                # Hugging Face's cache must hold no token beyond the last step when it is returned.
+                step_by_step=streamer is not None
+                or own_streamer is not None
+                or (keep_cache and isinstance(policy, HFPolicy)),
+                whole_batch=keep_cache,
+                synced_gpus=synced_gpus,
+            )
             scorer.prefill(reward_ids, reward_mask)
             if own_streamer is not None:  # a streamer that HF knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
             return guided_decode(
-                model,
-                input_ids,
+                policy,
                 scorer,
+                input_ids,
                 guidance,
-                logits_processor=processors,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                model_kwargs=model_kwargs,
-                streamer=own_streamer if streamer is None else streamer,
-                synced_gpus=synced_gpus,
-                output_candidates=self.output_candidates,
+                plan,
+                record,
+                processors,
+                stopping_criteria,
+                own_streamer if streamer is None else streamer,
             )
 
     def _lm_mask(
@@ -262,6 +290,8 @@ def generate(
     output_candidates: bool = False,
     check_nan: bool | None = None,
     backend: ops.Backend = "auto",
+    sync_every: int | None = None,
+    compact: bool = True,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -298,6 +328,14 @@ def generate(
         check_nan: True raises at the step, None (default) at the step on CPU and at the end on
             CUDA, False never (such a row goes on with its most likely token).
         backend: of the ops; see `rgtg_fast.ops`.
+        sync_every: steps between two looks at whether every row has ended (default 1 on CPU, 16 on
+            CUDA, where looking means waiting). Steps beyond the end are cut off: the result does
+            not depend on it. With a streamer, `stop_strings` or a stopping criterion other than
+            length and EOS it is every step.
+        compact: let rows that have ended leave the batch once they are half of it. It happens only
+            where plain sequences are returned and no processor or criterion of the user's may
+            count rows. Pass False where an own empty `past_key_values` is given to
+            `model.generate(custom_generate=...)` and read afterwards.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -320,9 +358,15 @@ def generate(
             output_candidates=output_candidates,
             check_nan=check_nan,
             backend=backend,
+            sync_every=sync_every,
+            compact=compact,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
-        bound = functools.partial(guided, streamer=kwargs.get("streamer"))
+        bound = functools.partial(
+            guided,
+            streamer=kwargs.get("streamer"),
+            keep_cache=kwargs.get("past_key_values") is not None,
+        )
         if kwargs.get("synced_gpus"):
             bound = functools.partial(bound, synced_gpus=True)
         check.check_call(model, inputs, kwargs)

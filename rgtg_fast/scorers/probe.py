@@ -24,7 +24,7 @@ from .tree import TreeScorer
 _SIBLINGS, _STEPS = 3, 3
 # Allowed error as a share of the spread of the true values. A wrong mask, position or cache is off
 # by the order of the spread itself; low precision needs room for reordered sums.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 _verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Verdict]] = weakref.WeakKeyDictionary()
 
@@ -128,7 +128,7 @@ def _why_not(rm: RewardModel, way: str, pooled: bool, ids: Tensor, backend: Any)
 def _disagreement(got: Tensor, truth: Tensor, noise: float, dtype: torch.dtype) -> str | None:
     error = (got - truth).abs().max().item()
     spread = truth.std().item()
-    if error <= max(_TOLERANCE[dtype] * spread, 10 * noise):
+    if error <= max(TOLERANCE[dtype] * spread, 10 * noise):
         return None
     return f"it differs from full forwards by {error:.2g} where values spread by {spread:.2g}"
 
@@ -152,7 +152,7 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
         return True
     spread = every.std().item() + logits.abs().item() * 1e-3
     error = (every[-1] - logits.reshape(()).float()).abs().item()
-    return error <= max(_TOLERANCE[rm.dtype], 0.02) * spread
+    return error <= max(TOLERANCE[rm.dtype], 0.02) * spread
 
 
 def _hidden_size(rm: RewardModel, ids: Tensor) -> int:

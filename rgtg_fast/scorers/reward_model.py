@@ -42,7 +42,7 @@ class RewardModel:
             )
         self.model = model
         inner: Any = model
-        if hasattr(model, "peft_config"):
+        if hasattr(model, "get_base_model"):
             inner = inner.get_base_model()
         self.base: Any = _find_base(inner)
         self.config = self.base.config
@@ -108,7 +108,11 @@ class RewardModel:
 
 def _find_base(model: Any) -> Any:
     if isinstance(model, PreTrainedModel):
-        return model.base_model
+        if model.base_model is not model:
+            return model.base_model
+        # Some classes do not name the attribute that holds their base.
+        children = (getattr(model, name, None) for name in BASE_NAMES if name != "base_model")
+        return next((c for c in children if isinstance(c, PreTrainedModel)), model)
     for name in BASE_NAMES:
         child: Any = getattr(model, name, None)
         if hasattr(child, "peft_config"):

@@ -40,13 +40,14 @@ class SiblingForward:
         length = input_ids.shape[1]
         fused = self.kernel is not None
         self.cache = SiblingCache(self.width, max(self.capacity, length + 1), fused)
-        hidden, _ = self.rm.forward_base(
+        hidden, out = self.rm.forward_base(
             input_ids,
             attention_mask=attention_mask,
             position_ids=positions_of(attention_mask),
             past_key_values=self.cache,
             use_cache=True,
         )
+        self.output_type = type(out)
         self.cache.finish_prefill(length)
         spans = attention_spans(self.rm.text_config)
         self.mask: SiblingStarts | SiblingMask
