@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..attention import (
     SiblingMask,
@@ -22,12 +24,13 @@ from .reward_model import RewardModel
 class SiblingForward:
     """The base of a model, run on siblings: `prefill`, then `siblings` and `commit` in turn.
 
-    `fused`: by the attention plug-in, without masks (see attention.py). All per-step state is in
-    tensors that are updated in place.
+    `rm` gives `forward_base` and what it is made of (`RewardModel`). `fused`: by the attention
+    plug-in, without masks (see attention.py). All per-step state is in tensors that are updated in
+    place.
     """
 
     def __init__(
-        self, rm: RewardModel, width: int, capacity: int, fused: bool, backend: Any = "auto"
+        self, rm: Any, width: int, capacity: int, fused: bool, backend: Any = "auto"
     ) -> None:
         self.rm, self.width, self.capacity = rm, width, capacity
         self.kernel = attention_kernel(backend, rm.device) if fused else None
@@ -82,6 +85,20 @@ class SiblingForward:
         self.cache.keep_rows(rows)
         self.mask.keep_rows(rows)
         self.position = self.position[rows]
+
+
+def fill_cache(given: DynamicCache, own: SiblingCache, length: int, rows: int) -> DynamicCache:
+    """Put the first `length` tokens of the first `rows` rows into an empty cache of HF's."""
+    own.crop(length)
+    for i, layer in enumerate(own.layers):
+        keys, values = (t[:rows] for t in own.prefix_of(layer))
+        theirs = given.layers[i] if i < len(given.layers) else None
+        if type(theirs) is DynamicLayer:  # it takes the tensors as they are, without a copy
+            theirs.lazy_initialization(keys, values)
+            theirs.keys, theirs.values = keys, values
+        else:
+            given.update(keys, values, i)
+    return given
 
 
 class TreeScorer(RewardModelScorer):
