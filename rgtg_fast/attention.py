@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from . import ops
+from .backends import settle
 from .cache import SiblingCache
 
 NAME = "rgtg_candidates"
@@ -69,10 +70,12 @@ AttentionInterface.register(NAME, attend)
 
 def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[..., Tensor] | None:
     """The kernel that fused attention runs on, or None where there is none but the reference."""
-    if ops.settle("candidate_attention", "auto", device.type, 1) == "reference":
-        return None
-    if ops.unavailable_reason("candidate_attention", backend) is not None:
+    if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
         backend = "auto"
+    if backend == "reference" or settle("candidate_attention", backend, device.type, 1) == (
+        "reference"
+    ):
+        return None
     return ops.kernel("candidate_attention", backend, device)
 
 

@@ -9,15 +9,15 @@ import zoo
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 import rgtg_fast
-from rgtg_fast import ops
 from rgtg_fast.attention import NAME
+from rgtg_fast.backends import settle
 from rgtg_fast.decoding import guided_decode
 from rgtg_fast.policy import CachedPolicy, HFPolicy
 
 generate_module = importlib.import_module("rgtg_fast.generate")  # the package has the function
 K, NEW = 4, 14
 compiled = pytest.mark.skipif(
-    ops.settle("candidate_attention", "auto", "cpu", 1) == "reference",
+    settle("candidate_attention", "auto", "cpu", 1) == "reference",
     reason="the extension is not built",
 )
 
@@ -67,7 +67,9 @@ LENGTHS = (5, 9, 3, 7, 1, 6, 8, 2)
 
 
 def ends(sequences, prompt):
-    return [row.tolist().index(tiny.EOS) if tiny.EOS in row else NEW for row in sequences[:, prompt:]]
+    return [
+        row.tolist().index(tiny.EOS) if tiny.EOS in row else NEW for row in sequences[:, prompt:]
+    ]
 
 
 @pytest.mark.parametrize("method", ["tree", "expand", "reencode"])
@@ -184,7 +186,7 @@ def test_hugging_faces_loop_runs_where_it_is_asked_for(models, seen, option):
 
 
 def test_hooks_on_the_language_model_are_not_passed_by(models, seen):
-    lm, rm = models
+    lm, _rm = models
     calls = []
     handle = lm.register_forward_hook(lambda *args: calls.append(1))
     try:
