@@ -78,8 +78,9 @@ class SiblingCache(Cache):
         self.ends: dict[torch.device, Tensor] = {}  # int64 [1], the store slot of the next token
         self.current: Any = None  # the layer whose attention runs next
 
-    def finish_prefill(self, length: int) -> None:
-        """Move the prompt's keys and values, as the layers computed them, into the stores."""
+    def finish_prefill(self, length: int, order: Tensor | None = None) -> None:
+        """Move the prompt's keys and values, as the layers computed them, into the stores; slots in
+        the order `order` [B, L], if given."""
         self.capacity = max(self.capacity, length)
         self.length = length
         groups: dict[tuple, list[tuple[SiblingLayer, str]]] = {}
@@ -97,7 +98,11 @@ class SiblingCache(Cache):
                 device=device,
             )
             for i, (layer, name) in enumerate(members):
-                store[i, :, :, self.width : self.width + length] = getattr(layer, name)
+                prompt = getattr(layer, name)
+                if order is not None:
+                    index = order.to(device).view(batch, 1, length, 1)
+                    prompt = prompt.gather(2, index.expand(-1, heads, -1, dim))
+                store[i, :, :, self.width : self.width + length] = prompt
                 setattr(layer, name, store[i])
             self.stores.append(store)
             self.lengths[device] = torch.full((batch,), length, device=device)

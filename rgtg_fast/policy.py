@@ -202,6 +202,8 @@ def _is_plain_call(
     )
     if any(asked) or not given.keys() <= known or mask.shape != input_ids.shape:
         return False
+    if bool((mask.long().diff(dim=-1) < 0).any()):  # holes, which the cache would move
+        return False
     cache, positions = given.get("past_key_values"), given.get("position_ids")
     plain = type(cache) is DynamicCache and cache.get_seq_length() == 0 and given.get("use_cache")
     return bool(plain) and (positions is None or torch.equal(positions, positions_of(mask)))

@@ -254,3 +254,27 @@ def test_attention_is_the_models_own_again_after_an_error(models, monkeypatch):
         guided(models, 5, 9)
     assert NAME in inside
     assert (rm.config._attn_implementation, lm.config._attn_implementation) == ("sdpa", "sdpa")
+
+
+@compiled
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
+def test_masks_with_holes_without_a_mask(name):
+    """The cache sorts hidden slots to the front; windows and chunks still count them."""
+    from rgtg_fast.scorers import RewardModel, TreeScorer
+
+    ids = torch.randint(3, zoo.VOCAB, (3, 14), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[0, 6:9], mask[1, 12], mask[1, 4] = 0, 0, 0, 0
+    rewards = []
+    for fused in (True, False):
+        scorer = TreeScorer(RewardModel(zoo.rm(name)), 3, fused=fused)
+        scorer.prefill(ids, mask)
+        steps = []
+        for step in range(8):
+            steps.append(scorer.score((torch.arange(9).view(3, 3) * 7 + step * 5) % 60 + 3))
+            scorer.commit(torch.tensor([step % 3, (step + 1) % 3, 0]))
+            if step == 4:
+                scorer.keep_rows(torch.tensor([0, 1]))
+                scorer._score = lambda ids, score=scorer._score: score(ids[:2])
+        rewards.append(torch.cat([s[:2] for s in steps]))
+    assert torch.allclose(*rewards, atol=1e-4)

@@ -51,12 +51,14 @@ class SiblingForward:
             use_cache=True,
         )
         self.output_type = type(out)
-        self.cache.finish_prefill(length)
         spans = attention_spans(self.rm.text_config)
         self.mask: SiblingStarts | SiblingMask
         if fused:
             self.mask = SiblingStarts(attention_mask, spans, self.cache)
+            self.cache.finish_prefill(length, self.mask.order)
+            self.mask.advance()
         else:
+            self.cache.finish_prefill(length)
             capacity = self.cache.capacity
             self.mask = SiblingMask(attention_mask, spans, self.width, capacity, self.rm.dtype)
         self.position = attention_mask.long().sum(-1, keepdim=True)  # [B, 1], real tokens so far
