@@ -152,6 +152,8 @@ Tensor candidate_attention(const Tensor& q, const Tensor& k_prefix, const Tensor
                   "k_prefix and v_prefix must be [B, Hkv, T, D] with q's B and D");
   STD_TORCH_CHECK(has_shape(k_self, own) && has_shape(v_self, own),
                   "k_self and v_self must be [B, k, Hkv, D] with q's B, k and D");
+  Tensor out = empty_cpu<4>({rows, k, query_heads, width}, q.scalar_type());
+  if (rows * k * query_heads * width == 0) return out;
   for (const Tensor* t : {&start, &length}) {
     STD_TORCH_CHECK(t->dim() == 1 && t->sizes()[0] == rows && t->scalar_type() == ScalarType::Long,
                     "start and length must be int64 [B]");
@@ -159,8 +161,6 @@ Tensor candidate_attention(const Tensor& q, const Tensor& k_prefix, const Tensor
   for (const Tensor* t : {&k_prefix, &v_prefix, &k_self, &v_self}) {
     STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "keys and values must have q's dtype");
   }
-  Tensor out = empty_cpu<4>({rows, k, query_heads, width}, q.scalar_type());
-  if (rows * k * query_heads * width == 0) return out;
   const Inputs inputs{with_dense_last_dim(q), with_dense_last_dim(k_prefix),
                       with_dense_last_dim(v_prefix), with_dense_last_dim(k_self),
                       with_dense_last_dim(v_self)};

@@ -12,7 +12,7 @@ constexpr int kFewQueries = kWidth / 4;
 // Blocks of sums that fit the registers, beside what they are made of.
 constexpr int kKeyBlock = kWidth == 16 ? 8 : 4;
 constexpr int kVectorBlock = 3;  // of queries
-constexpr int64_t kRun = 16;
+constexpr int64_t kRun = 32;
 constexpr int kQueryBlock = 6;
 constexpr int kValueBlock = kWidth == 16 ? 4 : 2;  // vectors of values
 
@@ -107,12 +107,13 @@ void score_block(const float* queries, int64_t pad, Rows keys, const AttentionSh
   for (int64_t d = 0; d < shape.width;) {
     const int64_t end = std::min(d + kRun, shape.width);
     const bool first = d == 0, last = end == shape.width;
-    Vec sums[KEYS][VECTORS];
+    Vec sums[KEYS][VECTORS], q[VECTORS];
+    for (int c = 0; c < VECTORS; ++c) q[c] = load(queries + d * pad + c * kWidth);
     for (int t = 0; t < KEYS; ++t) {
-      for (int c = 0; c < VECTORS; ++c) sums[t][c] = splat(0.0f);
+      const Vec key = splat(keys.data[t * keys.step + d]);
+      for (int c = 0; c < VECTORS; ++c) sums[t][c] = mul(key, q[c]);
     }
-    for (; d < end; ++d) {
-      Vec q[VECTORS];
+    while (++d < end) {
       for (int c = 0; c < VECTORS; ++c) q[c] = load(queries + d * pad + c * kWidth);
       for (int t = 0; t < KEYS; ++t) {
         const Vec key = splat(keys.data[t * keys.step + d]);
