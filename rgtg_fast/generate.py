@@ -25,7 +25,7 @@ from .decoding import Guidance, guided_decode
 from .output import RewardGuidedOutput
 from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
-from .scorers.reward_model import RewardModel
+from .scorers.reward_model import RewardModel, as_reward_model
 
 
 @dataclass
@@ -69,7 +69,7 @@ class RewardGuided:
         )
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
-            self._rm = RewardModel(self.reward_model, self.reward_head)
+            self._rm = as_reward_model(self.reward_model, self.reward_head)
 
     @torch.no_grad()
     def __call__(
@@ -276,8 +276,9 @@ def generate(
         model: a causal language model (or a PEFT model around one).
         inputs: prompts int64 [B, P]; or `input_ids=`.
         reward_model: a sequence-classification model with one label, any module with a base model
-            and a head (`score`, `classifier`, `v_head`, `regression_head`), or a scorer object with
-            `prefill`, `score` and `commit`. May live on another device and in another dtype.
+            and a head (`score`, `classifier`, `v_head`, `regression_head`), a `RewardHead` or
+            `RewardAdapter` on the language model's own weights, or a scorer object with `prefill`,
+            `score` and `commit`. May live on another device and in another dtype.
         k: candidates per step, 1 to 64.
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts

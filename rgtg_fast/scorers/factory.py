@@ -14,7 +14,7 @@ from .base import RewardModelScorer, Scorer
 from .expand import ExpandScorer
 from .probe import Verdict, probe
 from .reencode import ReencodeScorer
-from .reward_model import RewardModel
+from .reward_model import RewardModel, as_reward_model
 from .tree import TreeScorer
 
 METHODS = ("auto", "tree", "expand", "reencode")
@@ -59,9 +59,7 @@ def make_scorer(
     """
     if is_scorer(reward_model):
         return reward_model  # type: ignore[return-value]
-    rm = reward_model
-    if not isinstance(rm, RewardModel):
-        rm = RewardModel(rm, head)  # type: ignore[arg-type]
+    rm = as_reward_model(reward_model, head)
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
     tried = {"auto": ("tree", "expand"), "reencode": ()}.get(method, (method,))
     verdict = probe(rm, max_length, () if as_text else tried)

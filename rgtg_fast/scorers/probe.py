@@ -52,7 +52,7 @@ def probe(rm: RewardModel, max_length: int | None, methods: tuple[str, ...]) -> 
     """
     length = _probe_length(rm, max_length)
     implementation = getattr(rm.text_config, "_attn_implementation", None)
-    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public)
+    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public, rm.layer)
     known = _verdicts.setdefault(rm.model, {})
     with rm.evaluating():
         ids = _random_ids(rm, (2, length))
