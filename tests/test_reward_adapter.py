@@ -202,6 +202,21 @@ def test_a_batch_seen_out_of_order_is_not_mixed():
         pass
 
 
+def test_a_shared_product_is_never_that_of_an_earlier_input():
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    parts = {m: LowRank(torch.randn(1, 3), torch.randn(2, 1)) for m in (first, second)}
+    layers = LowRankLayers(parts, LayerInputs([[first, second]], in_order=True))
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    with torch.no_grad():
+        wanted = first(y) + y @ parts[first].a.t() @ parts[first].b.t()
+        with layers.active():
+            first(x)  # the second layer never asks for this one
+            torch.testing.assert_close(first(y), wanted)
+        x.copy_(y)
+        with layers.active():
+            torch.testing.assert_close(first(x), wanted)
+
+
 def test_another_base_is_a_warning(tmp_path):
     _, lm = make_checkpoint(tmp_path)
     edit_config(tmp_path, base_model_name_or_path="someone/base-7b")
