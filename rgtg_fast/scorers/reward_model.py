@@ -29,6 +29,8 @@ class RewardModel:
     Raises `ValueError` where no base or head is found, or the head gives several labels.
     """
 
+    layer = -1  # the hidden state that the head reads; see `RewardHead`
+
     def __init__(self, model: nn.Module, head: Callable[[Tensor], Tensor] | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -104,6 +106,17 @@ class RewardModel:
         finally:
             for module in training:
                 module.training = True
+
+
+def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) -> RewardModel:
+    """`model` taken apart, if it is not already. Raises `ValueError` for two heads at once."""
+    if not isinstance(model, RewardModel):
+        return RewardModel(model, head)
+    if head is not None:
+        raise ValueError(
+            f"reward_head is given beside a {type(model).__name__}, which has a head; leave it out"
+        )
+    return model
 
 
 def _find_base(model: Any) -> Any:
