@@ -51,6 +51,7 @@ class RewardModel:
         self.text_config = self.config.get_text_config()
         self.head = head if head is not None else _find_head(inner, self.base)
         self.check_public = head is None
+        self._kernels: dict[tuple, Callable[..., Tensor]] = {}  # of reward_head
         self._modules = list(model.modules())
         if isinstance(self.head, nn.Module):
             self._modules += list(self.head.modules())
@@ -81,7 +82,10 @@ class RewardModel:
             weight, bias = head.weight[0], head.bias
             if weight.device != hidden.device:
                 hidden = hidden.to(weight.device)
-            return ops.reward_head(hidden.to(weight.dtype), weight, bias, backend=backend)
+            key = backend, hidden.device, len(hidden)
+            if key not in self._kernels:
+                self._kernels[key] = ops.kernel("reward_head", *key)
+            return self._kernels[key](hidden.to(weight.dtype), weight, bias)
         parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
         if parameter is not None:
             hidden = hidden.to(parameter.device, parameter.dtype)
