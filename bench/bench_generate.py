@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--prompt", type=int, nargs="+", help="prompt tokens (128)")
     add("--k", type=int, nargs="+", help="candidates per token (10)")
     add("--new", type=int, help="new tokens (64)")
-    add("--repeats", type=int, help="timed rounds, after one to warm up (5)")
+    add("--repeats", type=int, help="timed rounds, after one to warm up (5; --overhead: 15)")
     add(
         "--slow-new",
         type=int,
@@ -102,7 +102,7 @@ def parse_args(argv=None):
         parser.error("--overhead times forwards on the host; leave --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.shape == "llama-8b" else "float32")
     args.new = args.new or (6 if args.quick else 8 if args.memory else 64)
-    args.repeats = args.repeats or (2 if args.quick else 5)
+    args.repeats = args.repeats or (2 if args.quick else 15 if args.overhead else 5)
     return args
 
 

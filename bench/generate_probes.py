@@ -148,20 +148,26 @@ def overhead(lm, rm, prompt, k, new, repeats):
         ),
     }
     modules = lm, lm.base_model, lm.get_output_embeddings(), rm, rm.base_model
-    samples = {name: [] for name in calls}
+    samples = {name: {length: [] for length in (1, new)} for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
-            spent = [_spent(call, modules, length) for length in (1, new)]
-            per_step = [1000 * (b - a) / (new - 1) for a, b in zip(*spent, strict=True)]
-            if repeat > 0:
-                samples[name].append(per_step)
+            for length, values in samples[name].items():
+                spent = _spent(call, modules, length)
+                values += [spent] if repeat > 0 else []
     rows = []
     for name, values in samples.items():
-        total, inside = (statistics.median(v[i] for v in values) for i in (0, 1))
-        own = statistics.median(v[0] - v[1] for v in values)
-        row = {"name": name, "ms_per_token": total, "forwards_ms": inside, "overhead_ms": own}
-        rows.append(row | {"samples_ms": values})
+        whole, forwards, own = (
+            _per_step([f(*spent) for spent in values[new]], [f(*spent) for spent in values[1]], new)
+            for f in (lambda total, _: total, lambda _, inside: inside, lambda t, i: t - i)
+        )
+        row = {"name": name, "ms_per_token": whole, "forwards_ms": forwards, "overhead_ms": own}
+        rows.append(row | {"seconds_total_and_inside": {str(n): v for n, v in values.items()}})
     return rows
+
+
+def _per_step(seconds, seconds_of_one, new):
+    """Milliseconds of a step: the medians' difference, which few slow runs do not move."""
+    return 1000 * (statistics.median(seconds) - statistics.median(seconds_of_one)) / (new - 1)
 
 
 def _spent(call, modules, length):
