@@ -226,6 +226,7 @@ def test_the_memory_mode_counts_the_reward_models_cache(bench, tmp_path, capsys)
     slot = 2 * 2 * 64 * 4 / 2**20  # keys and values of a token in 2 layers 64 wide, fp32
     assert 46 * slot <= rows["tree", 2]["mb"] <= 64 * slot
     assert rows["tree", 8]["mb"] - rows["tree", 2]["mb"] <= 8 * slot
+    assert rows["k-fold cache", 8]["mb"] == pytest.approx(8 * 46 * slot)
     assert rows["expand", 8]["ratio"] == rows["k-fold cache", 8]["ratio"] == 4
 
 
