@@ -31,7 +31,7 @@ import transformers
 from floors import bandwidth, floor_ms
 from generate_contenders import LABELS, SLOW, Bench, Models, why_not
 from generate_models import SHAPES, build_models
-from generate_probes import kv_memory, overhead
+from generate_probes import HOLDS_CACHE, kv_memory, overhead
 from plot_generate import plot
 
 import rgtg_fast
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     )
     add("--budget", type=float, default=120, help="skip what takes longer for a run, seconds")
     add("--threads", type=int, help="torch threads (default: torch's own)")
-    add("--contenders", nargs="+", choices=list(LABELS), default=list(LABELS))
+    add("--contenders", nargs="+", choices=list(LABELS), help="default: all")
     add("--grid", choices=["cost"], help="cost vs prompt length at k=10, vs k at prompt 256")
     add("--memory", action="store_true", help="the reward model's cache at k=10 and 40 instead")
     add("--overhead", action="store_true", help="the loop's own time on tiny models instead")
@@ -100,6 +100,9 @@ def parse_args(argv=None):
         parser.error("llama-8b has 16 billion weights in two models; pass --device cuda")
     if args.overhead and args.device != "cpu":
         parser.error("--overhead times forwards on the host; leave --device cpu")
+    args.contenders = args.contenders or (["auto"] if args.memory else list(LABELS))
+    if args.memory and not set(args.contenders) <= set(HOLDS_CACHE):
+        parser.error(f"--memory reads the caches of these contenders: {', '.join(HOLDS_CACHE)}")
     args.dtype = args.dtype or ("bfloat16" if args.shape == "llama-8b" else "float32")
     args.new = args.new or (6 if args.quick else 8 if args.memory else 64)
     args.repeats = args.repeats or (2 if args.quick else 15 if args.overhead else 5)
@@ -242,7 +245,7 @@ def show(args, cell):
 def table(rows, columns):
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         cells = (f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)
-        print("".join(cell.rjust(16) for cell in cells))
+        print("".join(cell.rjust(18) for cell in cells))
 
 
 def special(args, points, positions):
@@ -253,12 +256,12 @@ def special(args, points, positions):
         _, k, prompt = points[0]
         rows = overhead(*models, prompt, k, args.new, args.repeats)
         print(f"2 layers, 64 wide, {SHAPES[args.shape]}, {args.dtype}, k={k}, ms per decode step")
-        table(rows, ["name", "ms_per_token", "forwards_ms", "overhead_ms"])
+        table(rows, ["name", "ms_per_token", "forwards_ms", "overhead_ms", "overhead_least_ms"])
         return {"overhead": rows}
     small = QUICK_VOCAB if args.quick else None
     models = build_models(args.shape, positions, dtype, args.device, small)
     prompts, ks = (list(dict.fromkeys(p[i] for p in points)) for i in (2, 1))
-    rows = kv_memory(*models, prompts, ks, args.new, baselines=args.quick)
+    rows = kv_memory(*models, prompts, args.contenders, ks, args.new)
     print(f"Keys and values held for the reward model, {SHAPES[args.shape]}, {args.dtype}")
     table(rows, ["method", "prompt", "k", "mb", "ratio"])
     return {"memory": rows}

@@ -15,6 +15,7 @@ import rgtg_fast
 from rgtg_fast.scorers import make_scorer
 
 MB = 1 << 20
+HOLDS_CACHE = ("auto", "tree", "expand", "k-fold cache")
 
 
 def _status(field):
@@ -72,19 +73,20 @@ def cache_bytes(cache):
     return sum(storages.values())
 
 
-def kv_memory(lm, rm, prompts, ks, new, baselines=False):
-    """Rows of what the reward model's cache holds after `new` tokens, per prompt length and k."""
+def kv_memory(lm, rm, prompts, methods, ks, new):
+    """Rows of what the reward model's cache holds after `new` tokens, by method, prompt and k.
+
+    A method is one of `HOLDS_CACHE`; `ratio` is to the first k.
+    """
     rows = []
     for prompt in prompts:
         ids = torch.randint(0, lm.config.vocab_size, (1, prompt)).to(lm.device)
-        methods = ["tree", "expand", "k-fold cache"] if baselines else ["tree"]
         for method in methods:
-            for k in ks:
-                held = _held(lm, rm, ids, k, new, method)
-                first = next((r for r in rows if (r["method"], r["prompt"]) == (method, prompt)), 0)
-                base = first["mb"] * MB if first else held
-                row = {"method": method, "prompt": prompt, "k": k, "mb": held / MB}
-                rows.append(row | {"ratio": held / base})
+            held = [_held(lm, rm, ids, k, new, method) for k in ks]
+            rows += [
+                {"method": method, "prompt": prompt, "k": k, "mb": b / MB, "ratio": b / held[0]}
+                for k, b in zip(ks, held, strict=True)
+            ]
     return rows
 
 
@@ -136,7 +138,9 @@ def overhead(lm, rm, prompt, k, new, repeats):
     """Milliseconds per token outside the models' forwards, of guided and of plain decoding.
 
     A step's time: the difference of runs of `new` tokens and of one token, over `new` - 1, so that
-    neither the prompt nor what a call does once is in it. CPU only: a GPU's forward returns early.
+    neither the prompt nor what a call does once is in it; of the medians, and for the overhead of
+    the shortest runs too, which a busy machine stretches less. CPU only: a GPU's forward returns
+    early.
     Everything counts that is not a forward of the LM, its head or the reward model's base.
     """
     ids = torch.randint(0, lm.config.vocab_size, (1, prompt))
@@ -156,18 +160,17 @@ def overhead(lm, rm, prompt, k, new, repeats):
                 values += [spent] if repeat > 0 else []
     rows = []
     for name, values in samples.items():
-        whole, forwards, own = (
-            _per_step([f(*spent) for spent in values[new]], [f(*spent) for spent in values[1]], new)
-            for f in (lambda total, _: total, lambda _, inside: inside, lambda t, i: t - i)
-        )
-        row = {"name": name, "ms_per_token": whole, "forwards_ms": forwards, "overhead_ms": own}
+        row = {"name": name}
+        for key, part, middle in (
+            ("ms_per_token", lambda total, inside: total, statistics.median),
+            ("forwards_ms", lambda total, inside: inside, statistics.median),
+            ("overhead_ms", lambda total, inside: total - inside, statistics.median),
+            ("overhead_least_ms", lambda total, inside: total - inside, min),
+        ):
+            one, many = (middle([part(*spent) for spent in values[n]]) for n in (1, new))
+            row[key] = 1000 * (many - one) / (new - 1)
         rows.append(row | {"seconds_total_and_inside": {str(n): v for n, v in values.items()}})
     return rows
-
-
-def _per_step(seconds, seconds_of_one, new):
-    """Milliseconds of a step: the medians' difference, which few slow runs do not move."""
-    return 1000 * (statistics.median(seconds) - statistics.median(seconds_of_one)) / (new - 1)
 
 
 def _spent(call, modules, length):
