@@ -78,6 +78,7 @@ def parse_args(argv=None):
     add("--prompt", type=int, nargs="+", help="prompt tokens (128)")
     add("--k", type=int, nargs="+", help="candidates per token (10)")
     add("--new", type=int, help="new tokens (64)")
+    add("--beta", type=float, default=1.0, help="weight of the reward (less: more is pruned)")
     add("--repeats", type=int, help="timed rounds, after one to warm up (5; --overhead: 15)")
     add(
         "--slow-new",
@@ -138,7 +139,7 @@ def measure(args, models, contenders, point):
     batch, k, prompt = point
     generator = torch.Generator().manual_seed(batch * 100_000 + prompt)
     ids = torch.randint(0, models.lm.config.vocab_size, (batch, prompt), generator=generator)
-    bench = Bench(models, ids.to(args.device), k, args.new, args.slow_new)
+    bench = Bench(models, ids.to(args.device), k, args.new, args.slow_new, args.beta)
     skipped, runs, memory, rates = {}, {}, {}, []
     for name in contenders:
         reason = bench.too_dear(name, args.budget, free_bytes(args.device))
@@ -167,6 +168,7 @@ def measure(args, models, contenders, point):
         "bandwidth": {key: statistics.median(r[key] for r in rates) for key in rates[0]},
         "near_ties": bench.near_ties,
         "skipped": skipped,
+        "candidates_scored": bench.candidates_scored() if "pruned" in runs else None,
         "runs": runs,
         "rows": rows_of(models, runs, memory, rates, batch, args.new),
     }
@@ -237,6 +239,8 @@ def show(args, cell):
             f"(mean length {cell['prompt'] + cell['new'] / 2:.0f}), scaled to {cell['new']}; "
             "--slow-new 0 runs all."
         )
+    if cell["candidates_scored"] is not None:
+        print(f"Pruning left {cell['candidates_scored']:.2f} of {cell['k']} candidates to score.")
     peak = max((row["peak_mb"] for row in cell["rows"]), default=0)
     print(f"Peak memory of the process (CUDA: of its tensors): {peak:.0f} MB.")
     print(f"All agree on the greedy tokens; near ties decided otherwise: {cell['near_ties']}")
@@ -293,6 +297,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     # One pair of models is used throughout: what the scorers warn of is known here.
     warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record = {"bench": "generate", "options": options, "environment": environment(args.device)}

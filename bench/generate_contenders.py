@@ -14,7 +14,6 @@ from published import KFoldCache, ReEncode, RewardAugmentedProcessor, decode, no
 
 import rgtg_fast
 
-BETA = 1.0
 # A choice between scores closer than this is a near tie, which rounding may decide either way.
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
 SLOW = ("reencode", "re-encode one by one")
@@ -89,8 +88,8 @@ class Answer:
 class Bench:
     """One prompt and k: each contender runs once, its tokens are checked, it gives seconds."""
 
-    def __init__(self, models, prompt, k, new, slow_new):
-        self.models, self.prompt, self.k, self.new = models, prompt, k, new
+    def __init__(self, models, prompt, k, new, slow_new, beta=1.0):
+        self.models, self.prompt, self.k, self.new, self.beta = models, prompt, k, new, beta
         # Re-encoding costs prompt * k * batch: few tokens of it, fewer where it costs more.
         fewer = min(slow_new, slow_new * 1280 // (prompt.numel() * k))
         self.slow_new = min(new, max(2, fewer)) if slow_new else new
@@ -115,7 +114,7 @@ class Bench:
             attention_mask=torch.ones_like(prompt),
             reward_model=fast[0] if fast else self.models.rm,
             k=self.k,
-            beta=BETA,
+            beta=self.beta,
             max_new_tokens=new,
             do_sample=False,
             **options,
@@ -141,14 +140,14 @@ class Bench:
                 attention_mask=torch.ones_like(self.prompt),
                 reward_model=self.models.separate(name),
                 k=self.k,
-                beta=BETA,
+                beta=self.beta,
                 max_new_tokens=self.new,
                 do_sample=False,
                 return_dict_in_generate=True,
                 output_candidates=True,
             )
             rewards = out.candidate_rewards
-            best = (out.candidate_logprobs + BETA * rewards).topk(min(2, self.k)).values
+            best = (out.candidate_logprobs + self.beta * rewards).topk(min(2, self.k)).values
             margins = best[..., 0] - best[..., -1] if self.k > 1 else best[..., 0] + torch.inf
             self.answers[reward] = Answer(
                 out.sequences[:, self.prompt.shape[1] :],
@@ -226,6 +225,11 @@ class Bench:
             run = self.run(name)
         return run | memory
 
+    def candidates_scored(self):
+        """Mean number of candidates that pruning leaves to the reward model, of one more run."""
+        out = self.guided(self.prompt, self.new, "pruned", return_dict_in_generate=True)
+        return out.candidates_scored.float().mean().item()
+
     def call(self, name, new):
         if name == "plain":
             return self.plain(new)
@@ -238,9 +242,11 @@ class Bench:
         start, first = now(device), None
         if name == "k-fold cache":
             rewarder = KFoldCache(self.models.rm)
-            tokens, first, _ = decode(self.models.lm, rewarder, self.prompt, self.k, BETA, self.new)
+            tokens, first, _ = decode(
+                self.models.lm, rewarder, self.prompt, self.k, self.beta, self.new
+            )
         elif name == "rad":
-            processor = RewardAugmentedProcessor(self.models.rm, self.k, BETA)
+            processor = RewardAugmentedProcessor(self.models.rm, self.k, self.beta)
             tokens = self.plain(self.new, logits_processor=[processor])[:, length:]
             first = processor.first - start
         else:
@@ -264,7 +270,7 @@ class Bench:
             first, steps = times[0], times[1] - times[0]
         else:
             tokens, first, steps = decode(
-                self.models.lm, ReEncode(self.models.rm), prompt, self.k, BETA, new
+                self.models.lm, ReEncode(self.models.rm), prompt, self.k, self.beta, new
             )
         self.check(name, tokens, start_at)
         per_token = steps / (new - 1) if new > 1 else first

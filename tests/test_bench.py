@@ -72,6 +72,7 @@ def test_every_contender_gives_the_guided_tokens_and_a_row(bench, shape, tmp_pat
         reason = contenders.why_not(name, "cpu")
         assert (name in rows) == (reason is None)
         assert reason is None or f"{contenders.LABELS[name]}: skipped, {reason}" in printed
+    assert ("pruned" in rows) == (cell["candidates_scored"] is not None)
     for row in rows.values():
         assert row["decode_ms"] > 0
         assert row["tokens_per_s"] == pytest.approx(1000 / row["ms_per_token"])
