@@ -83,7 +83,7 @@ def test_numbers_of_queries_around_the_vector_and_block_width(level, k, width, s
 
 @pytest.mark.parametrize("level", SIMD_LEVELS)
 @pytest.mark.parametrize("k", [1, 10])
-@pytest.mark.parametrize("prefix", [1, 3, 8, 15, 63, 64, 65, 255, 256, 257, 700])
+@pytest.mark.parametrize("prefix", [1, 3, 8, 31, 32, 33, 64, 255, 256, 257, 700])
 def test_prefixes_around_the_tile_and_the_chunk(level, k, prefix):
     shape = (1, k, 2, 1, 64, prefix, [0], [prefix], None, None)
     with simd_level(level):
