@@ -11,6 +11,9 @@ replaces ``"auto"``. A backend that is asked for by name and is not there raises
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,6 +40,7 @@ __all__ = [
     "BackendUnavailable",
     "candidate_attention",
     "prefix_bt_loss",
+    "kernel",
     "ratio_sample",
     "ratio_step",
     "reward_head",
@@ -49,6 +53,19 @@ __all__ = [
 MAX_CANDIDATES = 64
 
 _fakes.register("rgtg_fast")
+
+
+def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Callable[..., Any]:
+    """The function behind ``op`` on a backend, for loops: it checks nothing.
+
+    Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
+    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
+    """
+    chosen = settle(op, backend, device.type, rows)
+    if chosen == "reference":
+        return getattr(reference, op)
+    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
+    return getattr(space, op).default
 
 
 def _limit_k(k: int, op: str, backend: str, first: Tensor) -> None:
