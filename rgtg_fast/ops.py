@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fakes
+from . import _fakes, reference
 from ._checks import (
     check_attention,
     check_bias,
