@@ -1,0 +1,49 @@
+"""The quality study: what reward models for partial sequences buy, on two tasks with exact rewards.
+
+    python bench/quality/study.py run --folder build/study      # resumable; about 40 minutes of one core
+    python bench/quality/study.py report --folder build/study   # JSON, Markdown and plots
+
+See `bench/quality/README.md` for what is compared and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+RESULTS = HERE.parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--folder", type=Path, default=Path("build/study"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--task", choices=("recipe", "support"), action="append")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from study_parts import report, tasks, units
+
+    torch.set_num_threads(args.threads)
+    disable_progress_bar()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.what == "report":
+        report.write(args.folder, args.results, args.task or ["recipe", "support"], args.seeds)
+        return
+    make = {"recipe": lambda: tasks.recipe_task(args.folder), "support": tasks.support_task}
+    chosen = [make[name]() for name in args.task or make]
+    units.run_all(chosen, range(args.seeds), args.folder)
+
+
+if __name__ == "__main__":
+    main()

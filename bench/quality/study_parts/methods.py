@@ -1,0 +1,158 @@
+"""Decoding with every method, and what each answer is worth, costs and deviates from the base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification
+
+import rgtg_fast
+from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
+from study_parts.tasks import Task
+
+K = 10
+ROWS = 600  # rows of one call
+KIND = {
+    "ARGS": "full",
+    "PARGS": "partial",
+    "PARGS-G": "partial",
+    "FaRMA": "farma",
+    "RAD": "rad",
+    "GenARM": "genarm",
+}
+SHARED = ("FaRMA", "GenARM")  # one reward forward of one token serves all candidates
+
+
+@dataclass
+class Answers:
+    """Per answer: gold reward, KL from the base policy in nats (for greedy decoding, whose policy
+    is a point, -log π(y)), the guide's reward of the whole answer, and new tokens."""
+
+    gold: list[float]
+    kl: list[float]
+    proxy: list[float]
+    tokens: list[int]
+
+    def part(self, rows: slice) -> Answers:
+        return Answers(*(values[rows] for values in asdict(self).values()))
+
+
+def guide_of(kind: str, model: nn.Module) -> Any:
+    """What `rgtg_fast.generate` takes as the reward model of this kind."""
+    if kind == "farma":
+        return VocabRewardScorer(model)
+    return AutoregressiveScorer(model) if kind == "genarm" else model
+
+
+def judge(task: Task, prompts: list[str], ids: Tensor) -> tuple[list[float], list[int]]:
+    """Gold rewards and lengths (EOS included) of answers [N, T]."""
+    eos = task.tokenizer.eos_token_id
+    texts = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    finished = (ids == eos).any(1).tolist()
+    gold = [task.gold(*row) for row in zip(prompts, texts, finished, strict=True)]
+    return gold, (ids != task.tokenizer.pad_token_id).sum(1).tolist()
+
+
+def guided(
+    task: Task,
+    guide: Any,
+    prompts: list[str],
+    betas: list[float],
+    *,
+    k: int = K,
+    greedy: bool = False,
+    cumulative: bool = False,
+    seed: int,
+) -> Answers:
+    """One answer to each of N prompts, row i at weight `betas[i]`. `cumulative`: the guide's
+    reward of an answer is the sum over its tokens (GenARM), not the last one."""
+    parts = [
+        _guided(task, guide, prompts[i : i + ROWS], betas[i : i + ROWS], k, greedy, cumulative, s)
+        for s, i in enumerate(range(0, len(prompts), ROWS), start=1000 * seed)
+    ]
+    fields = [asdict(part) for part in parts]
+    return Answers(**{name: [v for f in fields for v in f[name]] for name in fields[0]})
+
+
+def _guided(
+    task: Task,
+    guide: Any,
+    prompts: list[str],
+    betas: list[float],
+    k: int,
+    greedy: bool,
+    cumulative: bool,
+    seed: int,
+) -> Answers:
+    inputs = task.tokenizer(prompts, return_tensors="pt", padding=True)
+    out: Any = rgtg_fast.generate(
+        task.lm,
+        **inputs,
+        reward_model=guide,
+        k=k,
+        beta=torch.tensor(betas),
+        seed=seed,
+        do_sample=not greedy,
+        max_new_tokens=task.max_new_tokens,
+        return_dict_in_generate=True,
+        output_candidates=greedy,
+        **({} if greedy else {"top_k": 0}),
+    )
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    gold, tokens = judge(task, prompts, ids)
+    kl = out.kl
+    if greedy:
+        slot = (out.candidate_ids == ids[..., None]).long().argmax(-1, keepdim=True)
+        chosen = -out.candidate_logprobs.gather(-1, slot)[..., 0]
+        kl = torch.where(out.rewards.isnan(), torch.nan, chosen)
+    if cumulative:
+        proxy = out.rewards.nansum(1)
+    else:
+        proxy = out.rewards.gather(1, torch.tensor(tokens)[:, None] - 1)[:, 0]
+    return Answers(gold, kl.nansum(1).tolist(), proxy.tolist(), tokens)
+
+
+@torch.no_grad()
+def base_samples(task: Task, prompts: list[str], seed: int) -> tuple[Tensor, list[float], list]:
+    """One plain sample of the language model for each prompt: ids [N, T], gold, tokens."""
+    torch.manual_seed(seed)
+    rows = []
+    for i in range(0, len(prompts), ROWS):
+        inputs = task.tokenizer(prompts[i : i + ROWS], return_tensors="pt", padding=True)
+        out = task.lm.generate(
+            **inputs, do_sample=True, top_k=0, max_new_tokens=task.max_new_tokens
+        )
+        ids = out[:, inputs["input_ids"].shape[1] :]
+        missing = task.max_new_tokens - ids.shape[1]
+        rows.append(torch.nn.functional.pad(ids, (0, missing), value=task.tokenizer.pad_token_id))
+    ids = torch.cat(rows)
+    return ids, *judge(task, prompts, ids)
+
+
+@torch.no_grad()
+def whole_rewards(task: Task, rm: LlamaForSequenceClassification, prompts: list[str], ids: Tensor):
+    """The classifier's rewards [N] of whole answers [N, T]: its public forward pools the last."""
+    pad = task.tokenizer.pad_token_id
+    starts = task.tokenizer(prompts)["input_ids"]
+    rows = [s + [i for i in a if i != pad] for s, a in zip(starts, ids.tolist(), strict=True)]
+    rewards = []
+    for i in range(0, len(rows), ROWS):
+        part = rows[i : i + ROWS]
+        width = max(map(len, part))
+        padded = torch.tensor([r + [pad] * (width - len(r)) for r in part])
+        rewards.append(rm(padded, attention_mask=(padded != pad).long()).logits[:, 0])
+    return torch.cat(rewards)
+
+
+def forward_tokens(method: str, length: float, k: int = K) -> dict[str, float]:
+    """Tokens through the language model and the reward model for an answer of `length` tokens
+    (prompts apart): what a method costs, whatever the machine."""
+    if method in ("base", "top-k"):
+        return {"lm": length, "rm": 0.0}
+    if method.startswith("best-of-"):
+        n = int(method.removeprefix("best-of-"))
+        return {"lm": n * length, "rm": n * length}
+    return {"lm": length, "rm": length if method in SHARED else k * length}
