@@ -1,7 +1,7 @@
 """The quality study: what reward models for partial sequences buy, on two tasks with exact rewards.
 
-    python bench/quality/study.py run --folder build/study      # resumable; about 40 minutes of one core
-    python bench/quality/study.py report --folder build/study   # JSON, Markdown and plots
+    python bench/quality/study.py run       # resumable; 35 minutes of one core
+    python bench/quality/study.py report    # JSON, Markdown and plots in bench/results
 
 See `bench/quality/README.md` for what is compared and how.
 """
@@ -30,9 +30,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
-    from transformers.utils.logging import disable_progress_bar
-
     from study_parts import report, tasks, units
+    from transformers.utils.logging import disable_progress_bar
 
     torch.set_num_threads(args.threads)
     disable_progress_bar()

@@ -1,1 +1,1 @@
-"""The parts of `bench/quality/study.py`: tasks, training, decoding, exact values, findings, plots."""
+"""The parts of `bench/quality/study.py`."""

@@ -42,9 +42,7 @@ def enumerate_tree(task: Task, prompt: str) -> Tree:
         out = task.lm(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
         total = logprobs[:, None] + out.logits[:, -1].double().log_softmax(-1)
         rows, tokens = (total >= torch.tensor(LEAST).log()).nonzero(as_tuple=True)
-        children = [
-            (*level[r], t) for r, t in zip(rows.tolist(), tokens.tolist(), strict=True)
-        ]
+        children = [(*level[r], t) for r, t in zip(rows.tolist(), tokens.tolist(), strict=True)]
         values, done = total[rows, tokens], tokens == eos
         answers += [c for c, d in zip(children, done.tolist(), strict=True) if d]
         ends += values[done].tolist()

@@ -17,6 +17,7 @@ K = 10
 ROWS = 600  # rows of one call
 KIND = {
     "ARGS": "full",
+    "ARGS-G": "full",
     "PARGS": "partial",
     "PARGS-G": "partial",
     "FaRMA": "farma",

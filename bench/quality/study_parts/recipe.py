@@ -103,7 +103,7 @@ def gold_reward(prompt: str, reply: str, finished: bool = True) -> float:
 
 
 def _addition(balance: tuple[int, int], wish: tuple[int, int], rng: random.Random) -> str:
-    """One in three cooks adds what brings the dish nearer to the wish, the others what they like."""
+    """Some cooks add what brings the dish nearer to the wish, the others what they like."""
     steps = [f"add {thing}" for thing in ADDED]
     if rng.random() < 0.35:
         gaps = [

@@ -1,0 +1,183 @@
+"""From raw figures to `study.json`, plots and a Markdown report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from study_parts import figures, findings, plots
+from study_parts.figures import KL_LEVELS, Curve, crossed
+from study_parts.methods import KIND
+from study_parts.units import BEST_OF
+
+PLOTS = {
+    "accuracy": plots.accuracy_plot,
+    "frontier": plots.frontier_plot,
+    "over_beta": plots.beta_plot,
+}
+
+
+def summarise(folder: Path, task: str, seeds: int) -> dict[str, Any]:
+    """All figures of one task."""
+    raw = figures.load(folder, task, seeds)
+    prompts = len(raw["full"][0]["unguided"]["base"]["gold"]) // max(BEST_OF)
+    base = figures.base_gold(raw, prompts)
+    curves = {name: Curve(name, raw, prompts) for name, kind in KIND.items() if kind in raw}
+    accuracy = figures.accuracy(raw)
+    summary: dict[str, Any] = {
+        "seeds": seeds,
+        "test_prompts": prompts,
+        "accuracy": accuracy,
+        "methods": figures.method_table(raw, curves, base, prompts),
+        "over_beta": {name: figures.over_beta(curve) for name, curve in curves.items()},
+        "over_k": {n: figures.over_k(raw, curves[n], prompts) for n in ("ARGS", "PARGS")},
+        "at_equal_kl": {
+            name: {str(kl): at_level(curve, base, kl) for kl in KL_LEVELS}
+            for name, curve in curves.items()
+            if not name.endswith("-G")
+        },
+        "cpu_seconds": {
+            kind: np.mean([[u["seconds"]["train"], u["seconds"]["decode"]] for u in units], 0)
+            .round(1)
+            .tolist()
+            for kind, units in raw.items()
+        },
+    }
+    exact = folder / task / "exact.json"
+    if exact.exists():
+        summary |= with_exact(json.loads(exact.read_text()), raw)
+    summary["findings"] = {
+        "prefix_accuracy": findings.prefix_accuracy(accuracy),
+        "guidance": findings.guidance(curves, base),
+    }
+    return summary
+
+
+def at_level(curve: Curve, base: Any, kl: float) -> dict[str, float] | None:
+    """Gold at a KL, where every seed's frontier reaches it."""
+    values = curve.at_kl(base, np.full(curve.seeds, kl))
+    return None if np.isnan(values).any() else crossed(values)
+
+
+def with_exact(exact: dict[str, Any], raw: figures.Raw) -> dict[str, Any]:
+    """The optimal policies' frontier, and accuracy against true prefix values."""
+    optimum = [
+        {"beta": p["beta"], "gold": float(np.mean(p["gold"])), "kl": float(np.mean(p["kl"]))}
+        for p in exact["frontier"]
+    ]
+    levels = np.interp(KL_LEVELS, [p["kl"] for p in optimum], [p["gold"] for p in optimum])
+    return {
+        "optimum": optimum,
+        "optimum_at_equal_kl": {
+            str(kl): float(gold) for kl, gold in zip(KL_LEVELS, levels, strict=True)
+        },
+        "tree": {
+            "mass": float(np.mean(exact["mass"])),
+            "answers": float(np.mean(exact["answers"])),
+        },
+        "true_values": figures.true_value_accuracy(raw, exact["values"]),
+    }
+
+
+def write(folder: Path, results: Path, tasks: list[str], seeds: int) -> dict[str, Any]:
+    """`study.json`, `study.md` and `study_*.png` in `results`; prints the verdicts."""
+    summary = {task: summarise(folder, task, seeds) for task in tasks if (folder / task).exists()}
+    results.mkdir(parents=True, exist_ok=True)
+    record = {
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "processor": platform.processor() or platform.machine(),
+        "tasks": summary,
+    }
+    (results / "study.json").write_text(json.dumps(rounded(record), indent=1) + "\n")
+    for name, draw in PLOTS.items():
+        draw(summary, results / f"study_{name}.png")
+    text = "\n".join(line for name, task in summary.items() for line in markdown(name, task))
+    (results / "study.md").write_text(text + "\n")
+    print(text)
+    return summary
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def pm(row: dict[str, float] | None, digits: int = 2) -> str:
+    """Mean and 95 % half-width."""
+    return "-" if row is None else f"{row['mean']:+.{digits}f} ± {1.96 * row['se']:.{digits}f}"
+
+
+def markdown(name: str, task: dict[str, Any]) -> list[str]:
+    """The report of one task: verdicts, then the tables behind them (± are 95 % half-widths)."""
+    lines = [f"### Task `{name}`: {task['seeds']} seeds, {task['test_prompts']} test prompts", ""]
+    lines += [*_verdicts(task["findings"]), ""]
+    lines.append("| method | β by seed | gold | over base | KL | LM + RM tokens |")
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for method, row in task["methods"].items():
+        betas = ", ".join(f"{b:g}" for b in row.get("betas", [])) or "-"
+        cost = row["forward_tokens"]
+        lines.append(
+            f"| {method} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} | {row['kl']:.2f} "
+            f"| {cost['lm']:.0f} + {cost['rm']:.0f} |"
+        )
+    return [*lines, "", *_equal_kl(task), "", *_accuracy(task), "", *_over_k(task), ""]
+
+
+def _verdicts(found: dict[str, Any]) -> list[str]:
+    first, second = found["prefix_accuracy"], found["guidance"]
+    word = {True: "PASS", False: "FAIL"}
+    clear = sum(first["significant"])
+    lines = [
+        f"- {word[first['passed']]}: {first['finding']} ({clear} of 9 differences have a 95 % "
+        "interval above zero)",
+        f"- {word[second['passed']]}: {second['finding']}",
+    ]
+    for name, row in [*second["tests"].items(), *second["beside"].items()]:
+        figure = f"{pm(row)}, {row['in_se']:.1f} SE" if row["seeds"] else "no seed reaches it"
+        lines.append(f"  - {name}: {figure}, {word[row['passed']]}")
+    return lines
+
+
+def _equal_kl(task: dict[str, Any]) -> list[str]:
+    lines = [f"| gold at KL = | {' | '.join(f'{kl:g}' for kl in KL_LEVELS)} |"]
+    lines.append("| --- |" + " --- |" * len(KL_LEVELS))
+    for method, row in task["at_equal_kl"].items():
+        lines.append(f"| {method} | {' | '.join(pm(v) for v in row.values())} |")
+    if "optimum_at_equal_kl" in task:
+        cells = " | ".join(f"{v:+.2f}" for v in task["optimum_at_equal_kl"].values())
+        lines.append(f"| exact optimum | {cells} |")
+    return lines
+
+
+def _accuracy(task: dict[str, Any]) -> list[str]:
+    lines = ["| accuracy at decile | " + " | ".join(map(str, range(1, 11))) + " |"]
+    lines.append("| --- |" + " --- |" * 10)
+    for kind, rows in task["accuracy"].items():
+        if kind == "partial - full":
+            cells = [f"{r['mean']:+.3f} ± {1.96 * r['se']:.3f}" for r in rows]
+        else:
+            cells = [f"{r['mean']:.3f}" for r in rows]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    for kind, rows in task.get("true_values", {}).items():
+        label = "true value against gold" if kind == "ceiling" else f"{kind}, of true values"
+        cells = [f"{r['mean']:.3f}" for r in rows]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _over_k(task: dict[str, Any]) -> list[str]:
+    counts = list(task["over_k"]["PARGS"])
+    lines = [f"| gold (KL) at k = | {' | '.join(counts)} |", "| --- |" + " --- |" * len(counts)]
+    for method, row in task["over_k"].items():
+        cells = " | ".join(f"{pm(v['gold'])} ({v['kl']:.2f})" for v in row.values())
+        lines.append(f"| {method} | {cells} |")
+    return lines

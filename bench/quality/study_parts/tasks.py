@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import make_assets
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import make_assets
 from rgtg_fast.demo import task as support
 from rgtg_fast.demo.run import ASSETS
 from study_parts import recipe
@@ -49,14 +49,16 @@ class Task:
     sizes: Sizes
     enumerable: bool = False
     betas: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    ks: tuple[int, ...] = (2, 5, 20)  # beside methods.K, at the best β of it
 
 
-SUPPORT_SIZES = Sizes(100, 100, 4000, 2000, 32, 1, 1)
+SUPPORT_SIZES = Sizes(60, 100, 4000, 2000, 32, 1, 1)
 RECIPE_SIZES = Sizes(60, 90, 6000, 1500, 64, 3, 4, corpus=12_000, lm_epochs=3)
 
 _REWARD = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 BETAS = {
     "ARGS": _REWARD,
+    "ARGS-G": _REWARD,
     "PARGS": _REWARD,
     "PARGS-G": _REWARD,
     "FaRMA": _REWARD,
@@ -84,7 +86,9 @@ def support_task(sizes: Sizes = SUPPORT_SIZES) -> Task:
         max_new_tokens=make_assets.MAX_NEW,
         learning_rate=1e-3,
         sizes=sizes,
-        betas=BETAS,
+        # Answers are five times as long as a recipe: a coarser grid around what is best.
+        betas={name: grid[1:5] for name, grid in BETAS.items()},
+        ks=(2, 5),
     )
 
 

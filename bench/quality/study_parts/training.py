@@ -8,12 +8,12 @@ import random
 import tempfile
 from typing import Any
 
+import make_assets
 import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-import make_assets
 from rgtg_fast.training import PrefixRewardConfig, PrefixRewardTrainer
 from study_parts.tasks import Task
 
@@ -35,7 +35,7 @@ def make_pairs(task: Task, prompts: list[str], count: int, seed: int, noisy: boo
         second = 1 / (1 + math.exp(gold[0] - gold[1]))
         won = int(rng.random() < second) if noisy else int(gold[1] > gold[0])
         prompt_ids, *ids = task.tokenizer([prompt, *texts])["input_ids"]
-        ids = [i + [task.tokenizer.eos_token_id] for i in ids]
+        ids = [[*answer, task.tokenizer.eos_token_id] for answer in ids]
         pairs.append(
             {"prompt_ids": prompt_ids, "chosen_ids": ids[won], "rejected_ids": ids[1 - won]}
         )

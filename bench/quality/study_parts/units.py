@@ -23,7 +23,6 @@ from study_parts.training import KINDS, make_pairs, margins, right_by_decile, tr
 
 BEST_OF = (4, 16)
 TOP_K = (2, 5, 10)
-KS = (2, 5, 20)  # beside K, at the method's own best β
 EVAL_SEED = 7
 
 
@@ -74,7 +73,7 @@ def _over_beta(task: Task, name: str, guide: Any, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {"tuning": tuning, "test": tested, "best": best}
     if name in ("ARGS", "PARGS"):
         result["k"] = {}
-        for k in KS:
+        for k in task.ks:
             weights = [best] * len(test) * draws
             one = methods.guided(task, guide, test * draws, weights, k=k, **options)
             result["k"][k] = asdict(one)

@@ -1,0 +1,192 @@
+"""Raw files of the study to figures: means over prompts and seeds with their standard errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from study_parts.methods import KIND, K, forward_tokens
+from study_parts.training import KINDS
+from study_parts.units import BEST_OF, TOP_K, unit_path
+
+Raw = dict[str, list[dict[str, Any]]]  # kind -> raw figures by seed
+KL_LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def load(folder: Path, task: str, seeds: int) -> Raw:
+    """The raw figures of a task, of the seeds that are there.
+
+    Raises `ValueError` where the base and the two compared reward models have not all `seeds`.
+    """
+    raw: Raw = {}
+    for kind in KINDS:
+        paths = [unit_path(folder, task, seed, kind) for seed in range(seeds)]
+        there = list(itertools.takewhile(Path.exists, paths))
+        if there:
+            raw[kind] = [json.loads(p.read_text()) for p in there]
+    if any(len(raw.get(kind, [])) < seeds for kind in ("full", "partial")):
+        raise ValueError(f"{task}: {folder} has not all seeds of full and partial; run the study")
+    return raw
+
+
+def crossed(values: Any) -> dict[str, float]:
+    """Mean and standard error of values [seeds, prompts] where both are samples: the variances of
+    the seeds' means and of the prompts' means are added, which counts the noise of a single value
+    in both and so errs on the wide side. NaN: not there."""
+    values = np.asarray(values, dtype=float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        by_prompt, by_seed = np.nanmean(values, 0), np.nanmean(values, 1)
+    by_prompt = by_prompt[~np.isnan(by_prompt)]
+    variance = 0.0
+    for means in (by_prompt, by_seed):
+        if len(means) > 1:
+            variance += float(means.var(ddof=1)) / len(means)
+    return {"mean": float(np.nanmean(values)), "se": math.sqrt(variance)}
+
+
+def per_prompt(values: list[float], prompts: int) -> Any:
+    """Mean of all draws for each prompt [P]; draws follow each other as whole rounds of prompts."""
+    return np.asarray(values, dtype=float).reshape(-1, prompts).mean(0)
+
+
+class Curve:
+    """A method's answers to the test prompts: gold, KL and proxy [S, β, P] over its grid `betas`,
+    `best` [S]: the index of the β that won on the other prompts."""
+
+    def __init__(self, name: str, raw: Raw, prompts: int) -> None:
+        rows = [unit["methods"][name] for unit in raw[KIND[name]]]
+        self.name = name
+        self.betas = [float(b) for b in rows[0]["test"]]
+        self.best = [self.betas.index(float(row["best"])) for row in rows]
+        self.seeds = len(rows)
+        self.gold, self.kl, self.proxy, self.tokens = (
+            np.stack(
+                [
+                    [per_prompt(answers[field], prompts) for answers in row["test"].values()]
+                    for row in rows
+                ]
+            )
+            for field in ("gold", "kl", "proxy", "tokens")
+        )
+
+    def at_best(self, field: str) -> Any:
+        values = getattr(self, field)
+        return values[np.arange(self.seeds), self.best]
+
+    def at_kl(self, base: Any, kl: Any) -> Any:
+        """Gold [S, P] where the seed's mean KL is `kl` [S]: between neighbouring points of the
+        frontier, which begins at the base policy (gold `base` [S, P], KL 0). NaN beyond its end."""
+        out = np.full(base[: self.seeds].shape, np.nan)
+        for seed in range(self.seeds):
+            gold = np.concatenate([base[seed][None], self.gold[seed]])
+            at = np.concatenate([[0.0], self.kl[seed].mean(-1)])
+            order = np.argsort(at)
+            gold, at = gold[order], at[order]
+            if kl[seed] > at[-1]:
+                continue
+            right = max(int(np.searchsorted(at, kl[seed])), 1)
+            share = (kl[seed] - at[right - 1]) / max(at[right] - at[right - 1], 1e-12)
+            out[seed] = (1 - share) * gold[right - 1] + share * gold[right]
+        return out
+
+
+def base_gold(raw: Raw, prompts: int) -> Any:
+    """Mean gold of the base policy's samples [S, P]."""
+    return np.stack([per_prompt(unit["unguided"]["base"]["gold"], prompts) for unit in raw["full"]])
+
+
+def accuracy(raw: Raw) -> dict[str, Any]:
+    """By kind, the share of right orders at each decile, and partial - full, paired."""
+    right = {k: np.array([u["right"] for u in units], dtype=float) for k, units in raw.items()}
+    table: dict[str, Any] = {
+        kind: [crossed(values[:, d]) for d in range(10)] for kind, values in right.items()
+    }
+    table["partial - full"] = [
+        crossed(right["partial"][:, d] - right["full"][:, d]) for d in range(10)
+    ]
+    return table
+
+
+def true_value_accuracy(raw: Raw, values: list[list[list[float | None]]]) -> dict[str, Any]:
+    """How often the prefix with the larger true value V = E[gold | prefix] gets the larger reward,
+    by decile; and how often V itself orders prefixes as the whole answers' gold is ordered, the
+    most that any prefix reward can reach."""
+    gaps = {kind: np.array([u["margins"] for u in units]) for kind, units in raw.items()}
+    kinds: dict[str, list] = {kind: [] for kind in gaps}
+    ceiling = []
+    for decile in range(1, 11):
+        at = np.array([math.ceil(len(v) * decile / 10) - 1 for v in values])
+        pairs = [v[i] for v, i in zip(values, at, strict=True)]
+        order = np.array([np.nan if None in p else np.sign(round(p[0] - p[1], 6)) for p in pairs])
+        order[order == 0] = np.nan
+        known = ~np.isnan(order)
+        ceiling.append(crossed((order > 0)[None, known]))
+        for kind, gap in gaps.items():
+            sign = np.sign(gap[:, np.arange(len(at)), at])
+            kinds[kind].append(crossed(np.where(sign == 0, 0.5, sign == order)[:, known]))
+    return {**kinds, "ceiling": ceiling}
+
+
+def method_table(raw: Raw, curves: dict[str, Curve], base: Any, prompts: int) -> dict[str, Any]:
+    """Gold, KL, proxy and forward tokens of each method, guided ones at their own best β."""
+    table: dict[str, Any] = {}
+    fixed = {"base": [u["unguided"]["base"] for u in raw["full"]]}
+    for n in BEST_OF:
+        fixed[f"best-of-{n}"] = [u["unguided"][f"best-of-{n}"] for u in raw["full"]]
+    for k in TOP_K:
+        fixed[f"top-k, k={k}"] = [u["unguided"]["top-k"][str(k)] for u in raw["full"]]
+    for name, rows in fixed.items():
+        gold = np.stack([per_prompt(r["gold"], prompts) for r in rows])
+        drawn = fixed["base"] if name.startswith("best-of-") else rows
+        length = float(np.mean([np.mean(r["tokens"]) for r in drawn]))
+        table[name] = {
+            "gold": crossed(gold),
+            "over_base": crossed(gold - base),
+            "kl": float(np.mean([np.mean(r["kl"]) for r in rows])),
+            "forward_tokens": forward_tokens(name.split(",")[0], length),
+        }
+    for name, curve in curves.items():
+        table[name] = {
+            "seeds": curve.seeds,
+            "betas": [curve.betas[i] for i in curve.best],
+            "gold": crossed(curve.at_best("gold")),
+            "over_base": crossed(curve.at_best("gold") - base[: curve.seeds]),
+            "kl": float(curve.at_best("kl").mean()),
+            "proxy": float(curve.at_best("proxy").mean()),
+            "forward_tokens": forward_tokens(name, float(curve.at_best("tokens").mean())),
+        }
+    return table
+
+
+def over_beta(curve: Curve) -> list[dict[str, Any]]:
+    """Gold, KL and proxy at each β of the grid, over all seeds."""
+    return [
+        {
+            "beta": beta,
+            "gold": crossed(curve.gold[:, i]),
+            "kl": crossed(curve.kl[:, i]),
+            "proxy": crossed(curve.proxy[:, i]),
+        }
+        for i, beta in enumerate(curve.betas)
+    ]
+
+
+def over_k(raw: Raw, curve: Curve, prompts: int) -> dict[str, Any]:
+    """Gold and KL by the number of candidates, at the β that was best for K."""
+    rows = [unit["methods"][curve.name]["k"] for unit in raw[KIND[curve.name]]]
+    table = {
+        int(k): {
+            "gold": crossed([per_prompt(row[k]["gold"], prompts) for row in rows]),
+            "kl": float(np.mean([np.mean(row[k]["kl"]) for row in rows])),
+        }
+        for k in rows[0]
+    }
+    best = {"gold": crossed(curve.at_best("gold")), "kl": float(curve.at_best("kl").mean())}
+    return {str(k): v for k, v in sorted([*table.items(), (K, best)])}

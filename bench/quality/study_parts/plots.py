@@ -1,0 +1,115 @@
+"""The study's plots, small PNGs from what `report.summarise` gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {
+    "ARGS": "C1",
+    "ARGS-G": "C1",
+    "PARGS": "C0",
+    "PARGS-G": "C0",
+    "FaRMA": "C2",
+    "RAD": "C4",
+    "GenARM": "C5",
+}
+RM_COLOURS = {"full": "C1", "partial": "C0", "farma": "C2", "rad": "C4", "genarm": "C5"}
+MOST_KL = 12.0
+
+
+def _panels(summary: dict[str, Any]) -> tuple[Any, list[tuple[Any, str, dict[str, Any]]]]:
+    figure, axes = plt.subplots(
+        1, len(summary), figsize=(4.6 * len(summary), 3.5), layout="constrained", squeeze=False
+    )
+    return figure, [(a, name, s) for a, (name, s) in zip(axes[0], summary.items(), strict=True)]
+
+
+def accuracy_plot(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy of every reward model by decile of length, with 95 % intervals."""
+    figure, panels = _panels(summary)
+    deciles = range(10, 101, 10)
+    for axis, name, task in panels:
+        for kind, colour in RM_COLOURS.items():
+            if rows := task["accuracy"].get(kind):
+                style = "-" if kind in ("full", "partial") else ":"
+                mean, band = [r["mean"] for r in rows], [1.96 * r["se"] for r in rows]
+                axis.errorbar(deciles, mean, band, fmt=style, color=colour, capsize=2, label=kind)
+        if "true_values" in task:
+            rows = [r["mean"] for r in task["true_values"]["ceiling"]]
+            axis.plot(deciles, rows, "k--", linewidth=0.8, label="true prefix value")
+        axis.axhline(0.5, color="grey", linewidth=0.6)
+        axis.set(title=name, xlabel="prefix, % of the longer answer")
+        axis.legend(frameon=False, fontsize="x-small")
+    panels[0][0].set_ylabel("accuracy (95 % interval)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def frontier_plot(summary: dict[str, Any], path: Path) -> None:
+    """Gold reward against KL from the base, and the exact optimum where it is known."""
+    figure, panels = _panels(summary)
+    for axis, name, task in panels:
+        base = task["methods"]["base"]["gold"]["mean"]
+        for method, points in task["over_beta"].items():
+            if method.endswith("-G"):
+                continue
+            kl = [0.0, *(p["kl"]["mean"] for p in points)]
+            gold = [base, *(p["gold"]["mean"] for p in points)]
+            inside = [i for i, value in enumerate(kl) if value <= MOST_KL]
+            axis.plot(
+                [kl[i] for i in inside],
+                [gold[i] for i in inside],
+                marker="o",
+                markersize=3,
+                color=COLOURS[method],
+                label=method,
+            )
+        for method, row in task["methods"].items():
+            if method.startswith("best-of-"):
+                axis.plot(row["kl"], row["gold"]["mean"], "k^", markersize=5)
+                axis.annotate(method, (row["kl"], row["gold"]["mean"]), fontsize="x-small")
+        if "optimum" in task:
+            optimum = task["optimum"]
+            axis.plot(
+                [p["kl"] for p in optimum], [p["gold"] for p in optimum], "k-", label="optimum"
+            )
+        axis.set(title=name, xlabel="KL from the base (nats)")
+        axis.legend(frameon=False, fontsize="x-small")
+    panels[0][0].set_ylabel("mean gold reward")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def beta_plot(summary: dict[str, Any], path: Path) -> None:
+    """Gold (solid) and the guide's own reward (dotted, each scaled to its range) against β."""
+    figure, axes = plt.subplots(
+        2, len(summary), figsize=(4.6 * len(summary), 5.2), layout="constrained", squeeze=False
+    )
+    for column, (name, task) in enumerate(summary.items()):
+        for method, points in task["over_beta"].items():
+            betas = [p["beta"] for p in points]
+            for row, key in enumerate(("gold", "proxy")):
+                if key == "proxy" and method not in ("ARGS", "PARGS"):
+                    continue
+                style = ":" if method.endswith("-G") else "-"
+                mean = [p[key]["mean"] for p in points]
+                band = [1.96 * p[key]["se"] for p in points]
+                axes[row][column].errorbar(
+                    betas, mean, band, fmt=style, color=COLOURS[method], capsize=2, label=method
+                )
+        axes[0][column].axhline(task["methods"]["base"]["gold"]["mean"], color="grey", ls="--")
+        axes[0][column].set_title(name)
+        axes[0][column].legend(frameon=False, fontsize="x-small")
+        for row in (0, 1):
+            axes[row][column].set_xscale("log", base=2)
+        axes[1][column].set_xlabel("β")
+    axes[0][0].set_ylabel("mean gold reward")
+    axes[1][0].set_ylabel("the guide's own reward")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
