@@ -16,7 +16,7 @@ BUILT := $(VENV)/.built
 LINT := $(VENV)/.lint
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-oldest wheel bench assets lint clean
+.PHONY: demo test test-oldest wheel bench study assets lint clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgtg_fast demo
@@ -35,6 +35,10 @@ bench: $(BUILT)
 	set -e; for script in $(filter-out bench/bench_host.py,$(wildcard bench/bench_*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python -m pytest -q bench/bench_host.py
+
+study: $(BUILT)
+	$(BIN)/python bench/quality/study.py run
+	$(BIN)/python bench/quality/study.py report
 
 assets: $(BUILT)
 	$(BIN)/python bench/quality/make_assets.py

@@ -96,6 +96,14 @@ class Curve:
             out[seed] = (1 - share) * gold[right - 1] + share * gold[right]
         return out
 
+    def within_kl(self, base: Any, kl: Any) -> Any:
+        """Gold [S, P] of the seed's best point of the frontier at a KL of at most `kl` [S]. The
+        point is chosen by the test prompts themselves, in favour of this method."""
+        spent = np.concatenate([np.zeros((self.seeds, 1)), self.kl.mean(-1)], axis=1)
+        gold = np.concatenate([base[: self.seeds, None], self.gold], axis=1)
+        mean = np.where(spent <= np.asarray(kl)[:, None] + 1e-9, gold.mean(-1), -np.inf)
+        return gold[np.arange(self.seeds), mean.argmax(1)]
+
 
 def base_gold(raw: Raw, prompts: int) -> Any:
     """Mean gold of the base policy's samples [S, P]."""

@@ -38,7 +38,9 @@ def guidance(curves: dict[str, Curve], base: Any) -> dict[str, Any]:
     for name, kl in spent.items():
         tests[f"PARGS - ARGS, at the KL of {name}"] = pargs.at_kl(base, kl) - args.at_kl(base, kl)
     rows: dict[str, Any] = {name: _verdict(values) for name, values in tests.items()}
-    beside = {}
+    allowed = args.within_kl(base, spent["PARGS"])
+    gap = pargs.at_best("gold") - allowed
+    beside = {"PARGS - the best ARGS within the KL of PARGS": _verdict(gap)}
     if {"PARGS-G", "ARGS-G"} <= curves.keys():
         gap = curves["PARGS-G"].at_best("gold") - curves["ARGS-G"].at_best("gold")
         beside["PARGS-G - ARGS-G, own best beta"] = _verdict(gap)

@@ -125,8 +125,10 @@ def markdown(name: str, task: dict[str, Any]) -> list[str]:
     for method, row in task["methods"].items():
         betas = ", ".join(f"{b:g}" for b in row.get("betas", [])) or "-"
         cost = row["forward_tokens"]
+        seeds = row.get("seeds", task["seeds"])
+        label = method if seeds == task["seeds"] else f"{method} ({seeds} seeds)"
         lines.append(
-            f"| {method} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} | {row['kl']:.2f} "
+            f"| {label} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} | {row['kl']:.2f} "
             f"| {cost['lm']:.0f} + {cost['rm']:.0f} |"
         )
     return [*lines, "", *_equal_kl(task), "", *_accuracy(task), "", *_over_k(task), ""]
