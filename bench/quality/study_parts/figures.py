@@ -42,13 +42,13 @@ def crossed(values: Any) -> dict[str, float]:
     values = np.asarray(values, dtype=float)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        by_prompt, by_seed = np.nanmean(values, 0), np.nanmean(values, 1)
+        mean, by_prompt, by_seed = np.nanmean(values), np.nanmean(values, 0), np.nanmean(values, 1)
     by_prompt = by_prompt[~np.isnan(by_prompt)]
     variance = 0.0
     for means in (by_prompt, by_seed):
         if len(means) > 1:
             variance += float(means.var(ddof=1)) / len(means)
-    return {"mean": float(np.nanmean(values)), "se": math.sqrt(variance)}
+    return {"mean": float(mean), "se": math.sqrt(variance)}
 
 
 def per_prompt(values: list[float], prompts: int) -> Any:

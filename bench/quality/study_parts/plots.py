@@ -86,6 +86,24 @@ def frontier_plot(summary: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def cost_plot(summary: dict[str, Any], path: Path) -> None:
+    """Gold reward against the tokens that went through both models, at each method's own best β."""
+    figure, panels = _panels(summary)
+    for axis, name, task in panels:
+        for method, row in task["methods"].items():
+            tokens = sum(row["forward_tokens"].values())
+            gold, band = row["gold"]["mean"], 1.96 * row["gold"]["se"]
+            axis.errorbar(tokens, gold, band, fmt="o", color=COLOURS.get(method, "k"), capsize=2)
+            axis.annotate(
+                method, (tokens, gold), (4, 3), textcoords="offset points", fontsize="x-small"
+            )
+        axis.set_xscale("log", base=2)
+        axis.set(title=name, xlabel="tokens through LM + RM per answer")
+    panels[0][0].set_ylabel("mean gold reward")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def beta_plot(summary: dict[str, Any], path: Path) -> None:
     """Gold (solid) and the guide's own reward (dotted, each scaled to its range) against β."""
     figure, axes = plt.subplots(

@@ -20,6 +20,7 @@ PLOTS = {
     "accuracy": plots.accuracy_plot,
     "frontier": plots.frontier_plot,
     "over_beta": plots.beta_plot,
+    "cost": plots.cost_plot,
 }
 
 
