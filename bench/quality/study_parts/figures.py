@@ -162,7 +162,6 @@ def method_table(raw: Raw, curves: dict[str, Curve], base: Any, prompts: int) ->
         }
     for name, curve in curves.items():
         table[name] = {
-            "seeds": curve.seeds,
             "betas": [curve.betas[i] for i in curve.best],
             "gold": crossed(curve.at_best("gold")),
             "over_base": crossed(curve.at_best("gold") - base[: curve.seeds]),

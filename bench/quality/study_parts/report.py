@@ -14,6 +14,7 @@ import transformers
 from study_parts import figures, findings, plots
 from study_parts.figures import KL_LEVELS, Curve, crossed
 from study_parts.methods import KIND
+from study_parts.training import KINDS
 from study_parts.units import BEST_OF
 
 PLOTS = {
@@ -34,6 +35,11 @@ def summarise(folder: Path, task: str, seeds: int) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "seeds": seeds,
         "test_prompts": prompts,
+        "fewer_seeds": {
+            name: len(raw[kind])
+            for name, kind in [*KIND.items(), *((k, k) for k in KINDS)]
+            if kind in raw and len(raw[kind]) < seeds
+        },
         "accuracy": accuracy,
         "methods": figures.method_table(raw, curves, base, prompts),
         "over_beta": {name: figures.over_beta(curve) for name, curve in curves.items()},
@@ -117,6 +123,12 @@ def pm(row: dict[str, float] | None, digits: int = 2) -> str:
     return "-" if row is None else f"{row['mean']:+.{digits}f} ± {1.96 * row['se']:.{digits}f}"
 
 
+def labelled(task: dict[str, Any], name: str) -> str:
+    """`name`, with the number of its seeds where it has fewer than the task."""
+    fewer = task["fewer_seeds"].get(name)
+    return name if fewer is None else f"{name} (seeds: {fewer})"
+
+
 def markdown(name: str, task: dict[str, Any]) -> list[str]:
     """The report of one task: verdicts, then the tables behind them (± are 95 % half-widths)."""
     lines = [f"### Task `{name}`: {task['seeds']} seeds, {task['test_prompts']} test prompts", ""]
@@ -126,10 +138,8 @@ def markdown(name: str, task: dict[str, Any]) -> list[str]:
     for method, row in task["methods"].items():
         betas = ", ".join(f"{b:g}" for b in row.get("betas", [])) or "-"
         cost = row["forward_tokens"]
-        seeds = row.get("seeds", task["seeds"])
-        label = method if seeds == task["seeds"] else f"{method} ({seeds} seeds)"
         lines.append(
-            f"| {label} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} | {row['kl']:.2f} "
+            f"| {labelled(task, method)} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} | {row['kl']:.2f} "
             f"| {cost['lm']:.0f} + {cost['rm']:.0f} |"
         )
     return [*lines, "", *_equal_kl(task), "", *_accuracy(task), "", *_over_k(task), ""]
@@ -154,7 +164,8 @@ def _equal_kl(task: dict[str, Any]) -> list[str]:
     lines = [f"| gold at KL = | {' | '.join(f'{kl:g}' for kl in KL_LEVELS)} |"]
     lines.append("| --- |" + " --- |" * len(KL_LEVELS))
     for method, row in task["at_equal_kl"].items():
-        lines.append(f"| {method} | {' | '.join(pm(v) for v in row.values())} |")
+        cells = " | ".join(pm(v) for v in row.values())
+        lines.append(f"| {labelled(task, method)} | {cells} |")
     if "optimum_at_equal_kl" in task:
         cells = " | ".join(f"{v:+.2f}" for v in task["optimum_at_equal_kl"].values())
         lines.append(f"| exact optimum | {cells} |")
@@ -169,7 +180,7 @@ def _accuracy(task: dict[str, Any]) -> list[str]:
             cells = [f"{r['mean']:+.3f} ± {1.96 * r['se']:.3f}" for r in rows]
         else:
             cells = [f"{r['mean']:.3f}" for r in rows]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+        lines.append(f"| {labelled(task, kind)} | {' | '.join(cells)} |")
     for kind, rows in task.get("true_values", {}).items():
         label = "true value against gold" if kind == "ceiling" else f"{kind}, of true values"
         cells = [f"{r['mean']:.3f}" for r in rows]
