@@ -139,8 +139,8 @@ def markdown(name: str, task: dict[str, Any]) -> list[str]:
         betas = ", ".join(f"{b:g}" for b in row.get("betas", [])) or "-"
         cost = row["forward_tokens"]
         lines.append(
-            f"| {labelled(task, method)} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} | {row['kl']:.2f} "
-            f"| {cost['lm']:.0f} + {cost['rm']:.0f} |"
+            f"| {labelled(task, method)} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} "
+            f"| {row['kl']:.2f} | {cost['lm']:.0f} + {cost['rm']:.0f} |"
         )
     return [*lines, "", *_equal_kl(task), "", *_accuracy(task), "", *_over_k(task), ""]
 
