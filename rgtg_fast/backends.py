@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import Any, Literal
@@ -35,6 +36,7 @@ class BackendUnavailable(ValueError):
     """The backend asked for does not exist for this op on this device; the message says why."""
 
 
+@functools.cache
 def has_kernel(op: str, backend: str) -> bool:
     """Whether the extension, which must be there, holds a kernel of ``op``."""
     try:
