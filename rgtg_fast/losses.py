@@ -22,7 +22,9 @@ class _PrefixBTLoss(torch.autograd.Function):
     """The forward computes the gradients too; the backward scales them by what comes in."""
 
     @staticmethod
-    def forward(ctx: Any, r_chosen: Tensor, r_rejected: Tensor, backend: str, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, r_chosen: Tensor, r_rejected: Tensor, backend: Backend, *rest: Any
+    ) -> Tensor:
         loss, grad_chosen, grad_rejected = run(
             "prefix_bt_loss", backend, r_chosen, r_rejected, *rest
         )
