@@ -100,7 +100,8 @@ def _held(lm, rm, ids, k, new, method):
     rgtg_fast.generate(
         lm, ids, attention_mask=mask, reward_model=scorer, k=k, max_new_tokens=new, do_sample=False
     )
-    return cache_bytes(scorer.cache)
+    # A tree's cache belongs to its forward; expand's to the scorer.
+    return cache_bytes(scorer.forward.cache if hasattr(scorer, "forward") else scorer.cache)
 
 
 class ForwardTime:

@@ -74,6 +74,26 @@ def _candidate_attention(
     return q.new_empty(q.shape)
 
 
+def _prefix_bt_loss(
+    r_chosen: Tensor,
+    r_rejected: Tensor,
+    len_chosen: Tensor,
+    len_rejected: Tensor,
+    weights: Tensor,
+    margin: Tensor,
+    label_smoothing: float,
+    centering: float,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(r_chosen.dtype, torch.float32)
+    shape = r_chosen.shape
+    return (
+        r_chosen.new_empty((shape[0],), dtype=dtype),
+        r_chosen.new_empty(shape, dtype=dtype),
+        r_chosen.new_empty(shape, dtype=dtype),
+    )
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "topk_logprobs": _topk_logprobs,
     "reward_head": _reward_head,
@@ -81,6 +101,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "ratio_sample": _ratio_sample,
     "ratio_step": _ratio_step,
     "candidate_attention": _candidate_attention,
+    "prefix_bt_loss": _prefix_bt_loss,
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
-from . import crossover
+from . import crossover, reference
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
@@ -19,6 +21,7 @@ OPS = (
     "ratio_step",
     "vocab_reward",
     "candidate_attention",
+    "prefix_bt_loss",
 )
 _COMPILED = {"cpp": ("CPU", "C++"), "cuda": ("CUDA", "CUDA")}  # dispatch key, name
 
@@ -34,6 +37,7 @@ class BackendUnavailable(ValueError):
     """The backend asked for does not exist for this op on this device; the message says why."""
 
 
+@functools.cache
 def has_kernel(op: str, backend: str) -> bool:
     """Whether the extension, which must be there, holds a kernel of ``op``."""
     try:
@@ -129,3 +133,22 @@ def settle(op: str, backend: str, device: str, rows: int) -> str:
     if chosen != "reference":
         _check_available(op, chosen, device)
     return chosen
+
+
+def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Callable[..., Any]:
+    """The function behind ``op`` on a backend, for loops: it checks nothing.
+
+    Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
+    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
+    """
+    chosen = settle(op, backend, device.type, rows)
+    if chosen == "reference":
+        return getattr(reference, op)
+    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
+    return getattr(space, op).default
+
+
+def run(op: str, backend: Backend, *arguments: Any) -> Any:
+    """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
+    first = arguments[0]
+    return kernel(op, backend, first.device, first.shape[0])(*arguments)

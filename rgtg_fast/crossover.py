@@ -20,6 +20,7 @@ FASTER: dict[str, tuple[tuple[int, str], ...]] = {
     "ratio_step": ((ANY, "cuda"),),
     "vocab_reward": ((ANY, "cuda"),),
     "candidate_attention": ((ANY, "triton"),),
+    "prefix_bt_loss": ((ANY, "cuda"),),
 }
 
 

@@ -120,11 +120,16 @@ class RewardGuided:
                 backend=self.backend,
             )
             new_tokens = generation_config.max_length - input_ids.shape[1]
+            as_text = self._check_reward_prompt(reward_ids, reward_mask, new_tokens, vocab_size)
             found = plain_language_model(
                 model, input_ids, mask, generation_config, model_kwargs, self.backend
             )
             scorer = self._make_scorer(
-                reward_ids, reward_mask, new_tokens, generation_config, vocab_size, found
+                as_text,
+                reward_ids.shape[1] + new_tokens,
+                generation_config,
+                vocab_size,
+                found,
             )
             record = Record(generation_config, self.output_candidates)
             keep_cache = keep_cache or record.on
@@ -227,11 +232,27 @@ class RewardGuided:
             ids, own_mask = (t.repeat_interleave(copies, dim=0) for t in (ids, own_mask))
         return ids, own_mask
 
+    def _check_reward_prompt(
+        self, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
+    ) -> bool:
+        """Whether the reward model must be given text; raises for a prompt that does not fit it."""
+        rm = self._rm
+        if rm is None:
+            return False
+        own_prompt = self.reward_input_ids is not None
+        name = "reward_input_ids" if own_prompt else "input_ids"
+        as_text = check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
+        if own_prompt or not as_text:
+            check.check_range(name, ids, rm.vocab_size, "reward_model")
+        if not as_text:
+            limit = check.position_limit(rm.base, rm.text_config)
+            check.check_length(name, "reward_model", mask, new_tokens, limit)
+        return as_text
+
     def _make_scorer(
         self,
-        reward_ids: Tensor,
-        reward_mask: Tensor,
-        new_tokens: int,
+        as_text: bool,
+        max_length: int,
         config: GenerationConfig,
         vocab_size: int,
         found: tuple[LanguageModel, str] | None,
@@ -240,13 +261,6 @@ class RewardGuided:
             return self.reward_model
         rm = self._rm
         own_prompt = self.reward_input_ids is not None
-        name = "reward_input_ids" if own_prompt else "input_ids"
-        as_text = check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
-        if own_prompt or not as_text:
-            check.check_range(name, reward_ids, rm.vocab_size, "reward_model")
-        if not as_text:
-            limit = check.position_limit(rm.base, rm.text_config)
-            check.check_length(name, "reward_model", reward_mask, new_tokens, limit)
         joint = (
             found is not None
             and isinstance(rm, OnBase)
@@ -266,7 +280,7 @@ class RewardGuided:
             own_prompt=own_prompt,
             eos_ids=getattr(config, "_eos_token_tensor", None),
             eos_reward=self.eos_reward,
-            max_length=reward_ids.shape[1] + new_tokens,
+            max_length=max_length,
             backend=self.backend,
         )
 

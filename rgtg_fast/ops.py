@@ -1,4 +1,4 @@
-"""The ops of one guided decoding step, typed, validated and dispatched to a backend.
+"""The ops of a guided decoding step and of reward training, typed, checked and dispatched.
 
 Every op takes ``backend``: ``"auto"``, ``"reference"`` (torch, float64 inside, on any device),
 ``"cpp"``, ``"cuda"`` or ``"triton"``. ``"auto"`` is C++ for CPU tensors and the faster of CUDA C++
@@ -11,13 +11,10 @@ replaces ``"auto"``. A backend that is asked for by name and is not there raises
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _fakes, reference
+from . import _fakes
 from ._checks import (
     check_attention,
     check_bias,
@@ -28,7 +25,17 @@ from ._checks import (
     per_row_policy,
     split_seed,
 )
-from .backends import BACKENDS, OPS, Backend, BackendUnavailable, settle, unavailable_reason
+from .backends import (
+    BACKENDS,
+    OPS,
+    Backend,
+    BackendUnavailable,
+    kernel,
+    settle,
+    unavailable_reason,
+)
+from .backends import run as _run
+from .losses import prefix_bt_loss
 
 __all__ = [
     "BACKENDS",
@@ -38,6 +45,7 @@ __all__ = [
     "BackendUnavailable",
     "candidate_attention",
     "kernel",
+    "prefix_bt_loss",
     "ratio_sample",
     "ratio_step",
     "reward_head",
@@ -50,25 +58,6 @@ __all__ = [
 MAX_CANDIDATES = 64
 
 _fakes.register("rgtg_fast")
-
-
-def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Callable[..., Any]:
-    """The function behind ``op`` on a backend, for loops: it checks nothing.
-
-    Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
-    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
-    """
-    chosen = settle(op, backend, device.type, rows)
-    if chosen == "reference":
-        return getattr(reference, op)
-    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
-    return getattr(space, op).default
-
-
-def _run(op: str, backend: Backend, *arguments: Any) -> Any:
-    """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
-    first = arguments[0]
-    return kernel(op, backend, first.device, first.shape[0])(*arguments)
 
 
 def _limit_k(k: int, op: str, backend: str, first: Tensor) -> None:

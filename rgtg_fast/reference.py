@@ -140,6 +140,49 @@ def candidate_attention(
     return out.reshape(q.shape).to(q.dtype)
 
 
+def prefix_bt_loss(
+    r_chosen: Tensor,
+    r_rejected: Tensor,
+    len_chosen: Tensor,
+    len_rejected: Tensor,
+    weights: Tensor,
+    margin: Tensor,
+    label_smoothing: float,
+    centering: float,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each pair ``[N]`` and its gradients ``[N, L]``; an undefined pair is NaN."""
+    width = r_chosen.shape[1]
+    ends = len_chosen.unsqueeze(1), len_rejected.unsqueeze(1)
+    end = torch.maximum(*ends)
+    at = torch.arange(width, device=r_chosen.device).unsqueeze(0)  # of prefix length at + 1
+    live = (at >= first - 1) & (at < end)  # [N, L]
+    held = [torch.minimum(at, e - 1).clamp(0, width - 1) for e in ends]
+    chosen = r_chosen.to(torch.float64).gather(1, held[0])
+    rejected = r_rejected.to(torch.float64).gather(1, held[1])
+    gap = torch.where(live, chosen - rejected - margin.unsqueeze(1), 0.0)
+    share = torch.where(live, weights.to(torch.float64), 0.0)
+    share = torch.where(live, share / share.sum(dim=1, keepdim=True), 0.0)
+    losses = -torch.nn.functional.logsigmoid(gap)
+    slope = label_smoothing - torch.sigmoid(-gap)
+    pull = torch.zeros_like(gap)
+    if label_smoothing:  # 0 * inf would be NaN
+        losses = losses + label_smoothing * gap
+    if centering:
+        total = torch.where(live, chosen + rejected, 0.0)
+        losses = losses + centering * total**2
+        pull = 2 * centering * total
+    grads = [
+        torch.zeros_like(gap).scatter_add_(1, where, share * (pull + sign * slope))
+        for where, sign in zip(held, (1, -1), strict=True)
+    ]
+    undefined = (torch.minimum(*ends) < 1) | (end > width) | (end < first)  # [N, 1]
+    loss = (share * losses).sum(dim=1).masked_fill(undefined[:, 0], torch.nan)
+    grads = [grad.masked_fill(undefined, torch.nan) for grad in grads]
+    dtype = torch.promote_types(r_chosen.dtype, torch.float32)
+    return loss.to(dtype), grads[0].to(dtype), grads[1].to(dtype)
+
+
 def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:
     row = torch.arange(batch, dtype=torch.int64, device=device)
     zero = torch.zeros_like(row)
