@@ -123,7 +123,7 @@ class CachedPolicy:
         mask = self.attention_mask.to(device)
         with self.view.fast_linears.active():
             hidden = self.forward.prefill(input_ids.to(device), mask)
-            logits = self.view.logits(hidden[:, -1].contiguous(), self.forward.output_type)
+            logits = self.view.logits(hidden[:, -1], self.forward.output_type)
         self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
         return logits.to(input_ids.device)
 
@@ -156,7 +156,10 @@ class LanguageModel(RewardModel):
     def logits(self, hidden: Tensor, output_type: Any) -> Tensor:
         """Logits [B, V] of hidden states [B, H], by the model's own code after its base (heads,
         caps, scales): the model runs with a base that hands out `hidden`."""
-        ready = output_type(last_hidden_state=hidden[:, None])
+        # Freshly made: with frozen weights torch's linear copies the whole vocabulary matrix for an
+        # input whose strides are not quite those of a new tensor, which a slice's never are.
+        fresh = hidden.new_empty((len(hidden), 1, hidden.shape[1])).copy_(hidden[:, None])
+        ready = output_type(last_hidden_state=fresh)
         ids = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
         self.base.__dict__["forward"] = lambda *args, **kwargs: ready
         try:
@@ -267,7 +270,7 @@ def _head_is_right(view: LanguageModel) -> bool:
         with view.evaluating():
             want = view.model(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
             hidden, out = view.forward_base(ids, use_cache=False)
-            got = view.logits(hidden[:, -1].contiguous(), type(out))
+            got = view.logits(hidden[:, -1], type(out))
         spread = want.float().std()
         error = (got.float() - want.float()).abs().max()
         known[key] = bool(error <= TOLERANCE[view.dtype] * spread) or bool(want.isnan().any())

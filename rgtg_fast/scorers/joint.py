@@ -49,7 +49,7 @@ class JointScorer(RewardModelScorer):
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.forward.prefill(self._doubled(input_ids), self._doubled(attention_mask))
-        self.next_hidden = hidden[: len(input_ids), -1].contiguous()  # [B, H], made in place later
+        self.next_hidden = hidden[: len(input_ids), -1].clone()  # [B, H], updated in place
         last = last_real(self.both.reward_hidden, attention_mask)
         return self.rm.rewards(last, self.backend)[:, 0]
 
