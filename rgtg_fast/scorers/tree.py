@@ -15,6 +15,7 @@ from ..attention import (
     plugged_in,
 )
 from ..cache import SiblingCache
+from ..selection import Selection
 from .base import RewardModelScorer, last_real, positions_of
 from .reward_model import RewardModel
 
@@ -59,11 +60,18 @@ class SiblingForward:
         self.position = attention_mask.long().sum(-1, keepdim=True)  # [B, 1], real tokens so far
         return hidden
 
-    def siblings(self, ids: Tensor) -> Tensor:
-        """Hidden states [B, k, H] of `ids` [B, k], each right after its row's prefix."""
+    def siblings(self, ids: Tensor, selection: Selection | None = None) -> Tensor:
+        """Hidden states [B, k, H] of `ids` [B, k], each right after its row's prefix.
+
+        Of a `selection` of them, those of its tokens: [B, n, H], or [1, N, H] where it is packed.
+        """
+        position = self.position.expand(-1, ids.shape[1])
+        if selection is not None:
+            ids, position = selection.take(ids), selection.take(position)
+        self.cache.selection = selection
         arguments = {
-            "attention_mask": self.mask.current(),
-            "position_ids": self.position.expand(-1, ids.shape[1]),
+            "attention_mask": self.mask.current(ids.shape[1]),
+            "position_ids": position,
             "past_key_values": self.cache,
             "use_cache": True,
         }
@@ -97,8 +105,17 @@ class TreeScorer(RewardModelScorer):
         hidden = self.forward.prefill(input_ids, attention_mask)
         return self.rm.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
 
-    def _score(self, ids: Tensor) -> Tensor:
-        return self.rm.rewards(self.forward.siblings(ids), self.backend).to(ids.device)
+    @property
+    def can_skip(self) -> bool:
+        """On a GPU siblings are nearly free, and a step's shapes stay the same."""
+        return self.rm.device.type == "cpu"
+
+    def _score(self, ids: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is None or keep.all():
+            return self.rm.rewards(self.forward.siblings(ids), self.backend).to(ids.device)
+        selection = Selection(keep, packs=self.forward.kernel is not None)
+        hidden = self.forward.siblings(ids, selection)
+        return selection.put_back(self.rm.rewards(hidden, self.backend).to(ids.device))
 
     def _commit(self, slot: Tensor) -> None:
         self.forward.commit(slot)
