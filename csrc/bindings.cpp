@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY(rgtg_fast, m) {
       "ratio_step(Tensor logprobs, Tensor hidden, Tensor weight, Tensor ids, Tensor beta, "
       "Tensor temperature, Tensor seed, Tensor position, bool do_sample, Tensor? bias=None) -> "
       "(Tensor slot, Tensor rewards, Tensor logq)");
+  m.def(
+      "candidate_attention(Tensor q, Tensor k_prefix, Tensor v_prefix, Tensor k_self, "
+      "Tensor v_self, Tensor start, Tensor length, float scale, int? window=None, "
+      "float? softcap=None) -> Tensor");
 }
 
 namespace {

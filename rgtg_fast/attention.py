@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from . import ops
+from .backends import settle
 from .cache import SiblingCache
 
 NAME = "rgtg_candidates"
@@ -72,10 +73,12 @@ AttentionInterface.register(NAME, attend)
 
 def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[..., Tensor] | None:
     """The kernel that fused attention runs on, or None where there is none but the reference."""
-    if ops.settle("candidate_attention", "auto", device.type, 1) == "reference":
-        return None
-    if ops.unavailable_reason("candidate_attention", backend) is not None:
+    if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
         backend = "auto"
+    if backend == "reference" or settle("candidate_attention", backend, device.type, 1) == (
+        "reference"
+    ):
+        return None
     return ops.kernel("candidate_attention", backend, device)
 
 
@@ -141,29 +144,43 @@ class SiblingStarts:
     """For fused attention: what stands in for a mask, int64 [B, 1, 1, 1] for each layer type.
 
     Updated in place, from the cache's lengths alone, so that a CUDA graph of a step stays right.
+    Where a mask has holes after its first real token, the cache holds the slots in `order`: the
+    hidden ones first, so that what a sibling sees is still the end of its row.
     """
 
     def __init__(self, attention_mask: Tensor, spans: Spans, cache: SiblingCache) -> None:
         self.spans, self.cache = spans, cache
         self.left_padding = attention_mask.long().argmax(-1)  # [B]
-        batch = len(self.left_padding)
-        self.starts = {name: self.left_padding.view(batch, 1, 1, 1).clone() for name in spans}
-        self.advance()
+        self.order = self.live_before = None
+        real = attention_mask != 0
+        hidden = (~real).sum(-1)
+        if bool((hidden != self.left_padding).any()):
+            self.order = real.int().argsort(dim=-1, stable=True)
+            before = real.long().cumsum(-1)
+            self.live_before = hidden[:, None] + torch.nn.functional.pad(before, (1, 0))  # [B, P+1]
+        self.starts = {name: hidden.view(-1, 1, 1, 1).clone() for name in spans}
 
     def current(self, siblings: int | None = None) -> Tensor | dict[str, Tensor]:
         """A dict by layer type where the model has several; the same for all siblings."""
         return self.starts if len(self.starts) > 1 else next(iter(self.starts.values()))
 
     def advance(self) -> None:
-        """The cache has one more token in every row."""
+        """The cache's lengths have changed."""
         for name, span in self.spans.items():
             if span:
                 length = self.cache.lengths[self.left_padding.device]
                 start = first_visible(name, span, self.left_padding, length)
+                if self.live_before is not None:
+                    prompt = self.live_before.shape[1] - 1
+                    within = start.clamp(max=prompt)[:, None]
+                    beyond = (start - prompt).clamp(min=0)
+                    start = self.live_before.gather(1, within)[:, 0] + beyond
                 self.starts[name].copy_(start.view(-1, 1, 1, 1))
 
     def keep_rows(self, rows: Tensor) -> None:
         self.left_padding = self.left_padding[rows]
+        if self.live_before is not None:
+            self.live_before = self.live_before[rows]
         self.starts = {name: start[rows] for name, start in self.starts.items()}
 
 

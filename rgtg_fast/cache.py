@@ -83,8 +83,9 @@ class SiblingCache(Cache):
         self.current: Any = None  # the layer whose attention runs next
         self.selection: Selection | None = None  # of the candidates in the forward; None: all
 
-    def finish_prefill(self, length: int) -> None:
-        """Move the prompt's keys and values, as the layers computed them, into the stores."""
+    def finish_prefill(self, length: int, order: Tensor | None = None) -> None:
+        """Move the prompt's keys and values, as the layers computed them, into the stores; slots in
+        the order `order` [B, L], if given."""
         self.capacity = max(self.capacity, length)
         self.length = length
         groups: dict[tuple, list[tuple[SiblingLayer, str]]] = {}
@@ -102,8 +103,12 @@ class SiblingCache(Cache):
                 device=device,
             )
             for i, (layer, name) in enumerate(members):
-                store[i, :, :, : self.width] = 0  # a masked forward of fewer reads it, times 0
-                store[i, :, :, self.width : self.width + length] = getattr(layer, name)
+                prompt = getattr(layer, name)
+                if order is not None:
+                    index = order.to(device).view(batch, 1, length, 1)
+                    prompt = prompt.gather(2, index.expand(-1, heads, -1, dim))
+                store[i, :, :, : self.width] = 0  # read, times 0, by a masked forward of fewer
+                store[i, :, :, self.width : self.width + length] = prompt
                 setattr(layer, name, store[i])
             self.stores.append(store)
             self.lengths[device] = torch.full((batch,), length, device=device)

@@ -147,7 +147,7 @@ class RewardGuided:
                 step_by_step=streamer is not None
                 or own_streamer is not None
                 or (keep_cache and isinstance(policy, HFPolicy)),
-                whole_batch=keep_cache,
+                whole_batch=keep_cache or streamer is not None or own_streamer is not None,
                 synced_gpus=synced_gpus,
             )
             scorer.prefill(reward_ids, reward_mask)

@@ -21,7 +21,7 @@ from .scorers.base import positions_of
 from .scorers.cpu_linear import FastLinears
 from .scorers.probe import TOLERANCE, probe
 from .scorers.reward_model import RewardModel
-from .scorers.tree import SiblingForward
+from .scorers.tree import SiblingForward, fill_cache
 
 
 class Policy(Protocol):
@@ -142,17 +142,7 @@ class CachedPolicy:
         self.slot = self.slot[rows]
 
     def finish(self, steps: int) -> Any:
-        own = self.forward.cache
-        own.crop(self.prompt + steps - 1)
-        for i, layer in enumerate(own.layers):
-            keys, values = own.prefix_of(layer)
-            given = self.cache.layers[i] if i < len(self.cache.layers) else None
-            if type(given) is DynamicLayer:  # it takes the tensors as they are, without a copy
-                given.lazy_initialization(keys, values)
-                given.keys, given.values = keys, values
-            else:
-                self.cache.update(keys, values, i)
-        return self.cache
+        return fill_cache(self.cache, self.forward.cache, self.prompt + steps - 1, len(self.slot))
 
 
 class LanguageModel(RewardModel):
@@ -211,6 +201,8 @@ def _is_plain_call(
         config.output_hidden_states,
     )
     if any(asked) or not given.keys() <= known or mask.shape != input_ids.shape:
+        return False
+    if bool((mask.long().diff(dim=-1) < 0).any()):  # holes, which the cache would move
         return False
     cache, positions = given.get("past_key_values"), given.get("position_ids")
     plain = type(cache) is DynamicCache and cache.get_seq_length() == 0 and given.get("use_cache")

@@ -39,7 +39,7 @@ def _reference():
 
 
 def _compiled():
-    return {op: getattr(torch.ops.rgtg_fast, op) for op in FUSED}
+    return {op: getattr(torch.ops.rgtg_fast, op) for op in OPS}
 
 
 def _triton():
@@ -53,7 +53,7 @@ def _cuda_emulated():
 
 BACKENDS = (
     Backend("reference", "cpu", _reference, OPS),
-    Backend("cpp", "cpu", _compiled, FUSED),
+    Backend("cpp", "cpu", _compiled, OPS),
     Backend("triton-interpreted", "cpu", _triton, OPS),
     Backend("cuda-emulated", "cpu", _cuda_emulated, FUSED),
     Backend("reference-gpu", "cuda", _reference, OPS),

@@ -69,7 +69,7 @@ class RewardModelScorer(ABC):
         if known is not None:
             ids_here = ids_here.where(known, 0)
         with self.rm.evaluating(), self.rm.fast_linears.active():
-            rewards = self._score(ids_here, keep)
+            rewards = self._score(ids_here) if keep is None else self._score_kept(ids_here, keep)
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)
         if self.eos_ids is not None:
@@ -108,8 +108,12 @@ class RewardModelScorer(ABC):
         """Encode the prompts; rewards fp32 [B] of the prompts themselves."""
 
     @abstractmethod
-    def _score(self, ids: Tensor, keep: Tensor | None) -> Tensor:
-        """Rewards fp32 [B, k] of prefix + candidate; of those in `keep` [B, k] at least."""
+    def _score(self, ids: Tensor) -> Tensor:
+        """Rewards fp32 [B, k] of prefix + candidate."""
+
+    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
+        """Rewards fp32 [B, k], right for those in `keep` [B, k] at least."""
+        return self._score(ids)
 
     @abstractmethod
     def _commit(self, slot: Tensor) -> None:

@@ -30,7 +30,7 @@ class ExpandScorer(RewardModelScorer):
         self.position = self.attention_mask.long().sum(-1)
         return self.rm.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
 
-    def _score(self, ids: Tensor, keep: Tensor | None) -> Tensor:
+    def _score(self, ids: Tensor) -> Tensor:
         ones = self.attention_mask.new_ones((self.attention_mask.shape[0], 1))
         self.attention_mask = torch.cat([self.attention_mask, ones], dim=-1)
         hidden, _ = self.rm.forward_base(

@@ -52,11 +52,15 @@ class ReencodeScorer(RewardModelScorer):
             self.prompt_texts = [
                 self.prompt_tokenizer.decode(p, skip_special_tokens=True) for p in self.prompts
             ]
+        one = torch.ones((len(self.prompts), 1), dtype=torch.bool, device=input_ids.device)
         if self.eos_ids is None:
             return torch.zeros(len(self.prompts), device=input_ids.device)
-        return self._encode(self.answer[:, None])[:, 0]
+        return self._encode(self.answer[:, None], one)[:, 0]
 
-    def _score(self, ids: Tensor, keep: Tensor | None) -> Tensor:
+    def _score(self, ids: Tensor) -> Tensor:
+        return self._score_kept(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
         self.ids = ids
         prefix = self.answer[:, None].expand(-1, ids.shape[1], -1)
         return self._encode(torch.cat([prefix, ids[..., None]], dim=-1), keep)
@@ -70,11 +74,9 @@ class ReencodeScorer(RewardModelScorer):
         if self.reward_tokenizer is not None:
             self.prompt_texts = [self.prompt_texts[b] for b in rows.tolist()]
 
-    def _encode(self, answers: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Rewards fp32 [B, n] of the prompts followed by answers [B, n, t]; only of those in
-        `keep` [B, n], where it is given, and NaN for the others."""
-        if keep is None:
-            keep = torch.ones(answers.shape[:2], dtype=torch.bool, device=answers.device)
+    def _encode(self, answers: Tensor, keep: Tensor) -> Tensor:
+        """Rewards fp32 [B, n] of the prompts followed by answers [B, n, t]; NaN for those not in
+        `keep` [B, n]."""
         if self.reward_tokenizer is not None:
             ids, mask = self._tokenize(answers, keep)
         else:

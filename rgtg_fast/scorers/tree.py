@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..attention import (
     SiblingMask,
@@ -23,12 +25,13 @@ from .reward_model import RewardModel
 class SiblingForward:
     """The base of a model, run on siblings: `prefill`, then `siblings` and `commit` in turn.
 
-    `fused`: by the attention plug-in, without masks (see attention.py). All per-step state is in
-    tensors that are updated in place.
+    `rm` gives `forward_base` and what it is made of (`RewardModel`). `fused`: by the attention
+    plug-in, without masks (see attention.py). All per-step state is in tensors that are updated in
+    place.
     """
 
     def __init__(
-        self, rm: RewardModel, width: int, capacity: int, fused: bool, backend: Any = "auto"
+        self, rm: Any, width: int, capacity: int, fused: bool, backend: Any = "auto"
     ) -> None:
         self.rm, self.width, self.capacity = rm, width, capacity
         self.kernel = attention_kernel(backend, rm.device) if fused else None
@@ -49,12 +52,14 @@ class SiblingForward:
             use_cache=True,
         )
         self.output_type = type(out)
-        self.cache.finish_prefill(length)
         spans = attention_spans(self.rm.text_config)
         self.mask: SiblingStarts | SiblingMask
         if fused:
             self.mask = SiblingStarts(attention_mask, spans, self.cache)
+            self.cache.finish_prefill(length, self.mask.order)
+            self.mask.advance()
         else:
+            self.cache.finish_prefill(length)
             capacity = self.cache.capacity
             self.mask = SiblingMask(attention_mask, spans, self.width, capacity, self.rm.dtype)
         self.position = attention_mask.long().sum(-1, keepdim=True)  # [B, 1], real tokens so far
@@ -92,6 +97,20 @@ class SiblingForward:
         self.position = self.position[rows]
 
 
+def fill_cache(given: DynamicCache, own: SiblingCache, length: int, rows: int) -> DynamicCache:
+    """Put the first `length` tokens of the first `rows` rows into an empty cache of HF's."""
+    own.crop(length)
+    for i, layer in enumerate(own.layers):
+        keys, values = (t[:rows] for t in own.prefix_of(layer))
+        theirs = given.layers[i] if i < len(given.layers) else None
+        if type(theirs) is DynamicLayer:  # it takes the tensors as they are, without a copy
+            theirs.lazy_initialization(keys, values)
+            theirs.keys, theirs.values = keys, values
+        else:
+            given.update(keys, values, i)
+    return given
+
+
 class TreeScorer(RewardModelScorer):
     """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
 
@@ -110,9 +129,12 @@ class TreeScorer(RewardModelScorer):
         """On a GPU siblings are nearly free, and a step's shapes stay the same."""
         return self.rm.device.type == "cpu"
 
-    def _score(self, ids: Tensor, keep: Tensor | None) -> Tensor:
-        if keep is None or keep.all():
-            return self.rm.rewards(self.forward.siblings(ids), self.backend).to(ids.device)
+    def _score(self, ids: Tensor) -> Tensor:
+        return self.rm.rewards(self.forward.siblings(ids), self.backend).to(ids.device)
+
+    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
+        if keep.all():
+            return self._score(ids)
         selection = Selection(keep, packs=self.forward.kernel is not None)
         hidden = self.forward.siblings(ids, selection)
         return selection.put_back(self.rm.rewards(hidden, self.backend).to(ids.device))
