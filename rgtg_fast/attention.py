@@ -41,18 +41,18 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, Hq, k, D], key and value [B, Hkv, k, D].
 
-    Returns [B, k, Hq, D]; from a packed query [1, Hq, N, D], [1, N, Hq, D]. Raises `ValueError` for attention that is more than softmax over scaled,
-    capped products; the probe then has the model use masks.
+    Returns [B, k, Hq, D]; for a packed selection, whose query is [1, Hq, N, D], [1, N, Hq, D].
+    Raises `ValueError` for attention that is more than softmax over scaled, capped products; the
+    probe then has the model use masks.
     """
     cache, kernel = _decoding.get()
     if attention_mask is None or attention_mask.dtype != torch.int64:
         raise ValueError(f"{type(module).__name__} makes an attention mask of its own")
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks")
-    layer, selection = cache.current, cache.selection
-    packed = selection is not None and selection.packed
-    if packed:  # keys and values were spread by the cache
-        query = selection.spread(query)
+    layer, packed = cache.current, cache.packed
+    if packed is not None:  # keys and values were spread by the cache
+        query = packed.spread(query)
     out = kernel(
         query.transpose(1, 2),
         layer.prefix_keys,
@@ -65,7 +65,7 @@ def attend(
         None,
         softcap,
     )
-    return selection.pack(out) if packed else out, None
+    return out if packed is None else packed.pack(out), None
 
 
 AttentionInterface.register(NAME, attend)

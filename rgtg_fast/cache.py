@@ -36,8 +36,8 @@ class SiblingLayer(CacheLayerMixin):
             self.keys, self.values = key_states, value_states
             return key_states, value_states
         assert self.keys is not None and self.values is not None
-        if cache.selection is not None and cache.selection.packed:
-            key_states, value_states = map(cache.selection.spread, (key_states, value_states))
+        if cache.packed is not None:
+            key_states, value_states = map(cache.packed.spread, (key_states, value_states))
         siblings = key_states.shape[2]
         self.keys[:, :, :siblings] = key_states
         self.values[:, :, :siblings] = value_states
@@ -82,6 +82,11 @@ class SiblingCache(Cache):
         self.ends: dict[torch.device, Tensor] = {}  # int64 [1], the store slot of the next token
         self.current: Any = None  # the layer whose attention runs next
         self.selection: Selection | None = None  # of the candidates in the forward; None: all
+
+    @property
+    def packed(self) -> Selection | None:
+        """The selection in the forward, where its tokens stand in one row."""
+        return self.selection if self.selection is not None and self.selection.packed else None
 
     def finish_prefill(self, length: int, order: Tensor | None = None) -> None:
         """Move the prompt's keys and values, as the layers computed them, into the stores; slots in

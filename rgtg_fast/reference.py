@@ -100,9 +100,7 @@ def ratio_keep(
     low: float,
     high: float,
 ) -> Tensor:
-    noise = 0.0
-    if do_sample:
-        noise = gumbel_noise(seed.unsqueeze(1), position.unsqueeze(1), ids)
+    noise = gumbel_noise(seed.unsqueeze(1), position.unsqueeze(1), ids)
     values = []
     undefined = torch.zeros_like(seed, dtype=torch.bool)
     for reward in (low, high):

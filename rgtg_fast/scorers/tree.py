@@ -119,15 +119,12 @@ class TreeScorer(RewardModelScorer):
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.forward = SiblingForward(rm, k, self.capacity, fused, self.backend)
+        # On a GPU siblings are nearly free, and the shapes of a step stay as they are.
+        self.can_skip = rm.device.type == "cpu"
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.forward.prefill(input_ids, attention_mask)
         return self.rm.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
-
-    @property
-    def can_skip(self) -> bool:
-        """On a GPU siblings are nearly free, and a step's shapes stay the same."""
-        return self.rm.device.type == "cpu"
 
     def _score(self, ids: Tensor) -> Tensor:
         return self.rm.rewards(self.forward.siblings(ids), self.backend).to(ids.device)
