@@ -215,6 +215,7 @@ def test_same_tokens_where_rows_end(way, eos_reward, monkeypatch):
     out = assert_same(zoo.lm("llama"), zoo.rm("llama"), **ENDS, eos_reward=eos_reward)
     ended = out.rewards.isnan()
     assert ended.any() and not out.candidates_scored[ended].any()
+    assert out.candidate_rewards[ended].isnan().all()
 
 
 @over("way", WAYS)
