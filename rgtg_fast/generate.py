@@ -111,10 +111,6 @@ class RewardGuided:
             device = input_ids.device
             warper_temperature, processors = take_temperature(logits_processor)
             temperature = warper_temperature if self.temperature is None else self.temperature
-            new_tokens = generation_config.max_length - input_ids.shape[1]
-            scorer = self._make_scorer(
-                reward_ids, reward_mask, new_tokens, generation_config, vocab_size
-            )
             guidance = Guidance(
                 k=self.k,
                 beta=check.per_row("beta", self.beta, prompts, batch, device),
@@ -125,6 +121,10 @@ class RewardGuided:
                 if self.check_nan is None and device.type == "cpu"
                 else self.check_nan,
                 backend=self.backend,
+            )
+            new_tokens = generation_config.max_length - input_ids.shape[1]
+            scorer = self._make_scorer(
+                reward_ids, reward_mask, new_tokens, generation_config, vocab_size
             )
             if self.reward_range is not None:
                 low, high = self.reward_range
