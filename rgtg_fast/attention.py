@@ -9,8 +9,7 @@ replaced, or add to it, get a dense additive mask [B, 1, k, k + L] instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -82,27 +81,32 @@ def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[...
     return ops.kernel("candidate_attention", backend, device)
 
 
-@contextmanager
-def plugged_in(
-    configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]
-) -> Iterator[None]:
+class plugged_in:
     """Inside, models of `configs` attend by `attend` on `cache`; afterwards as they did before."""
-    own = [config._attn_implementation_internal for config in configs]
-    token = _decoding.set((cache, kernel))
-    for config in configs:
-        config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, own, strict=True):
-            config._attn_implementation_internal = name
-        _decoding.reset(token)
+
+    # Twice a token: no generator, and no attribute access, which is slow on configurations.
+    def __init__(
+        self, configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]
+    ) -> None:
+        self.configs = [config.__dict__ for config in configs]
+        self.decoding = cache, kernel
+
+    def __enter__(self) -> None:
+        self.own = [config["_attn_implementation_internal"] for config in self.configs]
+        self.token = _decoding.set(self.decoding)
+        for config in self.configs:
+            config["_attn_implementation_internal"] = NAME
+
+    def __exit__(self, *error: object) -> None:
+        for config, name in zip(self.configs, self.own, strict=True):
+            config["_attn_implementation_internal"] = name
+        _decoding.reset(self.token)
 
 
 def attention_configs(model: Any) -> list[Any]:
     """The configurations that the modules of `model` read their attention implementation from."""
     found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+    return [c for c in found.values() if "_attn_implementation_internal" in vars(c)]
 
 
 def plain_attention(config: Any) -> bool:

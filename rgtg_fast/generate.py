@@ -24,11 +24,12 @@ from . import validation as check
 from .decoding import Guidance, guided_decode
 from .output import RewardGuidedOutput
 from .plan import make_plan
-from .policy import HFPolicy, make_policy
+from .policy import HFPolicy, LanguageModel, make_policy, plain_language_model
 from .record import Record
 from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
-from .scorers.reward_model import RewardModel
+from .scorers.on_base import OnBase
+from .scorers.reward_model import RewardModel, as_reward_model
 
 
 @dataclass
@@ -79,7 +80,7 @@ class RewardGuided:
         )
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
-            self._rm = RewardModel(self.reward_model, self.reward_head)
+            self._rm = as_reward_model(self.reward_model, self.reward_head)
 
     @torch.no_grad()
     def __call__(
@@ -123,8 +124,11 @@ class RewardGuided:
                 backend=self.backend,
             )
             new_tokens = generation_config.max_length - input_ids.shape[1]
+            found = plain_language_model(
+                model, input_ids, mask, generation_config, model_kwargs, self.backend
+            )
             scorer = self._make_scorer(
-                reward_ids, reward_mask, new_tokens, generation_config, vocab_size
+                reward_ids, reward_mask, new_tokens, generation_config, vocab_size, found
             )
             if self.reward_range is not None:
                 low, high = self.reward_range
@@ -133,7 +137,7 @@ class RewardGuided:
             record = Record(generation_config, self.output_candidates)
             keep_cache = keep_cache or record.on
             policy = make_policy(
-                model, input_ids, mask, generation_config, model_kwargs, self.backend
+                model, found, scorer, mask, generation_config, model_kwargs, self.backend
             )
             plan = make_plan(
                 new_tokens,
@@ -238,6 +242,7 @@ class RewardGuided:
         new_tokens: int,
         config: GenerationConfig,
         vocab_size: int,
+        found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
         if self._rm is None:
             return self.reward_model
@@ -250,8 +255,17 @@ class RewardGuided:
         if not as_text:
             limit = check.position_limit(rm.base, rm.text_config)
             check.check_length(name, "reward_model", reward_mask, new_tokens, limit)
+        joint = (
+            found is not None
+            and isinstance(rm, OnBase)
+            and rm.base is found[0].base
+            and rm.can_share_forwards()
+            and not own_prompt
+            and self.reward_method in ("auto", "tree")
+        )
         return make_scorer(
             rm,
+            joint_way=found[1] if joint and found is not None else None,
             k=self.k,
             method=self.reward_method,
             vocab_size=vocab_size,
@@ -316,8 +330,9 @@ def generate(
         model: a causal language model (or a PEFT model around one).
         inputs: prompts int64 [B, P]; or `input_ids=`.
         reward_model: a sequence-classification model with one label, any module with a base model
-            and a head (`score`, `classifier`, `v_head`, `regression_head`), or a scorer object with
-            `prefill`, `score` and `commit`. May live on another device and in another dtype.
+            and a head (`score`, `classifier`, `v_head`, `regression_head`), a `RewardHead` or
+            `RewardAdapter` on the language model's own weights, or a scorer object with `prefill`,
+            `score` and `commit`. May live on another device and in another dtype.
         k: candidates per step, 1 to 64.
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from . import ops
 from .scorers.base import positions_of
 from .scorers.cpu_linear import FastLinears
+from .scorers.joint import JointPolicy, JointScorer
 from .scorers.probe import TOLERANCE, probe
 from .scorers.reward_model import RewardModel
 from .scorers.tree import SiblingForward, fill_cache
@@ -170,23 +171,40 @@ def _no_head(hidden: Tensor) -> Tensor:
 
 def make_policy(
     model: Any,
-    input_ids: Tensor,
+    found: tuple[LanguageModel, str] | None,
+    scorer: Any,
     attention_mask: Tensor,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
     backend: ops.Backend,
 ) -> Policy:
-    """`CachedPolicy` where it gives what Hugging Face's own loop would, else `HFPolicy`.
+    """The policy of a call; `found` is what `plain_language_model` gave for it."""
+    if found is not None:
+        view, way = found
+        cache = model_kwargs["past_key_values"]
+        if isinstance(scorer, JointScorer):
+            return JointPolicy(view, scorer, cache)
+        if way == "fused":
+            return CachedPolicy(view, attention_mask, config.max_length, backend, cache)
+    return HFPolicy(model, config, model_kwargs, len(attention_mask))
 
-    Asking for a cache (`past_key_values=`, `cache_implementation=`), for attentions or hidden
-    states, or passing anything beyond ids and mask, is asking for Hugging Face's loop.
+
+def plain_language_model(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    backend: ops.Backend,
+) -> tuple[LanguageModel, str] | None:
+    """`language_model`, or None where a call asks for Hugging Face's own loop.
+
+    It does by naming a cache (`past_key_values=` with something in it, `cache_implementation=`),
+    by wanting attentions or hidden states, or by passing anything beyond ids and mask.
     """
-    if _is_plain_call(input_ids, attention_mask, config, model_kwargs):
-        found = language_model(model, config.max_length, backend)
-        if found is not None and found[1] == "fused":
-            cache = model_kwargs["past_key_values"]
-            return CachedPolicy(found[0], attention_mask, config.max_length, backend, cache)
-    return HFPolicy(model, config, model_kwargs, input_ids.shape[0])
+    if not _is_plain_call(input_ids, attention_mask, config, model_kwargs):
+        return None
+    return language_model(model, config.max_length, backend)
 
 
 def _is_plain_call(

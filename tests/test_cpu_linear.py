@@ -60,14 +60,17 @@ def test_a_hooked_layer_keeps_its_own_forward():
     assert len(FastLinears(model)._patches) == 1
 
 
-def test_the_kernel_is_called_for_the_reward_model_alone(monkeypatch):
-    sizes = {"n_embd": 512, "n_layer": 1, "n_head": 4, "vocab_size": 96, "n_positions": 128}
+@pytest.mark.parametrize("cache", ["dynamic", None])
+def test_the_kernel_is_called_for_what_is_ours(cache, monkeypatch):
+    """For the reward model, and for the language model but in Hugging Face's own loop."""
+    sizes = {"n_embd": 512, "n_layer": 1, "n_head": 4, "vocab_size": 960, "n_positions": 128}
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(**sizes, **special)).eval()
     rm = GPT2ForSequenceClassification(GPT2Config(**sizes, **special, num_labels=1)).eval()
     ids = torch.randint(1, 96, (1, 7))
     options = {"input_ids": ids, "reward_model": rm, "max_new_tokens": 3, "k": 5}
+    options["cache_implementation"] = cache
     rgtg_fast.generate(lm, **options)  # the probe's own calls are over
     calls, kernel = [], torch.ops.mkldnn._linear_pointwise
 
@@ -79,4 +82,7 @@ def test_the_kernel_is_called_for_the_reward_model_alone(monkeypatch):
     rgtg_fast.generate(lm, **options)
     # attention in and out, and the two of the MLP: for the prompt, and for each of three steps
     rows = [shape.numel() // shape[-1] for shape in calls]
-    assert rows == [7] * 4 + [5] * 12
+    if cache == "dynamic":
+        assert rows == [7] * 4 + [5] * 12
+    else:  # the language model's prompt, then its head in each step; a Conv1D of one row is not
+        assert rows == [7] * 8 + [1] + ([5] * 4 + [1]) * 2 + [5] * 4

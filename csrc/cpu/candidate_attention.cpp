@@ -76,6 +76,15 @@ AttentionHead<T> head_of(const Inputs& x, const Tensor& out, int64_t row, int64_
   return h;
 }
 
+template <class T>
+Upcoming<T> keys_of(const Inputs& x, const Task& task, const LiveRange& range) {
+  const int64_t first = task.chunk * range.chunk;
+  const T* keys = static_cast<const T*>(x.k_prefix.const_data_ptr()) +
+                  task.row * x.k_prefix.stride(0) + task.head * x.k_prefix.stride(1) +
+                  (range.begin + first) * x.k_prefix.stride(2);
+  return {keys, std::min(range.chunk, range.count - first)};
+}
+
 // A thread's memory, kept from call to call. Two of them: for its own work, and for the states that
 // the threads of a call share.
 float* scratch_memory(int which, int64_t floats) {
@@ -110,19 +119,22 @@ void run(const Inputs& x, const Tensor& out, const std::vector<LiveRange>& range
   const auto work = [&](int64_t, int64_t) {
     float* memory = scratch_memory(0, AttentionScratch::floats(shape));
     const AttentionScratch scratch(memory, shape);
-    int64_t packed = -1;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+    int64_t packed = -1, i = next.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t after; i < count; i = after) {
       const Task& task = tasks[i];
       const LiveRange& range = ranges[task.row];
       const int64_t pair = task.row * heads + task.head;
       const auto head = head_of<T>(x, out, task.row, task.head, range.begin, shape);
+      after = next.fetch_add(1, std::memory_order_relaxed);
+      Upcoming<T> upcoming{nullptr, 0};
+      if (after < count) upcoming = keys_of<T>(x, tasks[after], ranges[tasks[after].row]);
       if (pair != packed) RGTG_DISPATCH_SIMD(pack_queries, shape, head, scratch.queries);
       packed = pair;
       float* first = range.chunks > 1 ? shared + task.state * state_floats : scratch.state;
       const AttentionState state(first + task.chunk * state_floats, shape);
       const int64_t begin = task.chunk * range.chunk;
       const int64_t length = std::min(range.chunk, range.count - begin);
-      RGTG_DISPATCH_SIMD(attend, shape, head, begin, length, scratch, state);
+      RGTG_DISPATCH_SIMD(attend, shape, head, begin, length, upcoming, scratch, state);
       // Whoever ends last has seen all chunks of the pair, and sums them in their order.
       if (finished[pair].fetch_add(1, std::memory_order_acq_rel) + 1 < range.chunks) continue;
       RGTG_DISPATCH_SIMD(finish, shape, head, first, state_floats, range.chunks, scratch);
@@ -152,6 +164,8 @@ Tensor candidate_attention(const Tensor& q, const Tensor& k_prefix, const Tensor
                   "k_prefix and v_prefix must be [B, Hkv, T, D] with q's B and D");
   STD_TORCH_CHECK(has_shape(k_self, own) && has_shape(v_self, own),
                   "k_self and v_self must be [B, k, Hkv, D] with q's B, k and D");
+  Tensor out = empty_cpu<4>({rows, k, query_heads, width}, q.scalar_type());
+  if (rows * k * query_heads * width == 0) return out;
   for (const Tensor* t : {&start, &length}) {
     STD_TORCH_CHECK(t->dim() == 1 && t->sizes()[0] == rows && t->scalar_type() == ScalarType::Long,
                     "start and length must be int64 [B]");
@@ -159,8 +173,6 @@ Tensor candidate_attention(const Tensor& q, const Tensor& k_prefix, const Tensor
   for (const Tensor* t : {&k_prefix, &v_prefix, &k_self, &v_self}) {
     STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "keys and values must have q's dtype");
   }
-  Tensor out = empty_cpu<4>({rows, k, query_heads, width}, q.scalar_type());
-  if (rows * k * query_heads * width == 0) return out;
   const Inputs inputs{with_dense_last_dim(q), with_dense_last_dim(k_prefix),
                       with_dense_last_dim(v_prefix), with_dense_last_dim(k_self),
                       with_dense_last_dim(v_self)};

@@ -5,7 +5,8 @@
 
 namespace rgtg {
 
-constexpr int64_t kKeyTile = 64;  // keys between two looks at the maxima; K and V of them fit in L1
+constexpr int64_t kKeyTile =
+    32;  // keys between two looks at the maxima; K and V of them stay in L1
 constexpr int64_t kMaxChunks = 16;
 constexpr int64_t kLanes = 16;  // the widest vector: what buffers are padded to
 
@@ -24,6 +25,13 @@ struct AttentionHead {
   int64_t query_slot, query_head, key_step, value_step, own_key_slot, own_value_slot;
   T* out;
   int64_t out_slot;  // heads of a slot are dense
+};
+
+// The keys that the thread will want after this chunk, `count` rows as far apart as the head's.
+template <class T>
+struct Upcoming {
+  const T* keys;
+  int64_t count;
 };
 
 // Online softmax of each query over one chunk of the prefix, all of it relative to `peak`.

@@ -12,7 +12,7 @@ constexpr int kFewQueries = kWidth / 4;
 // Blocks of sums that fit the registers, beside what they are made of.
 constexpr int kKeyBlock = kWidth == 16 ? 8 : 4;
 constexpr int kVectorBlock = 3;  // of queries
-constexpr int64_t kRun = 16;
+constexpr int64_t kRun = 32;
 constexpr int kQueryBlock = 6;
 constexpr int kValueBlock = kWidth == 16 ? 4 : 2;  // vectors of values
 
@@ -107,12 +107,13 @@ void score_block(const float* queries, int64_t pad, Rows keys, const AttentionSh
   for (int64_t d = 0; d < shape.width;) {
     const int64_t end = std::min(d + kRun, shape.width);
     const bool first = d == 0, last = end == shape.width;
-    Vec sums[KEYS][VECTORS];
+    Vec sums[KEYS][VECTORS], q[VECTORS];
+    for (int c = 0; c < VECTORS; ++c) q[c] = load(queries + d * pad + c * kWidth);
     for (int t = 0; t < KEYS; ++t) {
-      for (int c = 0; c < VECTORS; ++c) sums[t][c] = splat(0.0f);
+      const Vec key = splat(keys.data[t * keys.step + d]);
+      for (int c = 0; c < VECTORS; ++c) sums[t][c] = mul(key, q[c]);
     }
-    for (; d < end; ++d) {
-      Vec q[VECTORS];
+    while (++d < end) {
       for (int c = 0; c < VECTORS; ++c) q[c] = load(queries + d * pad + c * kWidth);
       for (int t = 0; t < KEYS; ++t) {
         const Vec key = splat(keys.data[t * keys.step + d]);
@@ -317,10 +318,11 @@ void add_values(const AttentionShape& shape, Weights weights, const float* shrin
   }
 }
 
-// Positions first .. first + count - 1 of the live prefix, whose queries pack_queries has packed.
+// Positions first .. first + count - 1 of the live prefix, for queries that pack_queries packed.
 template <class T>
 void attend(const AttentionShape& shape, const AttentionHead<T>& head, int64_t first, int64_t count,
-            const AttentionScratch& scratch, const AttentionState& state) {
+            const Upcoming<T>& upcoming, const AttentionScratch& scratch,
+            const AttentionState& state) {
   const bool few = shape.queries <= kFewQueries;
   const int64_t pad = padded(shape.queries), width = padded(shape.width);
   std::fill_n(state.peak, pad, kLowest);
@@ -328,15 +330,17 @@ void attend(const AttentionShape& shape, const AttentionHead<T>& head, int64_t f
   std::fill_n(state.total, shape.queries * width, 0.0f);
   for (int64_t t = first; t < first + count; t += kKeyTile) {
     const int64_t n = std::min(kKeyTile, first + count - t);
-    const int64_t next = std::min(kKeyTile, first + count - t - n);
+    const int64_t left = first + count - t - n;
     const T* key = head.key + t * head.key_step;
     const T* value = head.value + t * head.value_step;
+    const T* next_key = left ? key + n * head.key_step : upcoming.keys;
+    const int64_t next = std::min(kKeyTile, left ? left : upcoming.count);
     if (few) {
       for (int64_t j = 0; j < n; ++j) {
+        prefetch_rows(value + j * head.value_step, head.value_step, 1, shape.width);
         for (int64_t i = 0; i < shape.queries; ++i) {
-          scratch.scores[i * kKeyTile + j] = shape.scale * dot(scratch.queries + i * width,
-                                                               key + j * head.key_step,
-                                                               shape.width);
+          scratch.scores[i * kKeyTile + j] =
+              shape.scale * dot(scratch.queries + i * width, key + j * head.key_step, shape.width);
         }
       }
       softmax_few(shape, n, scratch.scores, scratch.shrink, state);
@@ -350,8 +354,8 @@ void attend(const AttentionShape& shape, const AttentionHead<T>& head, int64_t f
     const Rows values = whole_rows(value, head.value_step, n, shape.width, scratch.values);
     const Weights weights{scratch.scores, few ? 1 : pad, few ? kKeyTile : 1};
     const auto fetch_keys = [&](int64_t part, int64_t parts) {
-      const int64_t j = n + next * part / parts, end = n + next * (part + 1) / parts;
-      prefetch_rows(key + j * head.key_step, head.key_step, end - j, shape.width);
+      const int64_t j = next * part / parts, end = next * (part + 1) / parts;
+      prefetch_rows(next_key + j * head.key_step, head.key_step, end - j, shape.width);
     };
     add_values(shape, weights, scratch.shrink, values, n, state.total, fetch_keys);
   }
@@ -389,7 +393,6 @@ void finish(const AttentionShape& shape, const AttentionHead<T>& head, float* st
       }
       store(row + d, div(mixed, sum));
     }
-    narrow_row(row, shape.width,
-               head.out + slot * head.out_slot + i % shape.group * shape.width);
+    narrow_row(row, shape.width, head.out + slot * head.out_slot + i % shape.group * shape.width);
   }
 }

@@ -7,6 +7,7 @@ and `commit(slot [B])`; `make_scorer` builds one for a reward model.
 from .base import Scorer
 from .expand import ExpandScorer
 from .factory import make_scorer
+from .on_base import RewardAdapter, RewardHead
 from .reencode import ReencodeScorer
 from .reward_model import RewardModel
 from .tree import TreeScorer
@@ -14,6 +15,8 @@ from .tree import TreeScorer
 __all__ = [
     "ExpandScorer",
     "ReencodeScorer",
+    "RewardAdapter",
+    "RewardHead",
     "RewardModel",
     "Scorer",
     "TreeScorer",

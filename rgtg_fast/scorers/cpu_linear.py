@@ -1,9 +1,10 @@
-"""fp32 linear layers of 2 to 512 rows on x86 CPUs, through oneDNN.
+"""fp32 linear layers on x86 CPUs, through oneDNN.
 
 For k siblings torch's fp32 `linear` and `addmm` (MKL) take 2 to 3 times the time of one row,
 although the weights are read once all the same. oneDNN's kernel, which torch ships as
-`mkldnn._linear_pointwise`, took 0.4 to 0.8 of MKL's time on GPT-2's shapes (bench/README.md). It
-reads the weights as they are stored; nothing is packed or copied.
+`mkldnn._linear_pointwise`, took 0.4 to 0.8 of MKL's time there, half of it for one row of an
+`nn.Linear`, and 0.9 of it for whole prompts (bench/README.md). It reads the weights as they are
+stored; nothing is packed or copied.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_FEWEST, _MOST = 2, 512  # rows; at 512 the two meet
+# Rows from which it is faster: one row of a Conv1D, whose weights lie the other way round, is not.
+_FEWEST: dict[type, int] = {nn.Linear: 1, Conv1D: 2}
 _LARGE = 1 << 18  # weights; below, the call's own cost (some 30 µs) outweighs the gain
 
 
@@ -71,10 +73,11 @@ def _is_plain(module: nn.Module) -> bool:
 def _forward_of(module: Any) -> Callable[[Tensor], Tensor]:
     original = module.forward
     stored_by_input = isinstance(module, Conv1D)
+    fewest = _FEWEST[type(module)]
 
     def forward(x: Tensor) -> Tensor:
         rows = x.numel() // max(1, x.shape[-1])
-        if not _FEWEST <= rows <= _MOST or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if rows < fewest or x.dtype != torch.float32 or torch.is_grad_enabled():
             return original(x)
         weight = module.weight.t() if stored_by_input else module.weight
         return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")

@@ -32,8 +32,7 @@ class _Both:
         self.reward_hidden: Tensor  # [B, n, H] of the last forward
 
     def forward_base(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        hidden, reward_hidden, out = self.rm.forward_both(input_ids, **kwargs)
-        self.reward_hidden = reward_hidden
+        hidden, self.reward_hidden, out = self.rm.forward_both(input_ids, **kwargs)
         return hidden, out
 
 

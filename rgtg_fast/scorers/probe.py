@@ -70,7 +70,7 @@ def probe(
     length = _probe_length(rm, max_length)
     implementation = getattr(rm.text_config, "_attn_implementation", None)
     kernel = attention_kernel(backend, rm.device)
-    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public, kernel)
+    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public, rm.layer, kernel)
     known = _verdicts.setdefault(rm.model, {})
     with rm.evaluating():
         ids = _random_ids(rm, (2, length))

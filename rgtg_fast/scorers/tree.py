@@ -54,9 +54,10 @@ class SiblingForward:
         self.output_type = type(out)
         spans = attention_spans(self.rm.text_config)
         self.mask: SiblingStarts | SiblingMask
-        if fused:
+        if self.kernel is not None:
             self.mask = SiblingStarts(attention_mask, spans, self.cache)
             self.cache.finish_prefill(length, self.mask.order)
+            self.plugged_in = plugged_in(self.configs, self.cache, self.kernel)
             self.mask.advance()
         else:
             self.cache.finish_prefill(length)
@@ -82,7 +83,7 @@ class SiblingForward:
         }
         if self.kernel is None:
             return self.rm.forward_base(ids, **arguments)[0]
-        with plugged_in(self.configs, self.cache, self.kernel):
+        with self.plugged_in:
             return self.rm.forward_base(ids, **arguments)[0]
 
     def commit(self, slot: Tensor) -> None:
