@@ -148,6 +148,21 @@ def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Ca
     return getattr(space, op).default
 
 
+def keep_kernel(backend: Backend, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The function behind ``ratio_keep``: which candidates may win for rewards within bounds.
+
+    It takes ``logprobs`` and ``ids`` ``[B, k]``, ``beta``, ``temperature``, ``seed`` and
+    ``position`` ``[B]``, ``do_sample`` and the bounds ``low``, ``high``, and gives bool ``[B, k]``.
+    False: the candidate's largest possible value, bit for bit as :func:`ratio_sample` computes it,
+    is below the smallest possible value of another. A row that is undefined at a bound is kept
+    whole. There is no GPU kernel: on a GPU it is the reference.
+    """
+    compiled = device.type == "cpu" and unavailable_reason("ratio_keep", "cpp") is None
+    if compiled and backend != "reference":
+        return torch.ops.rgtg_fast.ratio_keep.default
+    return reference.ratio_keep
+
+
 def run(op: str, backend: Backend, *arguments: Any) -> Any:
     """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
     first = arguments[0]

@@ -62,6 +62,8 @@ class RewardGuided:
     streamer: Any = None
     sync_every: int | None = None
     compact: bool = True
+    reward_range: tuple[float, float] | None = None
+    prune: bool | None = None
 
     def __post_init__(self) -> None:
         check.check_options(
@@ -73,6 +75,8 @@ class RewardGuided:
             self.reward_method,
             self.backend,
             self.sync_every,
+            self.reward_range,
+            self.prune,
         )
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
@@ -131,6 +135,10 @@ class RewardGuided:
                 vocab_size,
                 found,
             )
+            if self.reward_range is not None:
+                low, high = self.reward_range
+                guidance.reward_range = float(low), float(high)
+                guidance.prune = check.prunes(scorer, self.prune, self.output_candidates)
             record = Record(generation_config, self.output_candidates)
             keep_cache = keep_cache or record.on
             policy = make_policy(
@@ -320,6 +328,8 @@ def generate(
     backend: ops.Backend = "auto",
     sync_every: int | None = None,
     compact: bool = True,
+    reward_range: tuple[float, float] | None = None,
+    prune: bool | None = None,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -365,6 +375,17 @@ def generate(
             where plain sequences are returned and no processor or criterion of the user's may
             count rows. Pass False where an own empty `past_key_values` is given to
             `model.generate(custom_generate=...)` and read afterwards.
+        reward_range: (lo, hi), two finite numbers: rewards are clamped to it, as RAD does
+            (arXiv 2310.09520).
+        prune: do not score candidates that cannot win even at the best reward of `reward_range`
+            against another at the worst; the noise of a draw is known beforehand. The tokens are
+            the same, as far as the reward model gives the same numbers in smaller batches.
+            Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
+            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever
+            `reward_range` is given and it saves something (a reward model on a CPU scored by
+            "tree", or by "reencode" anywhere) and not all rewards are asked for
+            (`output_candidates`). `candidates_scored` says how many were, `kl` is NaN for steps
+            with unscored ones. A NaN reward of a candidate that is not scored goes unseen.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -389,6 +410,8 @@ def generate(
             backend=backend,
             sync_every=sync_every,
             compact=compact,
+            reward_range=reward_range,
+            prune=prune,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(

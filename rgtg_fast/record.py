@@ -44,6 +44,7 @@ class Record:
         logprobs: Tensor,
         rewards: Tensor,
         logq: Tensor,
+        keep: Tensor | None = None,
     ) -> None:
         if not self.on:
             return
@@ -60,7 +61,12 @@ class Record:
         kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
         chosen = rewards.gather(1, slot[:, None])[:, 0]
         self._append("rewards", chosen.masked_fill(~unfinished, torch.nan))
+        scored = torch.full_like(slot, ids.shape[1])
+        if keep is not None:  # the ratio policy is not known where a reward is not
+            scored = keep.sum(-1)
+            kl = kl.masked_fill(scored < ids.shape[1], torch.nan)
         self._append("kl", kl.masked_fill(~unfinished, torch.nan))
+        self._append("candidates_scored", scored.where(unfinished, 0))
         if self.output_candidates:
             self._append("candidate_ids", ids)
             self._append("candidate_logprobs", logprobs)

@@ -78,7 +78,8 @@ class RewardModel:
     def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
         """Rewards fp32 [B, n] of hidden states [B, n, H], on the hidden states' device."""
         head = self.head
-        if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+        plain = type(head) is nn.Linear and head.weight.shape == (1, hidden.shape[-1])
+        if plain and not head._forward_hooks and not head._forward_pre_hooks:
             weight, bias = head.weight[0], head.bias
             if weight.device != hidden.device:
                 hidden = hidden.to(weight.device)
