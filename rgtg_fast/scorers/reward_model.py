@@ -78,8 +78,7 @@ class RewardModel:
     def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
         """Rewards fp32 [B, n] of hidden states [B, n, H], on the hidden states' device."""
         head = self.head
-        plain = type(head) is nn.Linear and head.weight.shape == (1, hidden.shape[-1])
-        if plain and not head._forward_hooks and not head._forward_pre_hooks:
+        if type(head) is nn.Linear and _is_plain(head, hidden.shape[-1]):
             weight, bias = head.weight[0], head.bias
             if weight.device != hidden.device:
                 hidden = hidden.to(weight.device)
@@ -111,6 +110,11 @@ class RewardModel:
         finally:
             for module in training:
                 module.training = True
+
+
+def _is_plain(head: nn.Linear, width: int) -> bool:
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return head.weight.shape == (1, width) and not hooked
 
 
 def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) -> RewardModel:
