@@ -22,6 +22,7 @@ from transformers import (
 from . import ops
 from . import validation as check
 from .decoding import Guidance, guided_decode
+from .graphs import choose_graph, graphed_decode
 from .output import RewardGuidedOutput
 from .plan import make_plan
 from .policy import HFPolicy, make_policy
@@ -61,6 +62,7 @@ class RewardGuided:
     streamer: Any = None
     sync_every: int | None = None
     compact: bool = True
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         check.check_options(
@@ -72,6 +74,7 @@ class RewardGuided:
             self.reward_method,
             self.backend,
             self.sync_every,
+            self.cuda_graph,
         )
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
@@ -142,7 +145,31 @@ class RewardGuided:
                 whole_batch=keep_cache,
                 synced_gpus=synced_gpus,
             )
+            streamed = streamer is not None or own_streamer is not None
+            graph = choose_graph(
+                self.cuda_graph,
+                policy,
+                scorer,
+                guidance,
+                plan,
+                record,
+                processors,
+                stopping_criteria,
+                streamed,
+            )
             scorer.prefill(reward_ids, reward_mask)
+            if graph is not None:
+                return graphed_decode(
+                    policy,
+                    scorer,
+                    input_ids,
+                    guidance,
+                    plan,
+                    record,
+                    processors,
+                    stopping_criteria,
+                    graph,
+                )
             if own_streamer is not None:  # a streamer that HF knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
             return guided_decode(
@@ -292,6 +319,7 @@ def generate(
     backend: ops.Backend = "auto",
     sync_every: int | None = None,
     compact: bool = True,
+    cuda_graph: bool | None = None,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -336,6 +364,14 @@ def generate(
             where plain sequences are returned and no processor or criterion of the user's may
             count rows. Pass False where an own empty `past_key_values` is given to
             `model.generate(custom_generate=...)` and read afterwards.
+        cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
+            is possible, False never; True warns and says why where it is not. The tokens are the
+            same. It needs both models on one GPU, each run on the cache of this package, and no
+            part of a step on the host: no streamer, no own stopping criterion, no `output_scores`
+            or `output_logits`, no `check_nan=True`, and of the logits processors only those that
+            see nothing but scores (`graphs.GRAPH_SAFE`). Each call captures once after two steps,
+            and again, up to log2(B) times, when half of the rows have left; a capture costs the
+            time of a few steps, so none is made for fewer than 16 steps to come.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -360,6 +396,7 @@ def generate(
             backend=backend,
             sync_every=sync_every,
             compact=compact,
+            cuda_graph=cuda_graph,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(

@@ -55,19 +55,32 @@ class Record:
             self.attentions += (policy.attentions,)
         if self.hidden_states is not None:
             self.hidden_states += (policy.hidden_states,)
+        for name, value in self.of_step(unfinished, slot, ids, logprobs, rewards, logq).items():
+            self.columns.setdefault(name, []).append(value)
+
+    def of_step(
+        self,
+        unfinished: Tensor,
+        slot: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        rewards: Tensor,
+        logq: Tensor,
+    ) -> dict[str, Tensor]:
+        """A step's columns: rewards and kl [B], and the candidates' [B, k] where asked for."""
         # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
         q = logq.exp()
         kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
         chosen = rewards.gather(1, slot[:, None])[:, 0]
-        self._append("rewards", chosen.masked_fill(~unfinished, torch.nan))
-        self._append("kl", kl.masked_fill(~unfinished, torch.nan))
+        columns = {"rewards": chosen, "kl": kl}
+        columns = {n: c.masked_fill(~unfinished, torch.nan) for n, c in columns.items()}
         if self.output_candidates:
-            self._append("candidate_ids", ids)
-            self._append("candidate_logprobs", logprobs)
-            self._append("candidate_rewards", rewards)
-
-    def _append(self, name: str, value: Tensor) -> None:
-        self.columns.setdefault(name, []).append(value)
+            columns |= {
+                "candidate_ids": ids,
+                "candidate_logprobs": logprobs,
+                "candidate_rewards": rewards,
+            }
+        return columns
 
     def result(self, sequences: Tensor, steps: int, cache: Any) -> RewardGuidedOutput | Tensor:
         """The output of `steps` steps; what was run beyond them is dropped."""

@@ -17,7 +17,9 @@ class Scorer(Protocol):
     """The whole contract between the decode loop and whatever gives rewards.
 
     A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone). Without it,
-    rows that have ended are carried along until all have.
+    rows that have ended are carried along until all have. And it may say `capturable = True`:
+    `score` and `commit` then change tensors in place only, never wait for the device, and keep no
+    other state but `length`, an int, which is one more after each `commit` (see graphs.py).
     """
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -72,9 +74,9 @@ class RewardModelScorer(ABC):
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)
         if self.eos_ids is not None:
-            rewards = torch.where(
-                torch.isin(ids_here, self.eos_ids), self.last_reward[:, None], rewards
-            )
+            # Not torch.isin: with many EOS ids it sorts, and waits for the device.
+            is_eos = (ids_here[..., None] == self.eos_ids).any(-1)
+            rewards = torch.where(is_eos, self.last_reward[:, None], rewards)
         self.rewards = rewards
         return rewards.to(ids.device)
 

@@ -83,6 +83,16 @@ class SiblingForward:
         self.mask.keep_rows(rows)
         self.position = self.position[rows]
 
+    @property
+    def length(self) -> int:
+        """Prefix tokens as the host counts them; whoever replays a CUDA graph, which moves the
+        device's count alone, sets it."""
+        return self.cache.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.cache.length = length
+
 
 class TreeScorer(RewardModelScorer):
     """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
@@ -105,3 +115,15 @@ class TreeScorer(RewardModelScorer):
 
     def _keep_rows(self, rows: Tensor) -> None:
         self.forward.keep_rows(rows)
+
+    @property
+    def capturable(self) -> bool:
+        return self.forward.kernel is not None
+
+    @property
+    def length(self) -> int:
+        return self.forward.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.forward.length = length
