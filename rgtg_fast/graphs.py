@@ -66,7 +66,8 @@ class TorchGraph:
     """A `torch.cuda.CUDAGraph`; captures after the first share its memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.graph = device, torch.cuda.CUDAGraph()
+        self.device = device
+        self.graph: torch.cuda.CUDAGraph | None = None
         with torch.cuda.device(device):
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
@@ -95,6 +96,7 @@ class TorchGraph:
         self.graph = graph  # the one before goes only now: a pool needs a user
 
     def replay(self) -> None:
+        assert self.graph is not None
         with torch.cuda.device(self.device):
             self.graph.replay()
 
@@ -107,7 +109,7 @@ class StaticRows(Rows):
 
     def __init__(self, input_ids: Tensor, pad: Tensor | None, steps: int, eos: Tensor) -> None:
         super().__init__(input_ids, pad)
-        room = input_ids.new_zeros((self.batch, steps))
+        room = self.origin.new_zeros((self.batch, steps))
         if pad is not None:
             room.copy_(pad)
         self.input_ids = torch.cat([input_ids, room], dim=1)
@@ -123,7 +125,7 @@ class StaticRows(Rows):
         if self.pad is not None:
             tokens = torch.where(self.unfinished[:, None], tokens, self.pad)
         self.steps += self.unfinished.any()
-        self.input_ids.index_copy_(1, self.step + self.prompt, tokens.to(self.input_ids.dtype))
+        self.input_ids.index_copy_(1, self.step + self.prompt, tokens)
         self.position += 1
         self.step += 1
         self.unfinished &= ~(tokens == self.eos).any(1)

@@ -329,3 +329,24 @@ def test_on_a_cpu_there_are_no_graphs(made, monkeypatch):
 def test_cuda_graph_must_be_a_bool_or_none(value):
     with pytest.raises(ValueError, match="cuda_graph="):
         rgtg_fast.RewardGuided(zoo.rm("llama"), cuda_graph=value)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_the_host_counts_each_step_once(capturable):
+    class Counter:
+        length = 3
+
+    counter, x = Counter(), torch.zeros(1)
+
+    def step():
+        counter.length += 1
+        x.add_(1)
+        if not capturable:
+            x.item()
+
+    run = graphs.Runner(step, EmulatedGraph(torch.device("cpu")), [counter])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for left in range(6, 0, -1):
+            run(left)
+    assert counter.length == 3 + 6 and x.item() == 6
