@@ -72,10 +72,12 @@ def assert_same_with_graph(made, lm="llama", rm="llama", captures=1, **options):
     return want, got
 
 
-def an_eos(lm="llama", rm="llama", row=0, step=8, **options):
-    """A token that ends row `row` at `step`, if no sooner."""
+def an_eos(lm="llama", rm="llama", rows=slice(None), **options):
+    """A token that ends one of `rows` some steps before the last, and no row before its sixth
+    step: when steps are replayed."""
     out = guided(zoo.lm(lm), zoo.rm(rm), cuda_graph=False, **options)
-    return int(out.sequences[row, WIDTH + step])
+    early, later = out.sequences[:, WIDTH : WIDTH + 5], out.sequences[rows, WIDTH + 5 : -3]
+    return next(int(t) for t in later.flatten() if t not in early)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +180,7 @@ def test_rows_leave_at_halves_and_the_rest_is_captured_anew(made, family, sync_e
 
 
 def test_the_cache_that_is_returned(made):
-    eos = an_eos()
-    options = {"eos_token_id": [eos, an_eos(row=1), an_eos(row=2)], "sync_every": 16}
+    options = {"eos_token_id": [an_eos(rows=row) for row in range(3)], "sync_every": 16}
     want, got = assert_same_with_graph(made, **options, max_new_tokens=30)
     assert got.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
     for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
