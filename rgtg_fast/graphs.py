@@ -343,7 +343,9 @@ def _why_not_module(model: nn.Module, device: torch.device) -> str | None:
         if tensor.device != device:
             return f"has weights on {tensor.device}, the prompts are on {device}"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # transformers' own stay for good once hidden states were asked for, and do nothing here.
+        if any(not getattr(h, "__module__", "").startswith("transformers.") for h in hooks):
             return f"has hooks (on {name or 'itself'}), which replays would pass by"
         rope = getattr(module, "rope_type", None)
         kinds = rope.values() if isinstance(rope, dict) else (rope,)

@@ -312,6 +312,14 @@ def test_hooks_are_a_reason(made, which):
     assert len(seen) >= 4
 
 
+def test_hooks_that_transformers_left_behind_are_none(made):
+    lm, rm = zoo.build_lm("llama"), zoo.build_rm("llama")
+    for model in (lm, rm):
+        model(**BATCH, output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in lm.modules())
+    assert_same_with_graph(made, lm, rm)
+
+
 def test_rotary_embeddings_that_grow_are_a_reason(made):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     rm = zoo.build_rm("llama", rope_parameters=rope)
