@@ -25,7 +25,8 @@ for step in $STEPS; do
       "$PYTHON" -m rgtg_fast info
       ;;
     test)
-      "$PYTHON" -m pytest ${PYTEST_ARGS:--q} -m gpu tests/test_matrix.py tests/test_gpu.py
+      "$PYTHON" -m pytest ${PYTEST_ARGS:--q} -m gpu \
+        tests/test_matrix.py tests/test_gpu.py tests/test_gpu_graphs.py
       ;;
     sanitize)
       # Triton's kernels are compiled once before, so that the sanitizer sees launches only. The

@@ -22,6 +22,7 @@ from transformers import (
 from . import ops
 from . import validation as check
 from .decoding import Guidance, guided_decode
+from .graphs import choose_graph, graphed_decode
 from .output import RewardGuidedOutput
 from .plan import make_plan
 from .policy import HFPolicy, LanguageModel, make_policy, plain_language_model
@@ -64,6 +65,7 @@ class RewardGuided:
     compact: bool = True
     reward_range: tuple[float, float] | None = None
     prune: bool | None = None
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         check.check_options(
@@ -77,6 +79,7 @@ class RewardGuided:
             self.sync_every,
             self.reward_range,
             self.prune,
+            self.cuda_graph,
         )
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
@@ -159,7 +162,31 @@ class RewardGuided:
                 whole_batch=keep_cache or streamer is not None or own_streamer is not None,
                 synced_gpus=synced_gpus,
             )
+            streamed = streamer is not None or own_streamer is not None
+            graph = choose_graph(
+                self.cuda_graph,
+                policy,
+                scorer,
+                guidance,
+                plan,
+                record,
+                processors,
+                stopping_criteria,
+                streamed,
+            )
             scorer.prefill(reward_ids, reward_mask)
+            if graph is not None:
+                return graphed_decode(
+                    policy,
+                    scorer,
+                    input_ids,
+                    guidance,
+                    plan,
+                    record,
+                    processors,
+                    stopping_criteria,
+                    graph,
+                )
             if own_streamer is not None:  # a streamer that HF knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
             return guided_decode(
@@ -330,6 +357,7 @@ def generate(
     compact: bool = True,
     reward_range: tuple[float, float] | None = None,
     prune: bool | None = None,
+    cuda_graph: bool | None = None,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -386,6 +414,14 @@ def generate(
             "tree", or by "reencode" anywhere) and not all rewards are asked for
             (`output_candidates`). `candidates_scored` says how many were, `kl` is NaN for steps
             with unscored ones. A NaN reward of a candidate that is not scored goes unseen.
+        cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
+            is possible, False never; True warns and says why where it is not. The tokens are the
+            same. It needs both models on one GPU, each run on the cache of this package, and no
+            part of a step on the host: no streamer, no own stopping criterion, no `output_scores`
+            or `output_logits`, no `check_nan=True`, and of the logits processors only those that
+            see nothing but scores (`graphs.GRAPH_SAFE`). Each call captures once after two steps,
+            and again, up to log2(B) times, when half of the rows have left; a capture costs the
+            time of a few steps, so none is made for fewer than 16 steps to come.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -412,6 +448,7 @@ def generate(
             compact=compact,
             reward_range=reward_range,
             prune=prune,
+            cuda_graph=cuda_graph,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(

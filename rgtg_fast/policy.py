@@ -30,6 +30,7 @@ class Policy(Protocol):
 
     attentions: Any  # of the last forward, where the generation configuration asks for them
     hidden_states: Any
+    capturable: bool  # as a scorer's; it then has `length` too
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Take the prompts int64 [B, P]; logits [B, V] of the next token."""
@@ -53,6 +54,8 @@ class HFPolicy:
     `_prefill` and `_update_model_kwargs_for_generation` are the only private helpers of
     transformers in use.
     """
+
+    capturable = False
 
     def __init__(
         self, model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], batch: int
@@ -105,6 +108,7 @@ class CachedPolicy:
     """The language model on a `SiblingCache` of width 1; `cache` is the one to give back filled."""
 
     attentions = hidden_states = None
+    capturable = True
 
     def __init__(
         self,
@@ -141,6 +145,14 @@ class CachedPolicy:
         rows = rows.to(self.view.device)
         self.forward.keep_rows(rows)
         self.slot = self.slot[rows]
+
+    @property
+    def length(self) -> int:
+        return self.forward.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.forward.length = length
 
     def finish(self, steps: int) -> Any:
         return fill_cache(self.cache, self.forward.cache, self.prompt + steps - 1, len(self.slot))

@@ -48,8 +48,9 @@ def check_options(
     reward_method: Any,
     backend: Any,
     sync_every: Any,
-    reward_range: Any = None,
-    prune: Any = None,
+    reward_range: Any,
+    prune: Any,
+    cuda_graph: Any,
 ) -> None:
     """The options of `RewardGuided`, as far as they can be judged without a model."""
     if isinstance(k, bool) or not isinstance(k, int):
@@ -69,6 +70,8 @@ def check_options(
     if sync_every is not None and (type(sync_every) is not int or sync_every < 1):
         raise ValueError(f"sync_every={sync_every!r}; pass a number of steps >= 1, or None")
     _check_reward_range(reward_range, prune)
+    if cuda_graph is not None and type(cuda_graph) is not bool:
+        raise ValueError(f"cuda_graph={cuda_graph!r}; pass True, False or None (where possible)")
     for name, value, allowed in (
         ("eos_reward", eos_reward, EOS_REWARDS),
         ("reward_method", reward_method, METHODS),

@@ -19,7 +19,9 @@ class Scorer(Protocol):
     A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone). Without it,
     rows that have ended are carried along until all have. One whose `can_skip` is true takes
     `score(ids, keep)` too: bool [B, k], only these candidates need a reward (at least one does);
-    the others get NaN and are not committed.
+    the others get NaN and are not committed. One that says `capturable = True` changes tensors in
+    place only in `score` and `commit`, never waits for the device there, and keeps no other state
+    but `length`, an int, which is one more after each `commit` (see graphs.py).
     """
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -73,9 +75,9 @@ class RewardModelScorer(ABC):
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)
         if self.eos_ids is not None:
-            rewards = torch.where(
-                torch.isin(ids_here, self.eos_ids), self.last_reward[:, None], rewards
-            )
+            # Not torch.isin: with many EOS ids it sorts, and waits for the device.
+            is_eos = (ids_here[..., None] == self.eos_ids).any(-1)
+            rewards = torch.where(is_eos, self.last_reward[:, None], rewards)
         if keep is not None:
             rewards = rewards.masked_fill(~keep, torch.nan)
         self.rewards = rewards

@@ -46,7 +46,7 @@ class RewardModel:
         inner: Any = model
         if hasattr(model, "get_base_model"):
             inner = inner.get_base_model()
-        self.base: Any = _find_base(inner)
+        self.base: Any = find_base(inner)
         self.config = self.base.config
         self.text_config = self.config.get_text_config()
         self.head = head if head is not None else _find_head(inner, self.base)
@@ -128,7 +128,7 @@ def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) 
     return model
 
 
-def _find_base(model: Any) -> Any:
+def find_base(model: Any) -> Any:
     if isinstance(model, PreTrainedModel):
         if model.base_model is not model:
             return model.base_model
