@@ -47,6 +47,14 @@ class _Rows(Dataset):
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and longest answer."""
+        return [
+            len(row["prompt_ids"])
+            + max(len(row[k]) for k in ("chosen_ids", "rejected_ids", "answer_ids") if k in row)
+            for row in self.rows
+        ]
+
 
 class PreferenceDataset(_Rows):
     """Pairs as token ids: `prompt_ids`, `chosen_ids`, `rejected_ids` (lists) and, given, `margin`.

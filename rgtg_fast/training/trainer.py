@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from .collate import LabelledCollator, PairCollator
@@ -18,6 +19,19 @@ from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored
 
 logger = logging.get_logger(__name__)
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Batches of rows of like length, in an order that depends on seed and epoch only, so that a
+    resumed run finds its place."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class PrefixRewardTrainer(Trainer):
@@ -105,6 +119,13 @@ class PrefixRewardTrainer(Trainer):
         parts = self.parts(trained)
         if objective.head == "scalar":
             check_causal(parts)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(data, "lengths"):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return GroupedByLength(size, data.lengths(), self.args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def parts(self, model: nn.Module) -> TrainedParts:
         """Base and head of the unwrapped model."""
