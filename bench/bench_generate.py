@@ -1,11 +1,20 @@
 """Milliseconds per token of guided generation against plain and against published decoding.
 
     python bench/bench_generate.py
-    python bench/bench_generate.py --shape llama --dtype bfloat16 --batch 4 --json out.json
+    python bench/bench_generate.py --shape llama --dtype bfloat16 --batch 1 4 16 --json out.json
+    python bench/bench_generate.py --grid cost --json cost.json --plot cost.png
+    python bench/bench_generate.py --shape llama-8b --device cuda --prompt 512 --k 10 40
+    python bench/bench_generate.py --memory
+    python bench/bench_generate.py --overhead
 
-LM and reward model have the shape of GPT-2 124M (or of a Llama of that size) and random weights;
-decoding is greedy and nothing stops early. All contenders run in one process, interleaved, and the
-medians are compared. A figure is a whole call (prompt included) over the new tokens.
+LM and reward model have the shape of GPT-2 124M (or of a Llama of that size, or of Llama-3.1-8B)
+and random weights; decoding is greedy and nothing stops early. All contenders run in one process,
+interleaved, and the medians are compared.
+
+A run is a whole call. `ms/token` is its time over the new tokens, for all rows of a batch together;
+`decode` is the time after the first token over the other tokens, so without the prompt and without
+what a call does once. The floor is in floors.py; `peak MB` is what a run adds to the memory in use,
+seen in one more run of each.
 """
 
 import argparse
@@ -14,154 +23,26 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
-from published import KFoldCache, ReEncode, decode
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-)
+from floors import bandwidth, floor_ms
+from generate_contenders import LABELS, SLOW, Bench, Models, why_not
+from generate_models import SHAPES, build_models
+from generate_probes import HOLDS_CACHE, kv_memory, overhead
+from plot_generate import plot
 
 import rgtg_fast
 
-BETA = 1.0
-# A choice between scores closer than this is a near tie, which rounding may decide either way.
-NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
-SLOW = ("reencode", "re-encode one by one")
 SLOW_REPEATS = 2
-LABELS = {
-    "plain": "plain HF generate",
-    "auto": "guided, auto",
-    "tree": "guided, tree",
-    "expand": "guided, expand",
-    "reencode": "guided, reencode (k at once)",
-    "k-fold cache": "k-fold batch cache (ARGS)",
-    "re-encode one by one": "naive re-encode (PARGS)",
-}
+COST_PROMPTS, COST_KS, COST_BASE = (64, 128, 256, 512, 1024), (5, 10, 20, 40), (10, 256)
+QUICK_PROMPTS, QUICK_KS, QUICK_BASE = (8, 16), (2, 4), (4, 8)
+QUICK_VOCAB, OVERHEAD_VOCAB = 512, 50257
 
 
-def build_models(shape, positions, dtype):
-    """LM and one-label reward model of one shape, 124M parameters each, random weights."""
-    torch.manual_seed(0)
-    common = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    if shape == "gpt2":
-        config = GPT2Config(n_positions=max(1024, positions), **common)
-        classes = GPT2LMHeadModel, GPT2ForSequenceClassification
-    else:
-        config = LlamaConfig(
-            vocab_size=50257,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            num_key_value_heads=12,
-            max_position_embeddings=max(2048, positions),
-            tie_word_embeddings=True,
-            **common,
-        )
-        classes = LlamaForCausalLM, LlamaForSequenceClassification
-    lm = classes[0](config)
-    config.num_labels = 1
-    models = [m.to(dtype).eval().requires_grad_(False) for m in (lm, classes[1](config))]
-    return models
-
-
-class Bench:
-    """The contenders: each runs once, checks its tokens against the guided ones, gives seconds."""
-
-    def __init__(self, lm, rm, prompt, k, new, slow_new):
-        self.lm, self.rm, self.prompt, self.k, self.new = lm, rm, prompt, k, new
-        self.slow_new = min(slow_new or new, new)
-        self.near_ties = 0
-        self.answer = self.margins = None
-
-    def guided(self, prompt, new, method, **options):
-        return rgtg_fast.generate(
-            self.lm,
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            reward_model=self.rm,
-            k=self.k,
-            beta=BETA,
-            reward_method=method,
-            max_new_tokens=new,
-            **options,
-        )
-
-    def prepare(self):
-        """The answer everybody has to give, and by how much each of its tokens won."""
-        out = self.guided(
-            self.prompt, self.new, "auto", return_dict_in_generate=True, output_candidates=True
-        )
-        self.answer = out.sequences[:, self.prompt.shape[1] :]
-        best = (out.candidate_logprobs + BETA * out.candidate_rewards).topk(min(2, self.k)).values
-        self.margins = best[..., 0] - best[..., -1] if self.k > 1 else best[..., 0] + torch.inf
-
-    def check(self, name, tokens, first):
-        """Refuse to go on where a contender says something else, near ties aside."""
-        wanted = self.answer[:, first : first + tokens.shape[1]]
-        for row in range(len(wanted)):
-            differs = (tokens[row] != wanted[row]).nonzero()
-            if len(differs) == 0:
-                continue
-            step = int(differs[0])
-            margin = float(self.margins[row, first + step])
-            if margin > NEAR_TIE[self.lm.dtype]:
-                sys.exit(
-                    f"{name} disagrees with guided decoding in row {row} at token {first + step}: "
-                    f"{int(tokens[row, step])} against {int(wanted[row, step])}, which won by "
-                    f"{margin:.4f}; no timings of different answers are printed"
-                )
-            self.near_ties += 1
-
-    def seconds(self, name):
-        """Run contender `name` once -> seconds a call of `new` tokens takes."""
-        if name in SLOW:
-            return self.slow_seconds(name)
-        start = time.perf_counter()
-        if name == "plain":
-            self.lm.generate(
-                self.prompt,
-                attention_mask=torch.ones_like(self.prompt),
-                do_sample=False,
-                max_new_tokens=self.new,
-                min_new_tokens=self.new,
-            )
-            return time.perf_counter() - start
-        if name == "k-fold cache":
-            tokens, *_ = decode(self.lm, KFoldCache(self.rm), self.prompt, self.k, BETA, self.new)
-        else:
-            tokens = self.guided(self.prompt, self.new, name)[:, self.prompt.shape[1] :]
-        spent = time.perf_counter() - start
-        self.check(name, tokens, 0)
-        return spent
-
-    def slow_seconds(self, name):
-        """As `seconds`, from `slow_new` tokens in the middle of the answer: at its mean length."""
-        first = (self.new - self.slow_new) // 2
-        prompt = torch.cat([self.prompt, self.answer[:, :first]], dim=1)
-        if name == "reencode":
-            start = time.perf_counter()
-            tokens = self.guided(prompt, self.slow_new, name)[:, prompt.shape[1] :]
-            steps, prefill = time.perf_counter() - start, 0.0
-        else:
-            tokens, prefill, steps = decode(
-                self.lm, ReEncode(self.rm), prompt, self.k, BETA, self.slow_new
-            )
-        self.check(name, tokens, first)
-        return prefill + steps * self.new / self.slow_new
-
-
-def environment():
+def environment(device):
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -173,8 +54,10 @@ def environment():
         text=True,
         check=False,
     )
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {
         "cpu": cpu,
+        "gpu": gpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -185,94 +68,253 @@ def environment():
     }
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=["gpt2", "llama"], default="gpt2")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens")
-    parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--k", type=int, default=10, help="candidates per token")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
+    add = parser.add_argument
+    add("--shape", choices=list(SHAPES), default="gpt2", help="llama-8b: on CUDA only")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="llama-8b: bfloat16")
+    add("--device", default="cpu")
+    add("--batch", type=int, nargs="+", default=[1])
+    add("--prompt", type=int, nargs="+", help="prompt tokens (128)")
+    add("--k", type=int, nargs="+", help="candidates per token (10)")
+    add("--new", type=int, help="new tokens (64)")
+    add("--beta", type=float, default=1.0, help="weight of the reward (less: more is pruned)")
+    add("--repeats", type=int, help="timed rounds, after one to warm up (5; --overhead: 15)")
+    add(
         "--slow-new",
         type=int,
         default=8,
-        help="new tokens of the re-encoding contenders, from the middle of the answer; 0: all",
+        help="new tokens of the re-encoding contenders, from the middle of the answer, fewer where "
+        "prompt * k * batch is more than 1280; 0: all",
     )
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
-    parser.add_argument("--contenders", nargs="+", choices=list(LABELS), default=list(LABELS))
-    parser.add_argument("--json", type=Path, help="write the raw seconds there")
-    return parser.parse_args()
+    add("--budget", type=float, default=120, help="skip what takes longer for a run, seconds")
+    add("--threads", type=int, help="torch threads (default: torch's own)")
+    add("--contenders", nargs="+", choices=list(LABELS), help="default: all")
+    add("--grid", choices=["cost"], help="cost vs prompt length at k=10, vs k at prompt 256")
+    add("--memory", action="store_true", help="the reward model's cache at k=10 and 40 instead")
+    add("--overhead", action="store_true", help="the loop's own time on tiny models instead")
+    add("--quick", action="store_true", help="tiny models and few tokens, to see that it runs")
+    add("--json", type=Path, help="write the raw seconds there")
+    add("--plot", type=Path, help="draw the curves there")
+    args = parser.parse_args(argv)
+    if args.shape == "llama-8b" and args.device == "cpu" and not (args.quick or args.overhead):
+        parser.error("llama-8b has 16 billion weights in two models; pass --device cuda")
+    if args.overhead and args.device != "cpu":
+        parser.error("--overhead times forwards on the host; leave --device cpu")
+    args.contenders = args.contenders or (["auto"] if args.memory else list(LABELS))
+    if args.memory and not set(args.contenders) <= set(HOLDS_CACHE):
+        parser.error(f"--memory reads the caches of these contenders: {', '.join(HOLDS_CACHE)}")
+    args.dtype = args.dtype or ("bfloat16" if args.shape == "llama-8b" else "float32")
+    args.new = args.new or (6 if args.quick else 8 if args.memory else 64)
+    args.repeats = args.repeats or (2 if args.quick else 15 if args.overhead else 5)
+    return args
 
 
-def run(args):
-    """Seconds per contender, [repeats] each, and the bench they came from."""
-    lm, rm = build_models(args.shape, args.prompt + args.new + 1, getattr(torch, args.dtype))
-    ids = torch.randint(0, lm.config.vocab_size, (args.batch, args.prompt))
-    bench = Bench(lm, rm, ids, args.k, args.new, args.slow_new)
-    bench.prepare()
-    seconds = {name: [] for name in args.contenders}
+def grid(args):
+    """The points (batch, k, prompt) to measure."""
+    base_k, base_prompt = QUICK_BASE if args.quick else COST_BASE
+    if args.grid == "cost":
+        prompts = args.prompt or (QUICK_PROMPTS if args.quick else COST_PROMPTS)
+        ks = args.k or (QUICK_KS if args.quick else COST_KS)
+        points = [(b, base_k, p) for b in args.batch for p in prompts]
+        points += [(b, k, base_prompt) for b in args.batch for k in ks]
+    else:
+        prompts = args.prompt or [8 if args.quick else 1024 if args.memory else 128]
+        ks = args.k or ([10, 40] if args.memory else [base_k])
+        points = [(b, k, p) for b in args.batch for p in prompts for k in ks]
+    return list(dict.fromkeys(points))
+
+
+def free_bytes(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    free = [line for line in lines if line.startswith("MemAvailable")]
+    return int(free[0].split()[1]) * 1024 if free else float("inf")
+
+
+def measure(args, models, contenders, point):
+    """One point of the grid: raw runs per contender, and the bandwidth between them."""
+    batch, k, prompt = point
+    generator = torch.Generator().manual_seed(batch * 100_000 + prompt)
+    ids = torch.randint(0, models.lm.config.vocab_size, (batch, prompt), generator=generator)
+    bench = Bench(models, ids.to(args.device), k, args.new, args.slow_new, args.beta)
+    skipped, runs, memory, rates = {}, {}, {}, []
+    for name in contenders:
+        reason = bench.too_dear(name, args.budget, free_bytes(args.device))
+        if reason:
+            skipped[name] = reason
+        else:
+            bench.answer(name)
+            runs[name] = []
     for repeat in range(args.repeats + 1):
-        for name, values in seconds.items():
+        rates.append(bandwidth(args.device, 16 if args.quick else None))
+        for name, values in runs.items():
             # Slow contenders are warm after the first of their many forwards, and steady.
-            if name in SLOW and not 1 <= repeat <= SLOW_REPEATS:
-                continue
-            spent = bench.seconds(name)
-            if repeat > 0:
-                values.append(spent)
-    return seconds, bench
+            if name in SLOW and 1 <= repeat <= SLOW_REPEATS:
+                memory[name] = bench.run_for_memory(name)
+                values.append(memory[name])
+            elif name not in SLOW:
+                run = bench.run(name)
+                values += [run] if repeat > 0 else []
+    memory |= {name: bench.run_for_memory(name) for name in runs if name not in SLOW}
+    return {
+        "batch": batch,
+        "k": k,
+        "prompt": prompt,
+        "new": args.new,
+        "slow_new": bench.slow_new,
+        "bandwidth": {key: statistics.median(r[key] for r in rates) for key in rates[0]},
+        "near_ties": bench.near_ties,
+        "skipped": skipped,
+        "candidates_scored": bench.candidates_scored() if "pruned" in runs else None,
+        "runs": runs,
+        "rows": rows_of(models, runs, memory, rates, batch, args.new),
+    }
 
 
-def report(args, seconds, bench):
-    print(
-        f"{args.shape} 124M LM and reward model, {args.dtype}, k={args.k}, batch {args.batch}, "
-        f"prompt {args.prompt}, {args.new} new tokens, {torch.get_num_threads()} threads, "
-        f"median of {args.repeats} ({min(args.repeats, SLOW_REPEATS)} for re-encoding)"
-    )
-    ms = {name: statistics.median(values) * 1000 / args.new for name, values in seconds.items()}
-    guided = ms.get("auto")
-    plain = ms.get("plain")
-    print(f"{'':32}{'ms/token':>10}{'spread':>16}{'/ plain':>10}{'/ guided':>10}")
-    for name, value in ms.items():
-        low, high = (f(seconds[name]) * 1000 / args.new for f in (min, max))
-        ratios = "".join(
-            f"{value / base:10.2f}" if base else f"{'':10}" for base in (plain, guided)
+def rows_of(models, runs, memory, rates, batch, new):
+    """The table of one point, from the medians of its runs."""
+    copy_rate = statistics.median(rate["copy_gb_s"] for rate in rates)
+    rows = []
+    for name, values in runs.items():
+        ms = [1000 * v["call"] / new for v in values]
+        decode = [1000 * (v["call"] - v["first"]) / max(1, new - 1) for v in values]
+        floor = floor_ms(models.step_bytes(name), copy_rate)
+        rows.append(
+            {
+                "name": name,
+                "ms_per_token": statistics.median(ms),
+                "low": min(ms),
+                "high": max(ms),
+                "tokens_per_s": 1000 * batch / statistics.median(ms),
+                "decode_ms": statistics.median(decode),
+                "step_bytes": models.step_bytes(name),
+                "floor_ms": floor,
+                "over_floor": statistics.median(decode) / floor,
+                "growth_mb": memory[name]["growth_mb"],
+                "peak_mb": memory[name]["peak_mb"],
+            }
         )
-        print(f"{LABELS[name]:32}{value:10.1f}{f'{low:.1f}-{high:.1f}':>16}{ratios}")
-    if bench.slow_new < args.new and any(name in SLOW for name in ms):
+    for base, key in (("plain", "over_plain"), ("auto", "over_guided")):
+        reference = next((r for r in rows if r["name"] == base), None)
+        for row in rows if reference else ():
+            row[key] = row["ms_per_token"] / reference["ms_per_token"]
+            row[f"decode_{key}"] = row["decode_ms"] / reference["decode_ms"]
+    return rows
+
+
+def show(args, cell):
+    rate = cell["bandwidth"]
+    print(
+        f"\n{'2-layer ' if args.quick else ''}{SHAPES[args.shape]} twice, {args.dtype}, "
+        f"k={cell['k']}, batch {cell['batch']}, prompt {cell['prompt']}, {cell['new']} new tokens, "
+        f"{args.device}, {torch.get_num_threads()} threads, median of {args.repeats} "
+        f"({min(args.repeats, SLOW_REPEATS)} for re-encoding)\n"
+        f"copy {rate['copy_gb_s']:.1f} GB/s, read {rate['read_gb_s']:.1f} GB/s"
+    )
+    heads = ["ms/token", "spread", "tokens/s", "/ plain", "/ guided", "decode", "/ plain"]
+    heads += ["/ floor", "peak MB"]
+    widths = [9, 16, 10, 9, 9, 9, 9, 9, 9]
+    print(f"{'':28}" + "".join(h.rjust(w) for h, w in zip(heads, widths, strict=True)))
+    for row in cell["rows"]:
+        values = [
+            f"{row['ms_per_token']:.1f}",
+            f"{row['low']:.1f}-{row['high']:.1f}",
+            f"{row['tokens_per_s']:.2f}",
+            *(f"{row[key]:.2f}" if key in row else "" for key in ("over_plain", "over_guided")),
+            f"{row['decode_ms']:.1f}",
+            f"{row['decode_over_plain']:.2f}" if "decode_over_plain" in row else "",
+            f"{row['over_floor']:.2f}",
+            f"{row['growth_mb']:.0f}",
+        ]
+        text = "".join(v.rjust(w) for v, w in zip(values, widths, strict=True))
+        print(f"{LABELS[row['name']]:28}{text}")
+    for name, reason in cell["skipped"].items():
+        print(f"{LABELS[name]:28} skipped: {reason}")
+    if cell["slow_new"] < cell["new"] and any(r["name"] in SLOW for r in cell["rows"]):
         print(
-            f"Re-encoding contenders ran {bench.slow_new} tokens from the middle of the answer "
-            f"(mean length {args.prompt + args.new / 2:.0f}), scaled to {args.new}; "
+            f"Re-encoding contenders ran {cell['slow_new']} tokens from the middle of the answer "
+            f"(mean length {cell['prompt'] + cell['new'] / 2:.0f}), scaled to {cell['new']}; "
             "--slow-new 0 runs all."
         )
-    print(
-        f"All contenders agree on the greedy tokens; near ties decided otherwise: {bench.near_ties}"
-    )
-    return ms
+    if cell["candidates_scored"] is not None:
+        print(f"Pruning left {cell['candidates_scored']:.2f} of {cell['k']} candidates to score.")
+    peak = max((row["peak_mb"] for row in cell["rows"]), default=0)
+    print(f"Peak memory of the process (CUDA: of its tensors): {peak:.0f} MB.")
+    print(f"All agree on the greedy tokens; near ties decided otherwise: {cell['near_ties']}")
 
 
-def main():
-    args = parse_args()
+def table(rows, columns):
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        cells = (f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+        print("".join(cell.rjust(18) for cell in cells))
+
+
+def special(args, points, positions):
+    """The modes that are no race: what the reward model's cache holds, and the loop's own time."""
+    dtype = getattr(torch, args.dtype)
+    if args.overhead:
+        models = build_models(args.shape, positions, dtype, small=OVERHEAD_VOCAB)
+        _, k, prompt = points[0]
+        rows = overhead(*models, prompt, k, args.new, args.repeats)
+        print(f"2 layers, 64 wide, {SHAPES[args.shape]}, {args.dtype}, k={k}, ms per decode step")
+        table(rows, ["name", "ms_per_token", "forwards_ms", "overhead_ms", "overhead_least_ms"])
+        return {"overhead": rows}
+    small = QUICK_VOCAB if args.quick else None
+    models = build_models(args.shape, positions, dtype, args.device, small)
+    prompts, ks = (list(dict.fromkeys(p[i] for p in points)) for i in (2, 1))
+    rows = kv_memory(*models, prompts, args.contenders, ks, args.new)
+    print(f"Keys and values held for the reward model, {SHAPES[args.shape]}, {args.dtype}")
+    table(rows, ["method", "prompt", "k", "mb", "ratio"])
+    return {"memory": rows}
+
+
+def race(args, points, positions, save):
+    """All points with one pair of models; `save(cells)` after each."""
+    contenders = []
+    for name in args.contenders:
+        reason = why_not(name, args.device)
+        if reason:
+            print(f"{LABELS[name]}: skipped, {reason}")
+        else:
+            contenders.append(name)
+    dtype, small = getattr(torch, args.dtype), QUICK_VOCAB if args.quick else None
+    models = Models(*build_models(args.shape, positions, dtype, args.device, small))
+    models.add_on_base(contenders)
+    cells = []
+    for point in points:
+        cells.append(measure(args, models, contenders, point))
+        show(args, cells[-1])
+        save({"cells": cells})
+    return cells
+
+
+def main(argv=None):
+    args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     # One pair of models is used throughout: what the scorers warn of is known here.
     warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
-    seconds, bench = run(args)
-    ms = report(args, seconds, bench)
-    if args.json:
-        options = {k: v for k, v in vars(args).items() if k != "json"}
-        record = {
-            "bench": "generate",
-            "options": options,
-            "environment": environment(),
-            "seconds": seconds,
-            "ms_per_token": ms,
-            "near_ties": bench.near_ties,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    record = {"bench": "generate", "options": options, "environment": environment(args.device)}
+
+    def save(found):
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(record | found, indent=1) + "\n")
+
+    points = grid(args)
+    positions = max(prompt for *_, prompt in points) + args.new + 1
+    if args.memory or args.overhead:
+        save(special(args, points, positions))
+        return
+    cells = race(args, points, positions, save)
+    if args.plot:
+        plot(cells, args.plot)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 STEPS=${*:-build test sanitize bench}
-OPS="topk_logprobs reward_head ratio_sample ratio_step vocab_reward candidate_attention"
+OPS="topk_logprobs reward_head ratio_sample ratio_step vocab_reward candidate_attention prefix_bt_loss"
 RESULTS=${RESULTS:-bench/results}
 export PYTHONPATH=$PWD
 unset TRITON_INTERPRET

@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY(rgtg_fast, m) {
       "prefix_bt_loss(Tensor r_chosen, Tensor r_rejected, Tensor len_chosen, Tensor len_rejected, "
       "Tensor weights, Tensor margin, float label_smoothing, float centering, int first) -> "
       "(Tensor loss, Tensor grad_chosen, Tensor grad_rejected)");
+  m.def(
+      "candidate_attention(Tensor q, Tensor k_prefix, Tensor v_prefix, Tensor k_self, "
+      "Tensor v_self, Tensor start, Tensor length, float scale, int? window=None, "
+      "float? softcap=None) -> Tensor");
 }
 
 namespace {

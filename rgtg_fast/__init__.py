@@ -10,10 +10,19 @@ from . import ops
 from .config import show_config
 from .generate import RewardGuided, generate
 from .output import RewardGuidedOutput
+from .scorers.on_base import RewardAdapter, RewardHead
 
 try:
     __version__ = version("rgtg_fast")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["RewardGuided", "RewardGuidedOutput", "generate", "ops", "show_config"]
+__all__ = [
+    "RewardAdapter",
+    "RewardGuided",
+    "RewardGuidedOutput",
+    "RewardHead",
+    "generate",
+    "ops",
+    "show_config",
+]

@@ -1,8 +1,9 @@
-"""A KV cache for scoring k sibling tokens on one shared prefix, and the masks that go with it.
+"""A KV cache for k sibling tokens on one shared prefix.
 
 Key slots are laid out as `[k siblings | prefix]`. The siblings' scratch slots come first, so the
-prefix never moves: appending the winner writes one slot, and the attention mask of the step before
-stays valid (the keys carry their rotary positions, so their order in memory means nothing).
+prefix never moves: appending the winner writes one slot of a preallocated store, and nothing is
+concatenated. Keys carry their rotary positions, so their order in memory means nothing. With a
+width of 1 it is an ordinary static cache, and serves language models too.
 """
 
 from __future__ import annotations
@@ -13,18 +14,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-Spans = dict[str, int | None]
-
 
 class SiblingLayer(CacheLayerMixin):
-    """One layer's view of the store: `keys` and `values` are [B, Hkv, k + capacity, D]."""
+    """One layer's view of the stores: `keys` and `values` are [B, Hkv, k + capacity, D]."""
 
     is_sliding = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.prefix = 0
-        self.width = 0
+    cache: SiblingCache | None = None  # set when the prompt is in
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -33,21 +28,26 @@ class SiblingLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:  # the prompt: kept as computed until the store is built
+        cache = self.cache
+        if cache is None:  # the prompt: kept as computed until the stores are built
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return key_states, value_states
         assert self.keys is not None and self.values is not None
-        self.keys[:, :, : self.width] = key_states
-        self.values[:, :, : self.width] = value_states
-        live = self.width + self.prefix
+        siblings = key_states.shape[2]
+        self.keys[:, :, :siblings] = key_states
+        self.values[:, :, :siblings] = value_states
+        if cache.fused:
+            cache.current = self
+            return key_states, value_states
+        live = cache.width + cache.length
         return self.keys[:, :, :live], self.values[:, :, :live]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.prefix + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.prefix
+        return 0 if self.cache is None else self.cache.length
 
     def get_max_length(self) -> int:
         return -1
@@ -58,20 +58,29 @@ class SiblingLayer(CacheLayerMixin):
 
 
 class SiblingCache(Cache):
-    """Prefix KV of B rows plus scratch for k siblings; memory is prefix + k slots, whatever k."""
+    """Prefix KV of B rows plus scratch for `width` siblings; memory is prefix + k slots.
 
-    def __init__(self, width: int, capacity: int) -> None:
+    `length` prefix slots are taken, of `capacity` (which grows if it must). `fused`: attention
+    reads the prefix from here (attention.py), so a layer's `update` returns the siblings alone.
+    What a step changes (`lengths`, `ends`) is also kept in device tensors, updated in place: a
+    CUDA graph of a step replays on them.
+    """
+
+    def __init__(self, width: int, capacity: int, fused: bool = False) -> None:
         super().__init__(layer_class_to_replicate=SiblingLayer)
         self.layers: list[Any]  # SiblingLayer each, made by `update`
-        self.width = width
-        self.capacity = capacity
+        self.width, self.capacity, self.fused = width, capacity, fused
         # One store per (device, dtype, shape) of keys or values: [n, B, Hkv, k + capacity, D], so
         # that `commit` is one gather and one copy for all layers of that shape.
         self.stores: list[Tensor] = []
         self.length = 0
+        self.lengths: dict[torch.device, Tensor] = {}  # int64 [B], all equal to `length`
+        self.ends: dict[torch.device, Tensor] = {}  # int64 [1], the store slot of the next token
+        self.current: Any = None  # the layer whose attention runs next
 
-    def finish_prefill(self, length: int) -> None:
-        """Move the prompt's keys and values, as the layers computed them, into the stores."""
+    def finish_prefill(self, length: int, order: Tensor | None = None) -> None:
+        """Move the prompt's keys and values, as the layers computed them, into the stores; slots in
+        the order `order` [B, L], if given."""
         self.capacity = max(self.capacity, length)
         self.length = length
         groups: dict[tuple, list[tuple[SiblingLayer, str]]] = {}
@@ -89,115 +98,77 @@ class SiblingCache(Cache):
                 device=device,
             )
             for i, (layer, name) in enumerate(members):
-                store[i, :, :, self.width : self.width + length] = getattr(layer, name)
+                prompt = getattr(layer, name)
+                if order is not None:
+                    index = order.to(device).view(batch, 1, length, 1)
+                    prompt = prompt.gather(2, index.expand(-1, heads, -1, dim))
+                store[i, :, :, self.width : self.width + length] = prompt
                 setattr(layer, name, store[i])
             self.stores.append(store)
-        self._set_lengths()
+            self.lengths[device] = torch.full((batch,), length, device=device)
+            self.ends[device] = torch.full((1,), self.width + length, device=device)
+        for layer in self.layers:
+            layer.cache = self
+        self._set_prefixes()
 
     def commit(self, slot: Tensor) -> None:
         """Append sibling `slot` [B] of every row to its prefix, in all layers."""
         if self.length == self.capacity:
-            self._grow()
-        end = self.width + self.length
+            self._replace_stores(lambda s: self._grown(s))
+            self.capacity += self._extra()
         for store in self.stores:
             index = slot.to(store.device).view(1, -1, 1, 1, 1)
             n, _, heads, _, dim = store.shape
             winner = store.gather(3, index.expand(n, -1, heads, 1, dim))
-            store[:, :, :, end : end + 1] = winner
+            store.index_copy_(3, self.ends[store.device], winner)
         self.length += 1
-        self._set_lengths()
+        for device, lengths in self.lengths.items():
+            lengths += 1
+            self.ends[device] += 1
 
-    def _grow(self) -> None:
-        extra = max(64, self.capacity // 2)
-        self.capacity += extra
-        for i, store in enumerate(self.stores):
-            bigger = store.new_empty((*store.shape[:3], store.shape[3] + extra, store.shape[4]))
-            bigger[:, :, :, : store.shape[3]] = store
-            self.stores[i] = bigger
-            for layer in self.layers:
-                for name in ("keys", "values"):
-                    view = getattr(layer, name)
-                    if view.untyped_storage().data_ptr() == store.untyped_storage().data_ptr():
-                        row = view.storage_offset() // store.stride(0)
-                        setattr(layer, name, bigger[row])
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep rows `rows` int64 [n], in that order, and free the others."""
+        self._replace_stores(lambda store: store.index_select(1, rows.to(store.device)))
+        for device, lengths in self.lengths.items():
+            self.lengths[device] = lengths[: len(rows)].clone()
 
-    def _set_lengths(self) -> None:
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first `max_length` prefix slots."""
+        self.length = min(max_length, self.length)
+        for device, lengths in self.lengths.items():
+            lengths.fill_(self.length)
+            self.ends[device].fill_(self.width + self.length)
+
+    def prefix_of(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """The live keys and values [B, Hkv, L, D] of a layer, as views."""
+        live = slice(self.width, self.width + self.length)
+        return layer.keys[:, :, live], layer.values[:, :, live]
+
+    def nbytes(self) -> int:
+        """Bytes of the stores."""
+        return sum(store.nbytes for store in self.stores)
+
+    def _extra(self) -> int:
+        return max(64, self.capacity // 2)
+
+    def _grown(self, store: Tensor) -> Tensor:
+        room = store.new_empty((*store.shape[:3], self._extra(), store.shape[4]))
+        return torch.cat([store, room], dim=3)
+
+    def _replace_stores(self, change: Any) -> None:
+        where = {store.untyped_storage().data_ptr(): i for i, store in enumerate(self.stores)}
+        places = [
+            (layer, name, where[view.untyped_storage().data_ptr()], view.storage_offset())
+            for layer in self.layers
+            for name, view in (("keys", layer.keys), ("values", layer.values))
+        ]
+        strides = [store.stride(0) for store in self.stores]
+        self.stores = [change(store) for store in self.stores]
+        for layer, name, i, offset in places:
+            setattr(layer, name, self.stores[i][offset // strides[i]])
+        self._set_prefixes()
+
+    def _set_prefixes(self) -> None:
         for layer in self.layers:
-            layer.prefix, layer.width = self.length, self.width
-
-
-def attention_spans(config: Any) -> Spans:
-    """Layer type -> how far back a query sees: None for all, a window or chunk size otherwise.
-
-    Raises `ValueError` for a layer type whose mask is not known here.
-    """
-    window = getattr(config, "sliding_window", None)
-    types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
-    if not types:
-        return {"sliding_attention": window} if window else {"full_attention": None}
-    known = {
-        "full_attention": None,
-        "sliding_attention": window,
-        "chunked_attention": getattr(config, "attention_chunk_size", None),
-    }
-    unknown = [t for t in types if t not in known]
-    if unknown:
-        raise ValueError(f"layers of type {unknown} have no sibling mask")
-    return {t: known[t] for t in types}
-
-
-class SiblingMask:
-    """Additive masks [B, 1, k, k + L] for `SiblingCache`.
-
-    Each sibling sees the live prefix and itself.
-
-    Always floating point: eager attention adds a boolean mask as 0/1, silently.
-    """
-
-    def __init__(
-        self, attention_mask: Tensor, spans: Spans, width: int, capacity: int, dtype: torch.dtype
-    ) -> None:
-        batch, length = attention_mask.shape
-        self.width, self.length, self.spans = width, length, spans
-        self.hidden = torch.finfo(dtype).min
-        self.left_padding = attention_mask.long().argmax(-1)  # [B]
-        device = attention_mask.device
-        prefix = torch.zeros((batch, 1, 1, max(capacity, length)), dtype=dtype, device=device)
-        dead = attention_mask[:, None, None, :] == 0
-        prefix[..., :length].masked_fill_(dead, self.hidden)
-        own = torch.full((width, width), self.hidden, dtype=dtype, device=device).fill_diagonal_(0)
-        full = torch.cat(
-            [own.expand(batch, 1, width, width), prefix.expand(-1, 1, width, -1)], dim=-1
-        )
-        self.buffers = {name: full.clone() for name in spans}
-        self._hide_out_of_span()
-
-    def current(self) -> Tensor | dict[str, Tensor]:
-        """The mask of this step; a dict by layer type where the model has several."""
-        live = self.width + self.length
-        masks = {name: buffer[..., :live] for name, buffer in self.buffers.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def advance(self) -> None:
-        """One more token is committed to every row."""
-        self.length += 1
-        if self.width + self.length > next(iter(self.buffers.values())).shape[-1]:
-            for name, buffer in self.buffers.items():
-                grow = buffer.new_zeros((*buffer.shape[:3], max(64, self.length // 2)))
-                self.buffers[name] = torch.cat([buffer, grow], dim=-1)
-        if any(self.spans.values()):
-            self._hide_out_of_span()
-
-    def _hide_out_of_span(self) -> None:
-        slots = torch.arange(self.length, device=self.left_padding.device)
-        for name, span in self.spans.items():
-            if not span:
-                continue
-            if name == "chunked_attention":  # chunks are counted from the row's first real token
-                in_answer = self.length - self.left_padding
-                start = self.left_padding + in_answer // span * span
-            else:
-                start = torch.full_like(self.left_padding, self.length - span + 1)
-            gone = slots < start[:, None]  # [B, L]
-            view = self.buffers[name][..., self.width : self.width + self.length]
-            view.masked_fill_(gone[:, None, None, :], self.hidden)
+            layer.prefix_keys = layer.keys[:, :, self.width :]
+            layer.prefix_values = layer.values[:, :, self.width :]

@@ -1,24 +1,27 @@
 """The decode loop: one function per arrow of a guided step.
 
-    last token -> LM forward -> logits [B, V] -> HF logits processors -> topk_logprobs
-                                                                           |  ids, logprobs [B, k]
+    last token -> policy -> logits [B, V] -> HF logits processors -> topk_logprobs
+                                                                       |  ids, logprobs [B, k]
     next token <- commit(slot) <- ratio_sample <- rewards [B, k] <- scorer.score(ids)
 
-The loop knows no reward model, a scorer knows no loop. `model._prefill` and
-`model._update_model_kwargs_for_generation` are the only private helpers of transformers in use.
+The loop knows no model: a policy gives logits, a scorer gives rewards. It waits for the device only
+when it has to know whether every row has ended: every `Plan.sync_every` steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from . import ops
 from .output import RewardGuidedOutput
+from .plan import Plan
+from .policy import Policy
+from .record import Record
 from .scorers.base import Scorer
 
 
@@ -26,122 +29,161 @@ from .scorers.base import Scorer
 class Guidance:
     """The ratio policy of a run: softmax((log π + β r) / T) over the k most likely tokens.
 
-    `beta` and `temperature` are floats or fp32 [B]; `seeds` int64 [B], one per row; `check_nan`
+    `beta` and `temperature` are fp32 [B], `seeds` int64 [B], on the device of the ids; `check_nan`
     True reads a flag at every step, None once at the end, False never.
     """
 
     k: int
-    beta: float | Tensor
-    temperature: float | Tensor
+    beta: Tensor
+    temperature: Tensor
     seeds: Tensor
     do_sample: bool
     check_nan: bool | None
     backend: ops.Backend
 
+    def __post_init__(self) -> None:
+        device, rows = self.seeds.device, len(self.seeds)
+        self._topk = ops.kernel("topk_logprobs", self.backend, device, rows)
+        self._sample = ops.kernel("ratio_sample", self.backend, device, rows)
+
+    def expand(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates of processed scores [B, V]: their log-probabilities and ids [B, k]."""
+        return self._topk(scores, self.k)
+
+    def select(
+        self, logprobs: Tensor, rewards: Tensor, ids: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw (or pick) slots int64 [B] from the ratio policy, with its log-probabilities [B, k];
+        `position` int64 [B] counts the answer's tokens."""
+        policy = self.beta, self.temperature, self.seeds, position, self.do_sample
+        return self._sample(logprobs, rewards, ids, *policy)
+
+    def keep_rows(self, rows: Tensor) -> Guidance:
+        columns = {n: getattr(self, n)[rows] for n in ("beta", "temperature", "seeds")}
+        return replace(self, **columns)
+
+
+class Rows:
+    """The rows still running, and what has left: ids, which row is which, what has ended."""
+
+    def __init__(self, input_ids: Tensor, pad: Tensor | None) -> None:
+        self.input_ids, self.pad = input_ids, pad
+        self.batch = input_ids.shape[0]
+        self.origin = torch.arange(self.batch, device=input_ids.device)
+        self.unfinished = torch.ones_like(self.origin, dtype=torch.bool)
+        self.position = torch.zeros_like(self.origin)
+        self.steps = torch.zeros((), dtype=torch.int64, device=input_ids.device)
+        self.left: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, ids: Tensor, slot: Tensor) -> Tensor:
+        """Put the chosen tokens [B] (padding where a row has ended) behind the rows."""
+        tokens = ids.gather(1, slot[:, None])[:, 0]
+        if self.pad is not None:
+            tokens = torch.where(self.unfinished, tokens, self.pad)
+        self.steps += self.unfinished.any()
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self.position += 1
+        return tokens
+
+    def compact(self) -> Tensor:
+        """Let the ended rows leave; the rows kept, int64 [n], of those so far."""
+        self.left.append((self.origin[~self.unfinished], self.input_ids[~self.unfinished]))
+        rows = self.unfinished.nonzero()[:, 0]
+        for name in ("input_ids", "origin", "unfinished", "position"):
+            setattr(self, name, getattr(self, name)[rows])
+        return rows
+
+    def sequences(self, length: int) -> Tensor:
+        """All rows [B, length] in their order, padded where they ended early."""
+        if not self.left:
+            return self.input_ids[:, :length]
+        assert self.pad is not None
+        out = self.pad.to(self.input_ids).expand(self.batch, length).clone()
+        for origin, ids in [*self.left, (self.origin, self.input_ids)]:
+            width = min(length, ids.shape[1])
+            out[origin, :width] = ids[:, :width]
+        return out
+
 
 @torch.no_grad()
 def guided_decode(
-    model: Any,
-    input_ids: Tensor,
+    policy: Policy,
     scorer: Scorer,
+    input_ids: Tensor,
     guidance: Guidance,
-    *,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
+    plan: Plan,
+    record: Record,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
     streamer: Any = None,
-    synced_gpus: bool = False,
-    output_candidates: bool = False,
 ) -> RewardGuidedOutput | Tensor:
-    """Extend prompts `input_ids` [B, P] until every row is finished; the scorer is prefilled.
+    """Extend prompts `input_ids` [B, P] until every row has ended; the scorer is prefilled.
 
-    Returns the sequences int64 [B, P + T], or a `RewardGuidedOutput` where the configuration asks
-    for one. Raises `ValueError` for a row whose step has no valid choice.
+    Returns the sequences int64 [B, P + T], or a `RewardGuidedOutput` where `record` is on. Raises
+    `ValueError` for a row whose step has no valid choice.
     """
-    batch = input_ids.shape[0]
-    pad = getattr(generation_config, "_pad_token_tensor", None)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    record = Record(generation_config, output_candidates)
-    check = ChoiceCheck(guidance.check_nan, batch, input_ids.device)
-    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    for step in range(generation_config.max_length):
-        if step:
-            outputs = lm_forward(model, input_ids, model_kwargs)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits, scores = process_logits(outputs, input_ids, logits_processor, record.wants_logits)
-        logprobs, ids = ops.topk_logprobs(scores, guidance.k, backend=guidance.backend)
-        rewards = scorer.score(ids)
-        slot, logq = select(logprobs, rewards, ids, guidance, step)
-        slot = check(slot, unfinished, logprobs, rewards, step)
+    prompt = input_ids.shape[1]
+    rows = Rows(input_ids, plan.pad)
+    check = ChoiceCheck(guidance.check_nan, rows)
+    for step in range(plan.steps):
+        raw = policy.step(rows.input_ids) if step else policy.prefill(input_ids)
+        logits, scores = process_logits(raw, rows.input_ids, processors, record.wants_logits)
+        logprobs, ids = guidance.expand(scores)
+        rewards = score(scorer, ids)
+        slot, logq = guidance.select(logprobs, rewards, ids, rows.position)
+        slot = check(slot, rows, logprobs, rewards, step)
         scorer.commit(slot)
-        tokens = ids.gather(1, slot[:, None])[:, 0]
-        if ends and pad is not None:
-            tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
-        record.add(outputs, logits, scores, unfinished, slot, ids, logprobs, rewards, logq)
-        del outputs, logits
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        record.add(policy, logits, scores, rows.unfinished, slot, ids, logprobs, rewards, logq)
+        del raw, logits
+        tokens = rows.append(ids, slot)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, record.scores)
-        done = not unfinished.any()
-        if synced_gpus:
-            wait_for_peers(done, model, input_ids, model_kwargs, scorer, ids)
-        if done:
+        rows.unfinished &= ~criteria(rows.input_ids, record.scores)  # type: ignore[arg-type]
+        if (step + 1) % plan.sync_every:
+            continue
+        running = int(rows.unfinished.sum())
+        if plan.synced_gpus:
+            wait_for_peers(running == 0, policy, rows.input_ids, scorer, ids)
+        if running == 0:
             break
+        if plan.compact and 2 * running <= len(rows.unfinished):
+            kept = rows.compact()
+            policy.keep_rows(kept)
+            scorer.keep_rows(kept)  # type: ignore[attr-defined]
+            guidance = guidance.keep_rows(kept)
     check.finish()
     if streamer is not None:
         streamer.end()
-    return record.result(input_ids, model_kwargs)
+    steps = int(rows.steps)
+    return record.result(rows.sequences(prompt + steps), steps, policy.finish(steps))
 
 
-def lm_forward(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
-    """One LM forward on the last token (on the whole sequence with `use_cache=False`)."""
-    inputs = model.prepare_inputs_for_generation(
-        input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
-    )
-    return model(**inputs, return_dict=True)
+def score(scorer: Scorer, ids: Tensor) -> Tensor:
+    """Rewards [B, k] of the candidates; `ValueError` where a scorer gives another shape."""
+    rewards = scorer.score(ids)
+    if rewards.shape != ids.shape:
+        raise ValueError(
+            f"rewards has shape {list(rewards.shape)} for candidates {list(ids.shape)}; "
+            f"{type(scorer).__name__}.score must give one number for each candidate"
+        )
+    return rewards.to(ids.device, torch.float32)
 
 
 def process_logits(
-    outputs: Any, input_ids: Tensor, processors: LogitsProcessorList, keep_raw: bool
+    logits: Tensor, input_ids: Tensor, processors: LogitsProcessorList, keep_raw: bool
 ) -> tuple[Tensor, Tensor]:
     """Raw logits [B, V] of the last position, and what HF's processors make of them.
 
     Processors get fp32, as in HF; without any, the logits stay in the model's dtype and are widened
     in registers by `topk_logprobs`.
     """
-    logits = outputs.logits[:, -1].to(input_ids.device)
     if processors or keep_raw:
         logits = logits.to(torch.float32, copy=True)
     return logits, processors(input_ids, logits) if processors else logits  # type: ignore[arg-type]
 
 
-def select(
-    logprobs: Tensor, rewards: Tensor, ids: Tensor, guidance: Guidance, step: int
-) -> tuple[Tensor, Tensor]:
-    """Draw (or pick) slots int64 [B] from the ratio policy, with its log-probabilities [B, k]."""
-    return ops.ratio_sample(
-        logprobs,
-        rewards,
-        ids,
-        guidance.beta,
-        guidance.temperature,
-        guidance.seeds,
-        step,
-        guidance.do_sample,
-        backend=guidance.backend,
-    )
-
-
 def wait_for_peers(
-    done: bool,
-    model: Any,
-    input_ids: Tensor,
-    model_kwargs: dict[str, Any],
-    scorer: Scorer,
-    ids: Tensor,
+    done: bool, policy: Policy, input_ids: Tensor, scorer: Scorer, ids: Tensor
 ) -> None:
     """Keep sharded models' collectives going: every rank reports each step, and a finished one runs
     forwards whose results are dropped until the last one is done."""
@@ -152,27 +194,28 @@ def wait_for_peers(
         torch.distributed.all_reduce(working)
         if not done or working.item() == 0:
             return
-        lm_forward(model, input_ids, model_kwargs)
+        policy.step(input_ids)
         scorer.score(ids)
 
 
 class ChoiceCheck:
     """Turns the kernels' sentinel (slot −1: nothing to choose) into an error with row and step."""
 
-    def __init__(self, check_nan: bool | None, batch: int, device: torch.device) -> None:
+    def __init__(self, check_nan: bool | None, rows: Rows) -> None:
         self.each_step = check_nan is True
         self.at_end = check_nan is None
-        self.first_bad = torch.full((batch,), -1, dtype=torch.int64, device=device)
+        self.first_bad = torch.full_like(rows.origin, -1)
 
     def __call__(
-        self, slot: Tensor, unfinished: Tensor, logprobs: Tensor, rewards: Tensor, step: int
+        self, slot: Tensor, rows: Rows, logprobs: Tensor, rewards: Tensor, step: int
     ) -> Tensor:
-        bad = (slot < 0) & unfinished
+        bad = (slot < 0) & rows.unfinished
         if self.each_step and bad.any():
             row = int(bad.nonzero()[0, 0])
-            raise ValueError(_explain(row, step, logprobs[row], rewards[row]))
+            raise ValueError(_explain(int(rows.origin[row]), step, logprobs[row], rewards[row]))
         if self.at_end:
-            self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)
+            seen = self.first_bad[rows.origin]
+            self.first_bad[rows.origin] = torch.where(bad & (seen < 0), rows.position, seen)
         return slot.clamp(min=0)
 
     def finish(self) -> None:
@@ -192,73 +235,3 @@ def _explain(row: int, step: int, logprobs: Tensor, rewards: Tensor) -> str:
     else:
         what = "no candidate has a finite score; the logits processors left no token to choose"
     return f"row {row}, step {step}: {what}; check the inputs and the models' dtype"
-
-
-@dataclass
-class Record:
-    """Collects what `return_dict_in_generate` and its `output_*` flags ask for."""
-
-    config: GenerationConfig
-    output_candidates: bool
-    columns: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        c = self.config
-        self.on = bool(c.return_dict_in_generate)
-        self.scores: tuple | None = () if self.on and c.output_scores else None
-        self.logits: tuple | None = () if self.on and c.output_logits else None
-        self.attentions: tuple | None = () if self.on and c.output_attentions else None
-        self.hidden_states: tuple | None = () if self.on and c.output_hidden_states else None
-
-    @property
-    def wants_logits(self) -> bool:
-        return self.logits is not None or self.scores is not None
-
-    def add(
-        self,
-        outputs: Any,
-        logits: Tensor,
-        scores: Tensor,
-        unfinished: Tensor,
-        slot: Tensor,
-        ids: Tensor,
-        logprobs: Tensor,
-        rewards: Tensor,
-        logq: Tensor,
-    ) -> None:
-        if not self.on:
-            return
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
-        if self.attentions is not None:
-            self.attentions += (outputs.attentions,)
-        if self.hidden_states is not None:
-            self.hidden_states += (outputs.hidden_states,)
-        # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
-        q = logq.exp()
-        kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
-        chosen = rewards.gather(1, slot[:, None])[:, 0]
-        self._append("rewards", chosen.masked_fill(~unfinished, torch.nan))
-        self._append("kl", kl.masked_fill(~unfinished, torch.nan))
-        if self.output_candidates:
-            self._append("candidate_ids", ids)
-            self._append("candidate_logprobs", logprobs)
-            self._append("candidate_rewards", rewards)
-
-    def _append(self, name: str, value: Tensor) -> None:
-        self.columns.setdefault(name, []).append(value)
-
-    def result(self, sequences: Tensor, model_kwargs: dict) -> RewardGuidedOutput | Tensor:
-        if not self.on:
-            return sequences
-        return RewardGuidedOutput(
-            sequences=sequences,  # type: ignore[arg-type]
-            scores=self.scores,
-            logits=self.logits,
-            attentions=self.attentions,
-            hidden_states=self.hidden_states,
-            past_key_values=model_kwargs.get("past_key_values"),
-            **{name: torch.stack(column, dim=1) for name, column in self.columns.items()},
-        )

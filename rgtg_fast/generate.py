@@ -23,9 +23,13 @@ from . import ops
 from . import validation as check
 from .decoding import Guidance, guided_decode
 from .output import RewardGuidedOutput
+from .plan import make_plan
+from .policy import HFPolicy, LanguageModel, make_policy, plain_language_model
+from .record import Record
 from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
-from .scorers.reward_model import RewardModel
+from .scorers.on_base import OnBase
+from .scorers.reward_model import RewardModel, as_reward_model
 
 
 @dataclass
@@ -56,6 +60,8 @@ class RewardGuided:
     check_nan: bool | None = None
     backend: ops.Backend = "auto"
     streamer: Any = None
+    sync_every: int | None = None
+    compact: bool = True
 
     def __post_init__(self) -> None:
         check.check_options(
@@ -66,10 +72,11 @@ class RewardGuided:
             self.eos_reward,
             self.reward_method,
             self.backend,
+            self.sync_every,
         )
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
-            self._rm = RewardModel(self.reward_model, self.reward_head)
+            self._rm = as_reward_model(self.reward_model, self.reward_head)
 
     @torch.no_grad()
     def __call__(
@@ -81,9 +88,13 @@ class RewardGuided:
         generation_config: GenerationConfig,
         streamer: Any = None,
         synced_gpus: bool = False,
+        keep_cache: bool = False,
         **model_kwargs: Any,
     ) -> RewardGuidedOutput | Tensor:
-        """Called by `model.generate` with everything prepared; returns what it is to return."""
+        """Called by `model.generate` with everything prepared; returns what it is to return.
+
+        `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
+        """
         own_streamer = self.streamer if streamer is None else None
         with ended_on_error(own_streamer):
             batch = max(input_ids.shape[0], 1)
@@ -109,24 +120,45 @@ class RewardGuided:
                 backend=self.backend,
             )
             new_tokens = generation_config.max_length - input_ids.shape[1]
+            found = plain_language_model(
+                model, input_ids, mask, generation_config, model_kwargs, self.backend
+            )
             scorer = self._make_scorer(
-                reward_ids, reward_mask, new_tokens, generation_config, vocab_size
+                reward_ids, reward_mask, new_tokens, generation_config, vocab_size, found
+            )
+            record = Record(generation_config, self.output_candidates)
+            keep_cache = keep_cache or record.on
+            policy = make_policy(
+                model, found, scorer, mask, generation_config, model_kwargs, self.backend
+            )
+            plan = make_plan(
+                new_tokens,
+                device,
+                processors,
+                stopping_criteria,
+                getattr(generation_config, "_pad_token_tensor", None),
+                sync_every=self.sync_every,
+                compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
+                # Hugging Face's cache must hold no token beyond the last step when it is returned.
+                step_by_step=streamer is not None
+                or own_streamer is not None
+                or (keep_cache and isinstance(policy, HFPolicy)),
+                whole_batch=keep_cache or streamer is not None or own_streamer is not None,
+                synced_gpus=synced_gpus,
             )
             scorer.prefill(reward_ids, reward_mask)
             if own_streamer is not None:  # a streamer that HF knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
             return guided_decode(
-                model,
-                input_ids,
+                policy,
                 scorer,
+                input_ids,
                 guidance,
-                logits_processor=processors,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                model_kwargs=model_kwargs,
-                streamer=own_streamer if streamer is None else streamer,
-                synced_gpus=synced_gpus,
-                output_candidates=self.output_candidates,
+                plan,
+                record,
+                processors,
+                stopping_criteria,
+                own_streamer if streamer is None else streamer,
             )
 
     def _lm_mask(
@@ -202,6 +234,7 @@ class RewardGuided:
         new_tokens: int,
         config: GenerationConfig,
         vocab_size: int,
+        found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
         if self._rm is None:
             return self.reward_model
@@ -214,8 +247,17 @@ class RewardGuided:
         if not as_text:
             limit = check.position_limit(rm.base, rm.text_config)
             check.check_length(name, "reward_model", reward_mask, new_tokens, limit)
+        joint = (
+            found is not None
+            and isinstance(rm, OnBase)
+            and rm.base is found[0].base
+            and rm.can_share_forwards()
+            and not own_prompt
+            and self.reward_method in ("auto", "tree")
+        )
         return make_scorer(
             rm,
+            joint_way=found[1] if joint and found is not None else None,
             k=self.k,
             method=self.reward_method,
             vocab_size=vocab_size,
@@ -262,6 +304,8 @@ def generate(
     output_candidates: bool = False,
     check_nan: bool | None = None,
     backend: ops.Backend = "auto",
+    sync_every: int | None = None,
+    compact: bool = True,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -276,8 +320,9 @@ def generate(
         model: a causal language model (or a PEFT model around one).
         inputs: prompts int64 [B, P]; or `input_ids=`.
         reward_model: a sequence-classification model with one label, any module with a base model
-            and a head (`score`, `classifier`, `v_head`, `regression_head`), or a scorer object with
-            `prefill`, `score` and `commit`. May live on another device and in another dtype.
+            and a head (`score`, `classifier`, `v_head`, `regression_head`), a `RewardHead` or
+            `RewardAdapter` on the language model's own weights, or a scorer object with `prefill`,
+            `score` and `commit`. May live on another device and in another dtype.
         k: candidates per step, 1 to 64.
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts
@@ -298,6 +343,14 @@ def generate(
         check_nan: True raises at the step, None (default) at the step on CPU and at the end on
             CUDA, False never (such a row goes on with its most likely token).
         backend: of the ops; see `rgtg_fast.ops`.
+        sync_every: steps between two looks at whether every row has ended (default 1 on CPU, 16 on
+            CUDA, where looking means waiting). Steps beyond the end are cut off: the result does
+            not depend on it. With a streamer, `stop_strings` or a stopping criterion other than
+            length and EOS it is every step.
+        compact: let rows that have ended leave the batch once they are half of it. It happens only
+            where plain sequences are returned and no processor or criterion of the user's may
+            count rows. Pass False where an own empty `past_key_values` is given to
+            `model.generate(custom_generate=...)` and read afterwards.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -320,9 +373,15 @@ def generate(
             output_candidates=output_candidates,
             check_nan=check_nan,
             backend=backend,
+            sync_every=sync_every,
+            compact=compact,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
-        bound = functools.partial(guided, streamer=kwargs.get("streamer"))
+        bound = functools.partial(
+            guided,
+            streamer=kwargs.get("streamer"),
+            keep_cache=kwargs.get("past_key_values") is not None,
+        )
         if kwargs.get("synced_gpus"):
             bound = functools.partial(bound, synced_gpus=True)
         check.check_call(model, inputs, kwargs)

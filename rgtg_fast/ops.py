@@ -25,7 +25,15 @@ from ._checks import (
     per_row_policy,
     split_seed,
 )
-from .backends import BACKENDS, OPS, Backend, BackendUnavailable, settle, unavailable_reason
+from .backends import (
+    BACKENDS,
+    OPS,
+    Backend,
+    BackendUnavailable,
+    kernel,
+    settle,
+    unavailable_reason,
+)
 from .backends import run as _run
 from .losses import prefix_bt_loss
 
@@ -36,6 +44,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "candidate_attention",
+    "kernel",
     "prefix_bt_loss",
     "ratio_sample",
     "ratio_step",

@@ -47,6 +47,7 @@ def check_options(
     eos_reward: Any,
     reward_method: Any,
     backend: Any,
+    sync_every: Any,
 ) -> None:
     """The options of `RewardGuided`, as far as they can be judged without a model."""
     if isinstance(k, bool) or not isinstance(k, int):
@@ -63,6 +64,8 @@ def check_options(
                 "do_sample=False"
             )
     _check_seed(seed)
+    if sync_every is not None and (type(sync_every) is not int or sync_every < 1):
+        raise ValueError(f"sync_every={sync_every!r}; pass a number of steps >= 1, or None")
     for name, value, allowed in (
         ("eos_reward", eos_reward, EOS_REWARDS),
         ("reward_method", reward_method, METHODS),
@@ -285,10 +288,10 @@ def check_vocabularies(
     return False
 
 
-def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Any:
-    """A float as it is; a tensor of one value per prompt or per row as fp32 [B] on `device`."""
+def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Tensor:
+    """A number, or a tensor of one value per prompt or per row, as fp32 [B] on `device`."""
     if not isinstance(value, Tensor) or value.dim() == 0:
-        return float(value)
+        return torch.full((batch,), float(value), dtype=torch.float32, device=device)
     if value.shape[0] not in (prompts, batch):
         raise ValueError(
             f"{name} has {value.shape[0]} values for {prompts} prompts and {batch} rows; "

@@ -39,7 +39,7 @@ def _reference():
 
 
 def _compiled():
-    return {op: getattr(torch.ops.rgtg_fast, op) for op in FUSED}
+    return {op: getattr(torch.ops.rgtg_fast, op) for op in OPS}
 
 
 def _triton():
@@ -53,7 +53,7 @@ def _cuda_emulated():
 
 BACKENDS = (
     Backend("reference", "cpu", _reference, OPS),
-    Backend("cpp", "cpu", _compiled, FUSED),
+    Backend("cpp", "cpu", _compiled, OPS),
     Backend("triton-interpreted", "cpu", _triton, OPS),
     Backend("cuda-emulated", "cpu", _cuda_emulated, FUSED),
     Backend("reference-gpu", "cuda", _reference, OPS),
@@ -190,6 +190,41 @@ def check_candidate_attention(backend, *arguments):
         sizes = torch.cat([tensors[2].double().flatten(), tensors[4].double().flatten()]).abs()
         scale = sizes[torch.isfinite(sizes)].max().item()
         assert_no_worse(got, torch_attention(*tensors, *rest), exact, scale)
+
+
+def torch_prefix_bt_loss(
+    chosen, rejected, len_chosen, len_rejected, weights, margin, smoothing, centering, first
+):
+    """What one writes in torch, by autograd, and the sum of magnitudes in each gradient."""
+    rewards = [r.detach().requires_grad_() for r in (chosen, rejected)]
+    at = torch.arange(chosen.shape[1])
+    held = [torch.minimum(at, n[:, None] - 1).clamp(min=0) for n in (len_chosen, len_rejected)]
+    x, y = (r.gather(1, where) for r, where in zip(rewards, held, strict=True))
+    live = (at >= first - 1) & (at < torch.maximum(len_chosen, len_rejected)[:, None])
+    share = torch.where(live, weights.to(chosen.dtype), 0.0)
+    share = share / share.sum(dim=1, keepdim=True)
+    gap = x - y - margin.to(chosen.dtype)[:, None]
+    right, wrong = (-torch.nn.functional.logsigmoid(sign * gap) for sign in (1, -1))
+    each = (1 - smoothing) * right + smoothing * wrong + centering * (x + y) ** 2
+    loss = (share * torch.where(live, each, 0.0)).sum(dim=1)
+    grads = torch.autograd.grad(loss.sum(), rewards)
+    sizes = (share * (smoothing + gap.neg().sigmoid() + 2 * centering * (x + y).abs())).detach()
+    sums = [torch.zeros_like(sizes).scatter_add_(1, where, sizes) for where in held]
+    return loss.detach(), *grads, *sums
+
+
+def check_prefix_bt_loss(backend, chosen, rejected, *rest):
+    """Finite rewards and pairs with prefixes."""
+    own = torch.promote_types(chosen.dtype, torch.float32)
+    loss, *grads = backend("prefix_bt_loss", chosen, rejected, *rest)
+    torch_results = torch_prefix_bt_loss(chosen.to(own), rejected.to(own), *rest)
+    exact = torch_prefix_bt_loss(chosen.double(), rejected.double(), *rest)
+    assert loss.dtype == own and loss.shape == exact[0].shape
+    assert_no_worse(loss, torch_results[0], exact[0])
+    for i, grad in enumerate(grads, 1):
+        assert grad.dtype == own and grad.shape == exact[i].shape
+        if grad.numel():
+            assert_no_worse(grad, torch_results[i], exact[i], exact[i + 2].max().item())
 
 
 CHECKS = {op: globals()[f"check_{op}"] for op in OPS}

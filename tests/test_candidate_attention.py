@@ -1,7 +1,13 @@
 import pytest
 import torch
+from op_support import SIMD_LEVELS, simd_level, threads
+from parity import BACKENDS, check_candidate_attention
+from test_matrix import attention
 
 from rgtg_fast import ops
+
+CPP = next(backend for backend in BACKENDS if backend.name == "cpp")
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def attention_inputs(rows=2, k=3, heads=4, key_heads=2, width=64, prefix=20):
@@ -51,33 +57,151 @@ def test_window_counts_the_query_itself():
     )
 
 
-def test_auto_on_cpu_is_the_reference():
+def test_auto_on_cpu_is_cpp():
     inputs = attention_inputs()
-    want = ops.candidate_attention(*inputs, backend="reference")
+    want = ops.candidate_attention(*inputs, backend="cpp")
     assert torch.equal(ops.candidate_attention(*inputs), want)
-    with pytest.raises(ops.BackendUnavailable, match=r"no C\+\+ kernel of candidate_attention"):
-        ops.candidate_attention(*inputs, backend="cpp")
 
 
-def test_triton_takes_no_float64():
-    pytest.importorskip("triton")
+def test_only_the_reference_takes_float64():
     inputs = [x.double() if i < 5 else x for i, x in enumerate(attention_inputs())]
-    assert ops.candidate_attention(*inputs).dtype == torch.float64
+    assert ops.candidate_attention(*inputs, backend="reference").dtype == torch.float64
     with pytest.raises(ValueError, match=r"q has dtype torch.float64 .*; pass those or backend="):
-        ops.candidate_attention(*inputs, backend="triton")
+        ops.candidate_attention(*inputs)
+    with pytest.raises(RuntimeError, match="q must be float32, bfloat16 or float16"):
+        torch.ops.rgtg_fast.candidate_attention(*inputs)
 
 
-def test_opcheck():
-    pytest.importorskip("triton")
-    assert ops.unavailable_reason("candidate_attention", "triton") is None
-    op = torch.ops.rgtg_fast_triton.candidate_attention.default
+@pytest.mark.parametrize("level", SIMD_LEVELS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 10, 17, 40, 64])
+@pytest.mark.parametrize(("width", "softcap"), [(64, None), (80, 3.0), (100, None)])
+def test_numbers_of_queries_around_the_vector_and_block_width(level, k, width, softcap):
+    shape = (1, k, 2, 2, width, 150, [3], [150], None, softcap)
+    with simd_level(level):
+        check_candidate_attention(CPP, *attention(torch.float32, *shape))
+
+
+@pytest.mark.parametrize("level", SIMD_LEVELS)
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("prefix", [1, 3, 8, 31, 32, 33, 64, 255, 256, 257, 700])
+def test_prefixes_around_the_tile_and_the_chunk(level, k, prefix):
+    shape = (1, k, 2, 1, 64, prefix, [0], [prefix], None, None)
+    with simd_level(level):
+        check_candidate_attention(CPP, *attention(torch.float32, *shape))
+
+
+@pytest.mark.parametrize("level", SIMD_LEVELS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("width", [64, 100])
+def test_half_precision(level, dtype, k, width):
+    shape = (2, k, 4, 2, width, 300, [0, 250], [300, 260], None, 2.0)
+    with simd_level(level):
+        check_candidate_attention(CPP, *attention(dtype, *shape))
+
+
+@pytest.mark.parametrize("level", SIMD_LEVELS)
+@pytest.mark.parametrize("k", [1, 10])
+def test_more_positions_than_chunks_of_the_least_length(level, k):
+    with simd_level(level):
+        shape = (1, k, 1, 1, 64, 4500, [10], [4500], None, None)
+        check_candidate_attention(CPP, *attention(torch.float32, *shape))
+
+
+@pytest.mark.parametrize("level", SIMD_LEVELS)
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_cache_with_nan_around_what_is_live(level, k, dtype):
+    """Slots laid out as the cache of siblings has them, with heads inside positions."""
+    inputs = attention(dtype, 2, k, 4, 2, 64, 320, [0, 40], [300, 40], None, None)
+    query, keys, values, own_key, own_value, *rest = inputs
+    stores = []
+    for prefix in (keys, values):
+        store = torch.full((2, 500, 2, 64), float("nan"), dtype=dtype)
+        store[0, 100:400] = prefix[0].transpose(0, 1)[:300]
+        stores.append(store[:, 100:420].transpose(1, 2))
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    with simd_level(level):
+        (got,) = CPP("candidate_attention", query, *stores, own_key, own_value, *rest)
+        (want,) = CPP("candidate_attention", *inputs)
+    assert torch.equal(got, want)
+    assert torch.allclose(got[1], own_value[1].repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("level", SIMD_LEVELS)
+@pytest.mark.parametrize("k", [1, 10])
+def test_nan_in_a_live_value_or_query_stays_in_its_row_and_slot(level, k):
+    query, keys, values, *rest = attention(
+        torch.float32, 2, k, 2, 2, 64, 90, [0, 0], [90, 90], None, None
+    )
+    query[1, k - 1, 0, 5], keys[0, 1, 70, 3] = float("nan"), float("nan")
+    with simd_level(level):
+        (got,) = CPP("candidate_attention", query, keys, values, *rest)
+    want = torch.zeros(2, k, 2, 64, dtype=torch.bool)
+    want[1, k - 1, 0], want[0, :, 1] = True, True
+    assert torch.equal(got.isnan(), want)
+
+
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("size", [1e3, 1e38])
+def test_scores_of_any_size(k, size):
+    query, keys, *rest = attention(torch.float32, 1, k, 1, 1, 64, 100, [0], [100], None, None)
+    keys[0, 0, :, :] = 0.0
+    keys[0, 0, 70, 0], query[..., 0] = size, 1.0
+    (got,) = CPP("candidate_attention", query, keys, *rest)
+    assert torch.allclose(got, rest[0][0, 0, 70].expand(1, k, 1, 64))
+
+
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize(("rows", "key_heads"), [(1, 1), (1, 2), (3, 2)])
+def test_result_does_not_depend_on_threads_or_other_rows(k, rows, key_heads):
+    ends = [1000, 700, 1024][:rows]
+    inputs = attention(
+        torch.float32,
+        rows,
+        k,
+        2 * key_heads,
+        key_heads,
+        64,
+        1024,
+        [9, 0, 0][:rows],
+        ends,
+        None,
+        None,
+    )
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results += CPP("candidate_attention", *inputs)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    (alone,) = CPP("candidate_attention", *(x[-1:] for x in inputs[:7]), *inputs[7:])
+    assert torch.equal(alone, results[0][-1:])
+
+
+def test_instruction_sets_agree():
+    inputs = attention(torch.float32, 1, 10, 4, 2, 64, 600, [0], [600], None, 2.0)
+    found = []
+    for level in SIMD_LEVELS:
+        with simd_level(level):
+            found += CPP("candidate_attention", *inputs)
+    for other in found[1:]:
+        assert torch.allclose(other, found[0], rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", ["rgtg_fast", "rgtg_fast_triton"])
+def test_opcheck(space):
+    if space == "rgtg_fast_triton":
+        pytest.importorskip("triton")
+        assert ops.unavailable_reason("candidate_attention", "triton") is None
+    op = getattr(torch.ops, space).candidate_attention.default
     for window, softcap in ((None, None), (5, 2.0)):
         torch.library.opcheck(op, (*attention_inputs(), window, softcap))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 def test_compiles_without_graph_breaks(backend):
-    pytest.importorskip("triton")
+    if backend == "triton":
+        pytest.importorskip("triton")
 
     def attend(*inputs):
         return ops.candidate_attention(*inputs, 0.125, 9, 2.0, backend=backend)

@@ -14,16 +14,22 @@ def test_info_names_every_op_and_backend():
         assert set(listed) == {"reference", "cpp", "triton", "cuda"}
         assert listed["reference"] is None
     assert facts["backends"]["topk_logprobs"]["cpp"] is None
-    assert "no C++ kernel" in facts["backends"]["candidate_attention"]["cpp"]
+    assert facts["backends"]["candidate_attention"]["cpp"] is None
 
 
-def test_show_config_prints_a_reason_for_what_is_missing(capsys):
+def test_show_config_prints_a_reason_for_what_is_missing(capsys, monkeypatch):
+    has_kernel = backends.has_kernel
+
+    def all_but_one(op, backend):
+        return op != "reward_head" and has_kernel(op, backend)
+
+    monkeypatch.setattr(backends, "has_kernel", all_but_one)
     rgtg_fast.show_config()
     printed = capsys.readouterr().out
     assert torch.__version__ in printed and _C.build_info()["compiler"] in printed
-    assert "no: there is no C++ kernel of candidate_attention" in printed
     assert "topk_logprobs (auto: cpp on cpu" in printed
-    assert "candidate_attention (auto: reference on cpu" in printed
+    assert "no: there is no C++ kernel of reward_head" in printed
+    assert "reward_head (auto: reference on cpu" in printed
 
 
 @pytest.mark.parametrize("op", ops.OPS)

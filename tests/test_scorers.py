@@ -70,7 +70,7 @@ def test_buffers_grow_where_no_length_was_announced(rm: str) -> None:
     scorer = make_scorer(zoo.rm(rm), k=K, method="tree")
     walk(scorer, public(zoo.rm(rm)), zoo.prompts())
     longest = max(len(prompt) for prompt in zoo.prompts())
-    assert scorer.cache.capacity > longest + 1
+    assert scorer.forward.cache.capacity > longest + 1
 
 
 @pytest.mark.parametrize("rm", zoo.ENCODERS)

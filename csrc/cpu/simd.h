@@ -4,6 +4,7 @@
 // header is then read once per namespace (base, avx2, avx512) under the matching target options, on
 // top of vectors of the same names. dispatch.h says which namespace to call.
 #include "dispatch.h"
+#include "narrow.h"
 #include "widen.h"
 
 #include <algorithm>

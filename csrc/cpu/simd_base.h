@@ -2,6 +2,7 @@
 // One of three files with the same names, included once each inside its own namespace.
 
 constexpr int kWidth = 4;
+constexpr bool kFused = false;  // fma rounds once
 using Vec = float __attribute__((vector_size(16)));
 using VecBits = int32_t __attribute__((vector_size(16)));
 
@@ -17,8 +18,14 @@ RGTG_INLINE Vec load(const bf16* p) {
 RGTG_INLINE Vec load(const fp16* p) {
   return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
 }
+RGTG_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+RGTG_INLINE void store(fp16* p, Vec v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = narrow_fp16(v[i]);
+}
 RGTG_INLINE Vec add(Vec a, Vec b) { return a + b; }
 RGTG_INLINE Vec sub(Vec a, Vec b) { return a - b; }
+RGTG_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+RGTG_INLINE Vec div(Vec a, Vec b) { return a / b; }
 RGTG_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 // The second operand where either is NaN, as the x86 instruction does.
 RGTG_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -26,6 +33,8 @@ RGTG_INLINE uint32_t greater_mask(Vec a, Vec b) {
   const VecBits m = a > b;
   return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
 }
+// a > b ? x : y
+RGTG_INLINE Vec where_greater(Vec a, Vec b, Vec x, Vec y) { return a > b ? x : y; }
 // x * 2^n for the n that was added to 1.5 * 2^23, so that the low bits of `shifted` hold it.
 RGTG_INLINE Vec scale_by_shifted(Vec x, Vec shifted) {
   return reinterpret_cast<Vec>(reinterpret_cast<VecBits>(x) +

@@ -8,6 +8,7 @@ from .autoregressive import AutoregressiveScorer
 from .base import Scorer
 from .expand import ExpandScorer
 from .factory import make_scorer
+from .on_base import RewardAdapter, RewardHead
 from .reencode import ReencodeScorer
 from .reward_model import RewardModel
 from .tree import TreeScorer
@@ -17,6 +18,8 @@ __all__ = [
     "AutoregressiveScorer",
     "ExpandScorer",
     "ReencodeScorer",
+    "RewardAdapter",
+    "RewardHead",
     "RewardModel",
     "Scorer",
     "TreeScorer",

@@ -14,7 +14,11 @@ from .reward_model import RewardModel
 
 @runtime_checkable
 class Scorer(Protocol):
-    """The whole contract between the decode loop and whatever gives rewards."""
+    """The whole contract between the decode loop and whatever gives rewards.
+
+    A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone). Without it,
+    rows that have ended are carried along until all have.
+    """
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Take the prompts: int64 [B, P] and their mask [B, P] (1 = real token, padding left)."""
@@ -77,8 +81,14 @@ class RewardModelScorer(ABC):
     def commit(self, slot: Tensor) -> None:
         slot = slot.to(self.rm.device)
         if self.eos_ids is not None:
-            self.last_reward = self.rewards.gather(1, slot[:, None])[:, 0]
+            self.last_reward.copy_(self.rewards.gather(1, slot[:, None])[:, 0])
         self._commit(slot)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with rows `rows` int64 [n] alone: the others have ended."""
+        rows = rows.to(self.rm.device)
+        self.last_reward = self.last_reward[rows]
+        self._keep_rows(rows)
 
     largest_id = -1  # set by the factory where the language model has more ids than the RM
 
@@ -93,6 +103,10 @@ class RewardModelScorer(ABC):
     @abstractmethod
     def _commit(self, slot: Tensor) -> None:
         """Append the winners to the prefix."""
+
+    @abstractmethod
+    def _keep_rows(self, rows: Tensor) -> None:
+        """Drop the other rows."""
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

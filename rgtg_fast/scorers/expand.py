@@ -47,3 +47,9 @@ class ExpandScorer(RewardModelScorer):
     def _commit(self, slot: Tensor) -> None:
         rows = torch.arange(slot.shape[0], device=slot.device) * self.k + slot
         self.cache.batch_select_indices(rows.repeat_interleave(self.k))
+
+    def _keep_rows(self, rows: Tensor) -> None:
+        copies = rows[:, None] * self.k + torch.arange(self.k, device=rows.device)
+        self.cache.batch_select_indices(copies.flatten())
+        self.attention_mask = self.attention_mask[copies.flatten()]
+        self.position = self.position[copies.flatten()]

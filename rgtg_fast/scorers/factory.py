@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from .. import ops
 from .base import RewardModelScorer, Scorer
 from .expand import ExpandScorer
-from .probe import Verdict, probe
+from .joint import JointScorer
+from .on_base import OnBase
+from .probe import WAYS, Verdict, probe
 from .reencode import ReencodeScorer
-from .reward_model import RewardModel
+from .reward_model import RewardModel, as_reward_model
 from .tree import TreeScorer
 
 METHODS = ("auto", "tree", "expand", "reencode")
@@ -44,6 +46,7 @@ def make_scorer(
     eos_ids: Tensor | None = None,
     eos_reward: str = "auto",
     max_length: int | None = None,
+    joint_way: str | None = None,
     backend: ops.Backend = "auto",
 ) -> Scorer:
     """The scorer for `reward_model`, its method chosen by a numerical probe.
@@ -53,35 +56,41 @@ def make_scorer(
     raises `ValueError` where the probe says it would be wrong. `max_length` bounds prompt + answer,
     `vocab_size` is the language model's. Two tokenizers with different vocabularies mean that texts
     are decoded and encoded again; `own_prompt` says that the prompt is in the reward model's ids.
-    A `reward_model` that is a scorer already is returned as it is.
+    A `reward_model` that is a scorer already is returned as it is. `joint_way` ("fused" or
+    "masked") makes one that shares the forwards of the language model: for a `RewardHead` or
+    `RewardAdapter` whose language model decodes by the policy that belongs to it (policy.py).
 
     Example: `make_scorer(rm, k=10).method` is "tree" for a Llama-like reward model.
     """
     if is_scorer(reward_model):
         return reward_model  # type: ignore[return-value]
-    rm = reward_model
-    if not isinstance(rm, RewardModel):
-        rm = RewardModel(rm, head)  # type: ignore[arg-type]
+    rm = as_reward_model(reward_model, head)
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
     tried = {"auto": ("tree", "expand"), "reencode": ()}.get(method, (method,))
-    verdict = probe(rm, max_length, () if as_text else tried)
-    chosen = _choose(rm, verdict, method, as_text)
+    shared = joint_way is not None and isinstance(rm, OnBase)
+    verdict = probe(rm, max_length, () if as_text or shared else tried, backend)
+    chosen = "joint" if shared else _choose(rm, verdict, method, as_text)
     common: dict[str, Any] = {
         "eos_ids": eos_ids,
         "eos_reward": _resolve_eos(rm, eos_ids, eos_reward, as_text or verdict.pooled),
         "capacity": max_length or 0,
         "backend": backend,
     }
-    if chosen == "reencode":
+    scorer: RewardModelScorer
+    if isinstance(rm, OnBase) and joint_way is not None:
+        scorer = JointScorer(rm, k, fused=joint_way == "fused", **common)
+    elif chosen == "reencode":
         if as_text:
             common |= {
                 "tokenizer": tokenizer,
                 "reward_tokenizer": reward_tokenizer,
                 "prompt_tokenizer": reward_tokenizer if own_prompt else tokenizer,
             }
-        scorer: RewardModelScorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
+        scorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
+    elif chosen == "tree":
+        scorer = TreeScorer(rm, k, fused=verdict.way("tree") == "fused", **common)
     else:
-        scorer = (TreeScorer if chosen == "tree" else ExpandScorer)(rm, k, **common)
+        scorer = ExpandScorer(rm, k, **common)
     if not as_text:
         scorer.largest_id = (vocab_size or 0) - 1
     return scorer
@@ -104,7 +113,7 @@ def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool) -> st
             )
         return "reencode"
     if method != "auto":
-        why = verdict.reasons.get(method)
+        why = verdict.why_not(method)
         if why is not None:
             raise ValueError(
                 f"reward_method={method!r} is wrong for {type(rm.model).__name__}: {why}; "
@@ -113,7 +122,7 @@ def _choose(rm: RewardModel, verdict: Verdict, method: str, as_text: bool) -> st
         return method
     chosen = verdict.method
     if chosen != "tree":
-        reasons = "; ".join(f"{m}: {why}" for m, why in verdict.reasons.items() if why)
+        reasons = "; ".join(f"{m}: {why}" for m in WAYS if (why := verdict.why_not(m)))
         _warn_once(
             rm,
             f"{type(rm.model).__name__} is scored by {chosen!r}, which costs {_COST[chosen]} "

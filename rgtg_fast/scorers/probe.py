@@ -15,23 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention import attention_kernel, plain_attention
 from .base import RewardModelScorer
 from .expand import ExpandScorer
 from .reward_model import RewardModel
-from .tree import TreeScorer, plain_attention
+from .tree import TreeScorer
 
 _SIBLINGS, _STEPS = 3, 3
 # Allowed error as a share of the spread of the true values. A wrong mask, position or cache is off
 # by the order of the spread itself; low precision needs room for reordered sums.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 _verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Verdict]] = weakref.WeakKeyDictionary()
+
+
+# Ways to run a method, the fastest first. "fused": attention from the cache, without masks.
+WAYS: dict[str, tuple[str, ...]] = {"tree": ("fused", "masked"), "expand": ("expand",)}
 
 
 @dataclass
 class Verdict:
     """What the probe found: `pooled`, only the public forward gives the reward; `reasons`, why a
-    method cannot be used, or None where it can. Methods not asked about are not in it."""
+    way of scoring cannot be used, or None where it can. Ways not tried are not in it."""
 
     pooled: bool
     reasons: dict[str, str | None] = field(default_factory=dict)
@@ -39,32 +44,46 @@ class Verdict:
     @property
     def method(self) -> str:
         """The fastest method found right."""
-        return next((m for m, why in self.reasons.items() if why is None), "reencode")
+        return next((m for m in WAYS if self.way(m)), "reencode")
+
+    def way(self, method: str) -> str | None:
+        """The fastest right way to run `method`, or None."""
+        ways = WAYS.get(method, ())
+        return next((w for w in ways if self.reasons.get(w, "not tried") is None), None)
+
+    def why_not(self, method: str) -> str | None:
+        """Why `method` cannot be used; None where it can, or was not tried."""
+        reasons = [self.reasons.get(way) for way in WAYS.get(method, ())]
+        return None if None in reasons or not reasons else reasons[-1]
 
 
 @torch.no_grad()
-def probe(rm: RewardModel, max_length: int | None, methods: tuple[str, ...]) -> Verdict:
+def probe(
+    rm: RewardModel, max_length: int | None, methods: tuple[str, ...], backend: Any = "auto"
+) -> Verdict:
     """The verdict for `rm` on sequences of up to `max_length` tokens.
 
-    `methods` are tried in order until one is right. Verdicts are kept per model, attention
-    implementation, dtype, device and the windows that `max_length` reaches: a slot-indexed window
-    goes wrong only past its end.
+    `methods` are tried in order, each by all its ways, until one is right. Verdicts are kept per
+    model, attention implementation, dtype, device, attention kernel and the windows that
+    `max_length` reaches: a slot-indexed window goes wrong only past its end.
     """
     length = _probe_length(rm, max_length)
     implementation = getattr(rm.text_config, "_attn_implementation", None)
-    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public)
+    kernel = attention_kernel(backend, rm.device)
+    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public, rm.layer, kernel)
     known = _verdicts.setdefault(rm.model, {})
     with rm.evaluating():
         ids = _random_ids(rm, (2, length))
         if key not in known:
             known[key] = Verdict(pooled=rm.check_public and not _head_is_public(rm, ids[:1]))
         verdict = known[key]
-        for method in methods:
-            if method not in verdict.reasons:
-                verdict.reasons[method] = _why_not(rm, method, verdict.pooled, ids)
-            if verdict.reasons[method] is None:
+        ways = [way for method in methods for way in WAYS[method]]
+        for way in ways:
+            if way not in verdict.reasons:
+                verdict.reasons[way] = _why_not(rm, way, verdict.pooled, ids, backend)
+            if verdict.reasons[way] is None:
                 break
-    return Verdict(verdict.pooled, {m: verdict.reasons[m] for m in methods if m in verdict.reasons})
+    return Verdict(verdict.pooled, {w: verdict.reasons[w] for w in ways if w in verdict.reasons})
 
 
 def _probe_length(rm: RewardModel, max_length: int | None) -> int:
@@ -82,19 +101,25 @@ def _probe_length(rm: RewardModel, max_length: int | None) -> int:
     return length if not limit else max(3, min(length, limit - _STEPS - 1))
 
 
-def _why_not(rm: RewardModel, method: str, pooled: bool, ids: Tensor) -> str | None:
-    """Why `method` would be wrong for `rm`; None where it is right."""
+def _why_not(rm: RewardModel, way: str, pooled: bool, ids: Tensor, backend: Any) -> str | None:
+    """Why this way of scoring would be wrong for `rm`; None where it is right."""
     if pooled:
         return "its public forward is not its head on the last hidden state"
-    if method == "tree" and not plain_attention(rm.text_config):
+    if way == "fused" and attention_kernel(backend, rm.device) is None:
+        return f"no compiled kernel of candidate_attention runs on {rm.device.type}"
+    if way == "masked" and not plain_attention(rm.text_config):
         return f"{rm.text_config._attn_implementation!r} attention takes no dense 4D mask"
     projected = copy.copy(rm)
     weight = torch.randn(_hidden_size(rm, ids), generator=torch.Generator().manual_seed(1))
     projected.head = lambda hidden: hidden.float() @ weight.to(hidden.device)
-    scorer = TreeScorer if method == "tree" else ExpandScorer
     try:
         truth, noise = _full_forwards(projected, ids)
-        got = _run(scorer(projected, _SIBLINGS), ids)
+        scorer: RewardModelScorer
+        if way == "expand":
+            scorer = ExpandScorer(projected, _SIBLINGS, backend=backend)
+        else:
+            scorer = TreeScorer(projected, _SIBLINGS, fused=way == "fused", backend=backend)
+        got = _run(scorer, ids)
     except Exception as error:  # whatever a foreign model raises is a reason
         return f"it failed with {_brief(error)}"
     return _disagreement(got, truth, noise, rm.dtype)
@@ -103,7 +128,7 @@ def _why_not(rm: RewardModel, method: str, pooled: bool, ids: Tensor) -> str | N
 def _disagreement(got: Tensor, truth: Tensor, noise: float, dtype: torch.dtype) -> str | None:
     error = (got - truth).abs().max().item()
     spread = truth.std().item()
-    if error <= max(_TOLERANCE[dtype] * spread, 10 * noise):
+    if error <= max(TOLERANCE[dtype] * spread, 10 * noise):
         return None
     return f"it differs from full forwards by {error:.2g} where values spread by {spread:.2g}"
 
@@ -127,7 +152,7 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
         return True
     spread = every.std().item() + logits.abs().item() * 1e-3
     error = (every[-1] - logits.reshape(()).float()).abs().item()
-    return error <= max(_TOLERANCE[rm.dtype], 0.02) * spread
+    return error <= max(TOLERANCE[rm.dtype], 0.02) * spread
 
 
 def _hidden_size(rm: RewardModel, ids: Tensor) -> int:

@@ -63,6 +63,12 @@ class ReencodeScorer(RewardModelScorer):
     def _commit(self, slot: Tensor) -> None:
         self.answer = torch.cat([self.answer, self.ids.gather(1, slot[:, None])], dim=-1)
 
+    def _keep_rows(self, rows: Tensor) -> None:
+        self.prompts = [self.prompts[b] for b in rows.tolist()]
+        self.answer = self.answer[rows]
+        if self.reward_tokenizer is not None:
+            self.prompt_texts = [self.prompt_texts[b] for b in rows.tolist()]
+
     def _encode(self, answers: Tensor) -> Tensor:
         """Rewards fp32 [B, n] of the prompts followed by answers [B, n, t]."""
         batch, n, _ = answers.shape

@@ -29,6 +29,8 @@ class RewardModel:
     Raises `ValueError` where no base or head is found, or the head gives several labels.
     """
 
+    layer = -1  # the hidden state that the head reads; see `RewardHead`
+
     def __init__(self, model: nn.Module, head: Callable[[Tensor], Tensor] | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -42,13 +44,14 @@ class RewardModel:
             )
         self.model = model
         inner: Any = model
-        if hasattr(model, "peft_config"):
+        if hasattr(model, "get_base_model"):
             inner = inner.get_base_model()
         self.base: Any = _find_base(inner)
         self.config = self.base.config
         self.text_config = self.config.get_text_config()
         self.head = head if head is not None else _find_head(inner, self.base)
         self.check_public = head is None
+        self._kernels: dict[tuple, Callable[..., Tensor]] = {}  # of reward_head
         self._modules = list(model.modules())
         if isinstance(self.head, nn.Module):
             self._modules += list(self.head.modules())
@@ -79,7 +82,10 @@ class RewardModel:
             weight, bias = head.weight[0], head.bias
             if weight.device != hidden.device:
                 hidden = hidden.to(weight.device)
-            return ops.reward_head(hidden.to(weight.dtype), weight, bias, backend=backend)
+            key = backend, hidden.device, len(hidden)
+            if key not in self._kernels:
+                self._kernels[key] = ops.kernel("reward_head", *key)
+            return self._kernels[key](hidden.to(weight.dtype), weight, bias)
         parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
         if parameter is not None:
             hidden = hidden.to(parameter.device, parameter.dtype)
@@ -106,9 +112,24 @@ class RewardModel:
                 module.training = True
 
 
+def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) -> RewardModel:
+    """`model` taken apart, if it is not already. Raises `ValueError` for two heads at once."""
+    if not isinstance(model, RewardModel):
+        return RewardModel(model, head)
+    if head is not None:
+        raise ValueError(
+            f"reward_head is given beside a {type(model).__name__}, which has a head; leave it out"
+        )
+    return model
+
+
 def _find_base(model: Any) -> Any:
     if isinstance(model, PreTrainedModel):
-        return model.base_model
+        if model.base_model is not model:
+            return model.base_model
+        # Some classes do not name the attribute that holds their base.
+        children = (getattr(model, name, None) for name in BASE_NAMES if name != "base_model")
+        return next((c for c in children if isinstance(c, PreTrainedModel)), model)
     for name in BASE_NAMES:
         child: Any = getattr(model, name, None)
         if hasattr(child, "peft_config"):

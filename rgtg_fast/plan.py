@@ -1,0 +1,86 @@
+"""How the decode loop may go for a call: what leaves results as they are and spares work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import transformers as tf
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+
+SYNC_EVERY = 16  # steps between two looks at whether rows have ended, on a GPU
+
+# Processors that judge each row by itself: they do not mind rows leaving the batch.
+ROW_BY_ROW = (
+    tf.MinLengthLogitsProcessor,
+    tf.MinNewTokensLengthLogitsProcessor,
+    tf.RepetitionPenaltyLogitsProcessor,
+    tf.TopPLogitsWarper,
+    tf.TopKLogitsWarper,
+    tf.MinPLogitsWarper,
+    tf.TypicalLogitsWarper,
+    tf.EpsilonLogitsWarper,
+    tf.EtaLogitsWarper,
+    tf.NoRepeatNGramLogitsProcessor,
+    tf.SequenceBiasLogitsProcessor,
+    tf.NoBadWordsLogitsProcessor,
+    tf.ForcedBOSTokenLogitsProcessor,
+    tf.ForcedEOSTokenLogitsProcessor,
+    tf.InfNanRemoveLogitsProcessor,
+    tf.ExponentialDecayLengthPenalty,
+    tf.LogitNormalization,
+    tf.SuppressTokensLogitsProcessor,
+    tf.SuppressTokensAtBeginLogitsProcessor,
+)
+
+
+@dataclass
+class Plan:
+    """`steps` at most; the host looks whether rows have ended every `sync_every` of them, and drops
+    those that have once they are half of the batch (`compact`). `pad` (int64 [], or None) is what
+    ended rows are filled with."""
+
+    steps: int
+    sync_every: int = 1
+    compact: bool = False
+    pad: Tensor | None = None
+    synced_gpus: bool = False
+
+
+def make_plan(
+    steps: int,
+    device: torch.device,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    pad: Tensor | None,
+    *,
+    sync_every: int | None,
+    compact: bool,
+    step_by_step: bool,
+    whole_batch: bool,
+    synced_gpus: bool,
+) -> Plan:
+    """The plan of a call.
+
+    Steps beyond the end of every row change nothing and are cut off, so the host need not look at
+    each one, unless somebody does: a stopping criterion other than Hugging Face's length and EOS,
+    or (`step_by_step`) a streamer or a cache that is given back. Rows may leave unless something
+    needs the `whole_batch`, or may count its rows: a processor or criterion of the user's.
+    """
+    own = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+    ends = any(hasattr(c, "eos_token_id") for c in criteria) and pad is not None
+    every = sync_every or (1 if device.type == "cpu" else SYNC_EVERY)
+    plain = own and not synced_gpus
+    return Plan(
+        steps=steps,
+        sync_every=every if plain and not step_by_step else 1,
+        compact=compact
+        and plain
+        and ends
+        and not whole_batch
+        and all(type(p) in ROW_BY_ROW for p in processors),
+        pad=pad.to(device) if ends and pad is not None else None,
+        synced_gpus=synced_gpus,
+    )

@@ -1,0 +1,89 @@
+"""What a run keeps of each step, for `return_dict_in_generate` and its `output_*` flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .output import RewardGuidedOutput
+from .policy import Policy
+
+
+@dataclass
+class Record:
+    """Collects the columns of a `RewardGuidedOutput`; does nothing where only ids are returned."""
+
+    config: GenerationConfig
+    output_candidates: bool
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.on = bool(c.return_dict_in_generate)
+        self.scores: tuple | None = () if self.on and c.output_scores else None
+        self.logits: tuple | None = () if self.on and c.output_logits else None
+        self.attentions: tuple | None = () if self.on and c.output_attentions else None
+        self.hidden_states: tuple | None = () if self.on and c.output_hidden_states else None
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.logits is not None or self.scores is not None
+
+    def add(
+        self,
+        policy: Policy,
+        logits: Tensor,
+        scores: Tensor,
+        unfinished: Tensor,
+        slot: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        rewards: Tensor,
+        logq: Tensor,
+    ) -> None:
+        if not self.on:
+            return
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.attentions is not None:
+            self.attentions += (policy.attentions,)
+        if self.hidden_states is not None:
+            self.hidden_states += (policy.hidden_states,)
+        # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
+        q = logq.exp()
+        kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
+        chosen = rewards.gather(1, slot[:, None])[:, 0]
+        self._append("rewards", chosen.masked_fill(~unfinished, torch.nan))
+        self._append("kl", kl.masked_fill(~unfinished, torch.nan))
+        if self.output_candidates:
+            self._append("candidate_ids", ids)
+            self._append("candidate_logprobs", logprobs)
+            self._append("candidate_rewards", rewards)
+
+    def _append(self, name: str, value: Tensor) -> None:
+        self.columns.setdefault(name, []).append(value)
+
+    def result(self, sequences: Tensor, steps: int, cache: Any) -> RewardGuidedOutput | Tensor:
+        """The output of `steps` steps; what was run beyond them is dropped."""
+        if not self.on:
+            return sequences
+        columns = {name: torch.stack(c[:steps], dim=1) for name, c in self.columns.items()}
+        return RewardGuidedOutput(
+            sequences=sequences,  # type: ignore[arg-type]
+            scores=self._cut(self.scores, steps),
+            logits=self._cut(self.logits, steps),
+            attentions=self._cut(self.attentions, steps),
+            hidden_states=self._cut(self.hidden_states, steps),
+            past_key_values=cache,
+            **columns,
+        )
+
+    @staticmethod
+    def _cut(column: tuple | None, steps: int) -> Any:
+        return None if column is None else column[:steps]
