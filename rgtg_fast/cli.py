@@ -1,4 +1,4 @@
-"""Command line: `python -m rgtg_fast demo | info | bench`."""
+"""Command line: `python -m rgtg_fast demo | info | bench | train`."""
 
 from __future__ import annotations
 
@@ -55,12 +55,21 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"{name:10} {1e3 / rate:9.2f} ms/token  {speed['plain'] / rate:6.2f} x plain")
 
 
+def _train(args: argparse.Namespace) -> None:
+    from rgtg_fast.training.run import run
+
+    try:
+        run(args.config, args.overrides)
+    except ValueError as error:
+        raise SystemExit(f"train: {error}") from None
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(
         prog="python -m rgtg_fast", description="Reward-guided text generation, fast."
     )
-    commands = top.add_subparsers(required=True, metavar="demo | info | bench")
+    commands = top.add_subparsers(required=True, metavar="demo | info | bench | train")
 
     demo = commands.add_parser("demo", help="guide the embedded models and compare")
     demo.add_argument("--prompts", type=int, default=200, help="held-out prompts, 1 to 200")
@@ -93,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0)
     bench.add_argument("--device", help="default: for an op the GPU if there is one, else cpu")
     bench.set_defaults(run=_bench)
+
+    train = commands.add_parser("train", help="train a reward model for partial sequences")
+    train.add_argument("--config", type=Path, required=True, help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
+    train.set_defaults(run=_train)
     return top
 
 

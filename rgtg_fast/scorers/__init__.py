@@ -4,6 +4,7 @@ A scorer is any object with `prefill(input_ids, attention_mask)`, `score(ids [B,
 and `commit(slot [B])`; `make_scorer` builds one for a reward model.
 """
 
+from .autoregressive import AutoregressiveScorer
 from .base import Scorer
 from .expand import ExpandScorer
 from .factory import make_scorer
@@ -11,8 +12,10 @@ from .on_base import RewardAdapter, RewardHead
 from .reencode import ReencodeScorer
 from .reward_model import RewardModel
 from .tree import TreeScorer
+from .vocab_head import VocabRewardScorer
 
 __all__ = [
+    "AutoregressiveScorer",
     "ExpandScorer",
     "ReencodeScorer",
     "RewardAdapter",
@@ -20,5 +23,6 @@ __all__ = [
     "RewardModel",
     "Scorer",
     "TreeScorer",
+    "VocabRewardScorer",
     "make_scorer",
 ]

@@ -1,0 +1,38 @@
+"""GenARM: a reward model that is a language model gives log-probs as token rewards."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from .next_token import NextTokenScorer
+
+
+class AutoregressiveScorer(NextTokenScorer):
+    """Rewards log p_r(v | x, y_<t) of an autoregressive reward model (arXiv 2410.08193): one
+    forward of one token a step for all candidates.
+
+    The reward of the prefix itself, Σ log p_r over its tokens, is the same for all candidates of a
+    step and cancels in the ratio policy, so it is left out; generate's `beta` is the paper's 1/β.
+    `model` is a causal LM as `PrefixRewardTrainer(loss_type="genarm")` trains it.
+
+    Example: `rgtg_fast.generate(lm, **inputs, reward_model=AutoregressiveScorer(rm), beta=1.0)`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        parameters = inspect.signature(self.rm.model.forward).parameters
+        inner: Any = model
+        if hasattr(model, "peft_config"):
+            parameters = inspect.signature(inner.get_base_model().forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    def _forward(self, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        # The model's own forward: some cap or scale their logits behind the head.
+        out = self.model(input_ids=ids, return_dict=True, **kwargs, **self._options)
+        return out.logits[:, -1].float(), out.past_key_values
+
+    def _rewards(self, ids: Tensor) -> Tensor:
+        return self.state.gather(1, ids) - self.state.logsumexp(-1, keepdim=True)

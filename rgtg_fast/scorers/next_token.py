@@ -1,0 +1,85 @@
+"""What scorers share that give every next token a reward from one forward of the prefix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import positions_of
+from .reward_model import RewardModel
+
+
+class NextTokenScorer(ABC):
+    """A causal model on its own cache, one token a step; subclasses say what a candidate gets.
+
+    The winner's forward is run by the `score` that needs it, so the last token costs nothing.
+    """
+
+    method = "next_token"
+
+    def __init__(self, model: nn.Module) -> None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output embeddings over the vocabulary; pass a "
+                "causal LM (AutoModelForCausalLM)"
+            )
+        self.model, self.head = model, head
+        self.state: Tensor
+        self.rm = RewardModel(model, head=head)
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Prompts int64 [B, P] and their mask [B, P], padding on the left."""
+        self.mask = attention_mask.to(self.rm.device)
+        self.cache: Any = None
+        self.chosen: Tensor | None = None
+        self._advance(input_ids.to(self.rm.device), positions_of(self.mask))
+
+    @torch.no_grad()
+    def score(self, ids: Tensor) -> Tensor:
+        """Rewards fp32 [B, k] of the candidates `ids` int64 [B, k] behind the prefix; -inf for ids
+        past this model's vocabulary."""
+        if self.chosen is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], dim=1)
+            position = self.mask.sum(-1, keepdim=True) - 1
+            self._advance(self.chosen[:, None], position)
+            self.chosen = None
+        self.ids = ids.to(self.rm.device)
+        last = self.head.weight.shape[0] - 1
+        rewards = self._rewards(self.ids.clamp(max=last))
+        return rewards.masked_fill(self.ids > last, -torch.inf).to(ids.device)
+
+    def commit(self, slot: Tensor) -> None:
+        """Append candidate `slot` int64 [B] of the last scored ids to every row."""
+        self.chosen = self.ids.gather(1, slot.to(self.ids.device)[:, None])[:, 0]
+        self.chosen = self.chosen.clamp(max=self.head.weight.shape[0] - 1)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with these rows (int64 [n]) only."""
+        rows = rows.to(self.rm.device)
+        self.mask, self.state = self.mask[rows], self.state[rows]
+        if self.chosen is not None:
+            self.chosen = self.chosen[rows]
+        self.cache.batch_select_indices(rows)
+
+    def _advance(self, ids: Tensor, positions: Tensor) -> None:
+        with self.rm.evaluating(), self.rm.fast_linears.active():
+            self.state, self.cache = self._forward(
+                ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+
+    @abstractmethod
+    def _forward(self, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """What candidates are scored with [B, ..], for the last position, and the cache."""
+
+    @abstractmethod
+    def _rewards(self, ids: Tensor) -> Tensor:
+        """Rewards fp32 [B, k] out of `self.state`."""

@@ -1,0 +1,37 @@
+"""FaRMA: a head over the vocabulary gives the rewards of all next tokens at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from .next_token import NextTokenScorer
+
+
+class VocabRewardScorer(NextTokenScorer):
+    """Rewards R(v | x, y_<t) = h_{t-1} · W[v] + b[v] of a vocabulary-head reward model
+    (arXiv 2502.04517): one forward of one token a step, and k rows of W gathered.
+
+    `model` is a causal LM whose output embeddings are the reward head, as
+    `PrefixRewardTrainer(loss_type="farma")` trains it. Raises `ValueError` for a model without.
+
+    Example: `rgtg_fast.generate(lm, **inputs, reward_model=VocabRewardScorer(rm), k=10)`.
+    """
+
+    def __init__(self, model: nn.Module, backend: ops.Backend = "auto") -> None:
+        super().__init__(model)
+        self.backend = backend
+
+    def _forward(self, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        hidden, out = self.rm.forward_base(ids, **kwargs)
+        return hidden[:, -1].contiguous(), out.past_key_values
+
+    def _rewards(self, ids: Tensor) -> Tensor:
+        head: Any = self.head
+        hidden = self.state.to(head.weight.device)
+        if type(head) is not nn.Linear:  # adapters: no row to gather
+            return head(hidden.to(head.weight.dtype)).gather(1, ids).float()
+        rewards = ops.vocab_reward(hidden, head.weight, ids, backend=self.backend)
+        return rewards if head.bias is None else rewards + head.bias[ids].float()

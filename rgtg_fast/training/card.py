@@ -1,0 +1,132 @@
+"""The model card of a trained reward model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .config import PrefixRewardConfig
+from .settings import Settings
+
+WHAT = {
+    "prefix": "Bradley-Terry at every prefix of the answers (arXiv 2406.07780)",
+    "full": "Bradley-Terry on whole answers; its rewards of prefixes are untrained",
+    "farma": "FaRMA's vocabulary head (arXiv 2502.04517): output row v is the reward of token v",
+    "genarm": "GenARM's autoregressive reward model (arXiv 2410.08193)",
+    "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
+}
+_LOAD = {
+    "scalar": ("AutoModelForSequenceClassification", "rm"),
+    "farma": ("AutoModelForCausalLM", "rgtg_fast.scorers.VocabRewardScorer(rm)"),
+    "genarm": ("AutoModelForCausalLM", "rgtg_fast.scorers.AutoregressiveScorer(rm)"),
+}
+
+
+def write_card(
+    path: Path,
+    metrics: dict[str, Any],
+    settings: Settings,
+    args: PrefixRewardConfig,
+    config: Any,
+    plotted: bool,
+) -> None:
+    """Writes the card: what it is, how to use it, how well it does, how it was made."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(settings.model)}",
+        "tags: [reward-model, reward-guided-text-generation]",
+        "---",
+        f"# Reward model: {args.loss_type}" + (" (head only)" if settings.frozen else ""),
+        "",
+        f"{WHAT[args.loss_type]}. Trained from `{settings.model}`.",
+        "",
+        *_usage(settings, args, config),
+        *_accuracy(metrics, plotted),
+        "## Training",
+        "",
+        *(
+            f"- {name}: {data['kept']} of {data['rows']} rows{_counts(data)}"
+            for name, data in metrics["data"].items()
+        ),
+        f"- loss {metrics['train_loss']:.4f}"
+        + (f" after {metrics['steps']} steps" if "steps" in metrics else ""),
+        "",
+        "```yaml",
+        f"model: {settings.model}",
+        f"train: {settings.train}",
+        *([f"lora: {json.dumps(settings.lora)}"] if settings.lora else []),
+        *(f"{key}: {json.dumps(value)}" for key, value in sorted(settings.args.items())),
+        "```",
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _usage(settings: Settings, args: PrefixRewardConfig, config: Any) -> list[str]:
+    if settings.frozen:
+        code = [
+            'weight = safetensors.torch.load_file("reward_head.safetensors")["weight"]',
+            "guide = rgtg_fast.RewardHead(lm, weight)",
+        ]
+        guide = "guide"
+    else:
+        auto, guide = _LOAD.get(args.loss_type, _LOAD["scalar"])
+        package, labels = "transformers", ""
+        if settings.lora is not None:
+            package, auto = "peft", auto.replace("Auto", "AutoPeft", 1)
+            labels = ", num_labels=1" if guide == "rm" else ""
+        code = [f'rm = {package}.{auto}.from_pretrained("{args.output_dir}"{labels})']
+    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    extra = ""
+    note: list[str] = []
+    if pad is not None and pad == eos and args.eos == "append" and guide == "rm":
+        extra = ', eos_reward="hidden"'
+        note = [
+            "The padding token is EOS and the model was trained to judge EOS: say "
+            '`eos_reward="hidden"`; the public forward would score the prefix without it.',
+            "",
+        ]
+    return [
+        "```python",
+        *code,
+        f"out = rgtg_fast.generate(lm, **inputs, reward_model={guide}, k=10{extra})",
+        "```",
+        "",
+        *note,
+    ]
+
+
+def _accuracy(metrics: dict[str, Any], plotted: bool) -> list[str]:
+    report = metrics.get("eval")
+    if report is None:
+        return ["No eval set was given.", ""]
+    if not plotted:
+        rows = [f"| {key} % | {value:.4f} |" for key, value in report["deciles"].items()]
+        return ["| prefix | squared error |", "| --- | --- |", *rows, ""]
+    rows = [
+        f"| {key} % | {_share(value)} | {value['pairs']} |"
+        for key, value in report["deciles"].items()
+    ]
+    return [
+        f"Accuracy on held-out pairs: {_share(report['full'])} on whole answers, "
+        f"{_share(report['mean'])} over all prefixes. Prefixes in % of the longer answer:",
+        "",
+        "| prefix | accuracy | pairs |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+        "![accuracy by prefix length](accuracy_by_prefix.png)",
+        "",
+    ]
+
+
+def _share(value: dict[str, float]) -> str:
+    spread = "" if math.isnan(value["ci95"]) else f" ± {value['ci95']:.3f}"
+    return f"{value['accuracy']:.3f}{spread}"
+
+
+def _counts(data: dict[str, Any]) -> str:
+    said = {k: v for k, v in data.items() if v and k not in ("rows", "kept", "invalid")}
+    return "".join(f", {key.replace('_', ' ')} {value}" for key, value in said.items())

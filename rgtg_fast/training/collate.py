@@ -1,0 +1,79 @@
+"""Rows to batches: padding on the right, answers marked, pairs kept whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .formats import Row
+
+
+@dataclass
+class PairCollator:
+    """N preference rows to a batch whose first dimension is the pair.
+
+    Returns `input_ids`, `attention_mask`, `answer_mask`, int64 [N, 2, L], chosen before rejected,
+    padded on the right; `start` int64 [N], the prompt's length; and, where the rows have one,
+    `margin` fp32 [N]. Prompt tokens are not in `answer_mask` and so carry no loss. A launcher that
+    splits batches along the first dimension never parts a pair.
+
+    `fill_eos` gives EOS ids behind the shorter answer up to the longer one's length (the published
+    padding): attended to, and not in `answer_mask`, for the loss with `extension="eos"`.
+    """
+
+    pad_id: int
+    fill_eos: int | None = None
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        sides = [[row[s] for s in ("chosen_ids", "rejected_ids")] for row in rows]
+        width = max(
+            len(row["prompt_ids"]) + max(map(len, pair))
+            for row, pair in zip(rows, sides, strict=True)
+        )
+        ids = torch.full((len(rows), 2, width), self.pad_id)
+        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+        for n, (row, pair) in enumerate(zip(rows, sides, strict=True)):
+            start, longest = len(row["prompt_ids"]), max(map(len, pair))
+            for side, tokens in enumerate(pair):
+                end = start + len(tokens)
+                ids[n, side, :end] = torch.tensor(row["prompt_ids"] + tokens)
+                answer[n, side, start:end] = 1
+                mask[n, side, :end] = 1
+                if self.fill_eos is not None:
+                    ids[n, side, end : start + longest] = self.fill_eos
+                    mask[n, side, end : start + longest] = 1
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "answer_mask": answer,
+            "start": torch.tensor([len(row["prompt_ids"]) for row in rows]),
+        }
+        if any("margin" in row for row in rows):
+            batch["margin"] = torch.tensor([float(row.get("margin", 0.0)) for row in rows])
+        return batch
+
+
+@dataclass
+class LabelledCollator:
+    """N labelled rows to `input_ids`, `attention_mask`, `answer_mask` int64 [N, L], `start` int64
+    [N] and `target` fp32 [N], padded on the right."""
+
+    pad_id: int
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        tokens = [row["prompt_ids"] + row["answer_ids"] for row in rows]
+        ids = torch.full((len(rows), max(map(len, tokens))), self.pad_id)
+        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+        for n, (row, sequence) in enumerate(zip(rows, tokens, strict=True)):
+            ids[n, : len(sequence)] = torch.tensor(sequence)
+            mask[n, : len(sequence)] = 1
+            answer[n, len(row["prompt_ids"]) : len(sequence)] = 1
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "answer_mask": answer,
+            "start": torch.tensor([len(row["prompt_ids"]) for row in rows]),
+            "target": torch.tensor([row["label"] for row in rows]),
+        }

@@ -1,0 +1,91 @@
+"""`PrefixRewardConfig`: the options of reward-model training beside those of the Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .objectives import OBJECTIVES
+
+WEIGHTS = ("uniform", "linear")
+EXTENSIONS = ("hold", "eos")
+
+
+@dataclass
+class PrefixRewardConfig(TrainingArguments):
+    """`TrainingArguments` with what a reward model for partial sequences needs.
+
+    Raises `ValueError` for options out of range, at construction.
+    """
+
+    loss_type: str = field(
+        default="prefix",
+        metadata={
+            "help": "prefix: Bradley-Terry at every prefix; full: at the last token only; farma: "
+            "vocabulary head; genarm: autoregressive; rad: squared error to scalar labels"
+        },
+    )
+    first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})
+    weights: str | None = field(
+        default=None,
+        metadata={"help": "uniform or linear in the prefix length (default: rad linear)"},
+    )
+    margin: float | None = field(
+        default=None,
+        metadata={"help": "subtracted from every reward difference; rows may have one"},
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "probability that a preference label is the wrong way round"}
+    )
+    centering: float = field(
+        default=0.0, metadata={"help": "times (r_chosen + r_rejected)²: keeps rewards around zero"}
+    )
+    extension: str = field(
+        default="hold",
+        metadata={
+            "help": "the shorter answer after its end: hold its last reward, or eos: pad with EOS "
+            "tokens and take the rewards there (the published padding)"
+        },
+    )
+    beta: float = field(default=0.05, metadata={"help": "genarm: scale of the log-probabilities"})
+    alternate: int = field(
+        default=1, metadata={"help": "farma: optimiser steps before the two losses change places"}
+    )
+    max_length: int | None = field(default=512, metadata={"help": "tokens of prompt and answer"})
+    overlong: str = field(default="truncate", metadata={"help": "truncate, drop or error"})
+    invalid: str = field(default="error", metadata={"help": "error or drop: empty and equal pairs"})
+    leaks: str = field(default="error", metadata={"help": "error, drop or allow"})
+    eos: str | None = field(
+        default=None,
+        metadata={"help": "append EOS to whole answers, or keep them (default: rad keep)"},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "train without dropout"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("loss_type", self.loss_type, tuple(OBJECTIVES))
+        scalar_labels = OBJECTIVES[self.loss_type].data == "labelled"
+        if self.weights is None:
+            self.weights = "linear" if scalar_labels else "uniform"
+        if self.eos is None:
+            self.eos = "keep" if scalar_labels else "append"
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("extension", self.extension, EXTENSIONS)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the pairs; leave it False")
+        for name, least in (("first", 1), ("alternate", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}; pass at least {least}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing}; pass 0 <= value < 0.5")
+        if self.centering < 0:
+            raise ValueError(f"centering={self.centering}; pass 0 or more")
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta}; pass a positive number")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; pass one of {', '.join(map(repr, allowed))}")

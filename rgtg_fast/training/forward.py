@@ -1,0 +1,144 @@
+"""A model taken apart for training: hidden states of all positions, and differentiable heads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..scorers.reward_model import RewardModel
+
+_ROWS = 1024  # positions whose logits over the vocabulary are held at once
+
+
+class TrainedParts:
+    """Base and head of a reward model under training; every method is differentiable.
+
+    `head="scalar"` takes a `...ForSequenceClassification` with one label (or another model that
+    `RewardModel` can take apart); `head="vocab"` takes a causal LM, whose output embeddings are the
+    head. PEFT models with injected adapters are both.
+
+    Raises `ValueError` where the model has no such head, or prompt-learning adapters.
+    """
+
+    def __init__(self, model: nn.Module, head: str) -> None:
+        configs = getattr(model, "peft_config", None) or {}
+        if any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
+            raise ValueError(
+                "the adapter adds virtual tokens, which the base model does not see when it is "
+                "called directly; use an injected one such as LoRA"
+            )
+        self.model = model
+        inner: Any = model.get_base_model() if configs else model  # type: ignore[operator]
+        self.inner = inner
+        embeddings = getattr(inner, "get_output_embeddings", lambda: None)()
+        if head == "vocab":
+            if embeddings is None:
+                raise ValueError(
+                    f"{type(inner).__name__} has no output embeddings over the vocabulary; this "
+                    "loss_type trains a causal LM (AutoModelForCausalLM)"
+                )
+            self.rm = RewardModel(model, head=embeddings)
+        else:
+            if embeddings is not None and not hasattr(inner, "score"):
+                raise ValueError(
+                    f"{type(inner).__name__} is a language model; this loss_type trains a model "
+                    "with one label (AutoModelForSequenceClassification, num_labels=1)"
+                )
+            self.rm = RewardModel(model)
+        self.head: Any = self.rm.head
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states [B, L, H] of ids [B, L], padded on the right."""
+        hidden, _ = self.rm.forward_base(input_ids, attention_mask=attention_mask, use_cache=False)
+        return hidden
+
+    def scalar(self, hidden: Tensor) -> Tensor:
+        """Rewards [..] of hidden states [.., H], fp32 unless they are wider."""
+        weight = next(self.head.parameters(), None)
+        if weight is not None and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)
+        out = self.head(hidden)
+        if out.dim() == hidden.dim() and out.shape[-1] == 1:
+            out = out.squeeze(-1)
+        return at_least_fp32(out)
+
+    def token(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The vocabulary head's outputs [..] for tokens [..] at hidden states [.., H]."""
+        if type(self.head) is not nn.Linear:  # adapters: no row to gather
+            return at_least_fp32(self.head(hidden).gather(-1, ids[..., None])[..., 0])
+        rows = F.embedding(ids, self.head.weight)
+        out = (at_least_fp32(hidden) * at_least_fp32(rows)).sum(-1)
+        return out if self.head.bias is None else out + self.head.bias[ids]
+
+    def best_token(self, hidden: Tensor) -> Tensor:
+        """The largest output over the vocabulary [M] at hidden states [M, H]."""
+        parts = [self.head(part).amax(-1) for part in hidden.split(_ROWS)]
+        return at_least_fp32(torch.cat(parts))
+
+    def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
+        """Log-probs [B, L - first] of the tokens from position `first` >= 1 on, each given what is
+        before it."""
+        kwargs: dict[str, Any] = {}
+        keep = input_ids.shape[1] - first + 1
+        if "logits_to_keep" in inspect.signature(self.inner.forward).parameters:
+            kwargs["logits_to_keep"] = keep
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+        )
+        logits = at_least_fp32(out.logits[:, -keep:-1])
+        picked = logits.gather(-1, input_ids[:, first:, None])[..., 0]
+        return picked - logits.logsumexp(-1)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def call_inside(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Any]) -> Any:
+    """`function()` run as the forward of `wrapped` (DistributedDataParallel and its like, or the
+    model itself with its hooks), so that gathering of weights and reduction of gradients see it,
+    while `function` is free to call the parts of `inner`.
+    """
+    own = inner.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.__dict__["forward"] = own
+
+    def forward(*_: Any, **__: Any) -> Any:
+        restore()
+        return function()
+
+    inner.__dict__["forward"] = forward
+    try:
+        return wrapped()
+    finally:
+        restore()
+
+
+@torch.no_grad()
+def check_causal(parts: TrainedParts) -> None:
+    """Changes the last of a few tokens and looks whether earlier hidden states move.
+
+    Raises `ValueError` where they do: one forward then gives no prefix rewards.
+    """
+    ids = torch.arange(7, device=parts.rm.device)[None] % parts.rm.vocab_size
+    changed = ids.clone()
+    changed[0, -1] = parts.rm.vocab_size // 2
+    with parts.rm.evaluating():
+        mask = torch.ones_like(ids)
+        one, two = (parts.hidden(i, mask)[0, :-1].float() for i in (ids, changed))
+    least = 1e-5 if parts.rm.dtype in (torch.float32, torch.float64) else 1e-2
+    if one.shape[0] != 6 or (one - two).abs().max() > least * one.abs().max():
+        raise ValueError(
+            f"{type(parts.inner).__name__} looks ahead: what follows a prefix changes its hidden "
+            "states, so one forward cannot give the rewards of all prefixes; train a causal model "
+            "(GPT-2, Llama, Qwen, ... ForSequenceClassification)"
+        )

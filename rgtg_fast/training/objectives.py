@@ -1,0 +1,171 @@
+"""The reward models of the literature, each as `batch -> loss, rewards of every prefix`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import prefix_bt_loss
+from .forward import TrainedParts
+
+Batch = dict[str, Tensor]
+
+
+class Scored(NamedTuple):
+    """`loss` scalar; `rewards` [N, 2, T] (pairs) or [N, T] (labelled texts), column i for the
+    prefix of i + 1 answer tokens, meaningful up to the answer's length, without gradient."""
+
+    loss: Tensor
+    rewards: Tensor | None
+
+
+def answer_columns(x: Tensor, start: Tensor, width: int, shift: int = 0) -> Tensor:
+    """Columns start + shift ... of x [N, .., L] or [N, .., L, H] for `width` answer tokens."""
+    at = start[:, None] + shift + torch.arange(width, device=x.device)
+    sides = x.dim() - 2 - (x.dim() == 4)
+    at = at.view(at.shape[0], *[1] * sides, width).clamp(0, x.shape[1 + sides] - 1)
+    if x.dim() == 4:
+        at = at[..., None].expand(*x.shape[:2], -1, x.shape[-1])
+        return x.gather(2, at)
+    return x.gather(-1, at.expand(*x.shape[:-1], -1))
+
+
+def _pair_hidden(parts: TrainedParts, batch: Batch) -> Tensor:
+    """Hidden states [N, 2, L, H] of both answers of N pairs, from one forward of 2N rows."""
+    ids = batch["input_ids"]
+    hidden = parts.hidden(ids.flatten(0, 1), batch["attention_mask"].flatten(0, 1))
+    return hidden.view(*ids.shape, hidden.shape[-1])
+
+
+def _lengths(batch: Batch) -> Tensor:
+    return batch["answer_mask"].sum(-1)
+
+
+def _width(batch: Batch) -> int:
+    return int(_lengths(batch).max())
+
+
+def _margin(batch: Batch, args: Any) -> Tensor | float | None:
+    return batch.get("margin", args.margin)
+
+
+def _last_loss(rewards: Tensor, batch: Batch, args: Any) -> Tensor:
+    """Bradley-Terry on rewards [N, 2] of whole answers."""
+    one = torch.ones_like(rewards[:, :1], dtype=torch.bool)
+    return prefix_bt_loss(
+        rewards[:, :1],
+        rewards[:, 1:],
+        one,
+        one,
+        margin=_margin(batch, args),
+        label_smoothing=args.label_smoothing,
+        centering=args.centering,
+    )
+
+
+def _at_end(rewards: Tensor, batch: Batch) -> Tensor:
+    """Rewards [N, 2] of the whole answers out of rewards [N, 2, T] of their prefixes."""
+    return rewards.gather(-1, _lengths(batch)[..., None] - 1)[..., 0]
+
+
+def prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """Bradley-Terry at every prefix (arXiv 2406.07780), or, with `loss_type="full"`, at the end."""
+    rewards = parts.scalar(_pair_hidden(parts, batch))  # [N, 2, L]
+    rewards = answer_columns(rewards, batch["start"], _width(batch))
+    if args.loss_type == "full":
+        return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
+    at = torch.arange(rewards.shape[-1], device=rewards.device)
+    mask = at < _lengths(batch)[..., None]
+    loss = prefix_bt_loss(
+        rewards[:, 0],
+        rewards[:, 1],
+        mask[:, 0],
+        mask[:, 1],
+        first=args.first,
+        weights=args.weights,
+        margin=_margin(batch, args),
+        label_smoothing=args.label_smoothing,
+        centering=args.centering,
+        extension=args.extension,
+    )
+    return Scored(loss, rewards.detach())
+
+
+def farma(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """FaRMA (arXiv 2502.04517): R(y_i | y_<i) is row y_i of a head over the vocabulary.
+
+    Blocks of `alternate` steps take turns: Bradley-Terry on the last token's R, and the mean over
+    the chosen answer's proper prefixes of (R(y_i | y_<i) - max_v R(v | y_<=i))², with the gradient
+    through both terms as the authors' code has it. Evaluation (`step=None`) adds the two.
+    """
+    phase = None if step is None else (step // args.alternate) % 2
+    if phase == 1:
+        return Scored(_consistency(parts, batch, args.first), None)
+    hidden = _pair_hidden(parts, batch)
+    width = _width(batch)
+    before = answer_columns(hidden, batch["start"], width, shift=-1)
+    rewards = parts.token(before, answer_columns(batch["input_ids"], batch["start"], width))
+    loss = _last_loss(_at_end(rewards, batch), batch, args)
+    if phase is None:
+        loss = loss + _consistency(parts, batch, args.first)
+    return Scored(loss, rewards.detach())
+
+
+def _consistency(parts: TrainedParts, batch: Batch, first: int) -> Tensor:
+    ids = batch["input_ids"][:, 0]
+    hidden = parts.hidden(ids, batch["attention_mask"][:, 0])[:, None]  # [N, 1, L, H]
+    lengths, start = _lengths(batch)[:, 0], batch["start"]
+    width = int(lengths.max())
+    at = torch.arange(width, device=ids.device)
+    goes_on = (at < lengths[:, None] - 1) & (at >= first - 1)  # [N, T]
+    before = answer_columns(hidden, start, width, shift=-1)[:, 0][goes_on]
+    after = answer_columns(hidden, start, width)[:, 0][goes_on]
+    if before.shape[0] == 0:
+        return hidden.sum() * 0.0
+    rewards = parts.token(before, answer_columns(ids, start, width)[goes_on])
+    return F.mse_loss(rewards, parts.best_token(after))
+
+
+def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """GenARM (arXiv 2410.08193): r(y) = beta Σ_t log p(y_t | x, y_<t), Bradley-Terry at the end."""
+    ids, start = batch["input_ids"], batch["start"]
+    first = max(int(start.min()), 1)
+    logprobs = parts.token_logprobs(
+        ids.flatten(0, 1), batch["attention_mask"].flatten(0, 1), first
+    ).view(*ids.shape[:2], -1)
+    logprobs = answer_columns(logprobs, start - first, _width(batch))
+    rewards = args.beta * logprobs.cumsum(-1)
+    return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
+
+
+def rad(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """RAD (arXiv 2310.09520): squared error of every prefix's reward to the text's label, prefix i
+    weighted by i (`weights="linear"`) or alike, mean over texts."""
+    hidden = parts.hidden(batch["input_ids"], batch["attention_mask"])
+    rewards = answer_columns(parts.scalar(hidden), batch["start"], _width(batch))  # [N, T]
+    at = torch.arange(rewards.shape[-1], device=rewards.device)
+    weight = ((at < _lengths(batch)[:, None]) & (at >= args.first - 1)).to(rewards.dtype)
+    if args.weights == "linear":
+        weight = weight * (at + 1)
+    error = (rewards - batch["target"].to(rewards.dtype)[:, None]) ** 2
+    per_text = (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+    return Scored(per_text.mean(), rewards.detach())
+
+
+class Objective(NamedTuple):
+    score: Callable[[TrainedParts, Batch, Any, int | None], Scored]
+    head: str
+    data: str
+
+
+OBJECTIVES = {
+    "prefix": Objective(prefix, "scalar", "pairs"),
+    "full": Objective(prefix, "scalar", "pairs"),
+    "farma": Objective(farma, "vocab", "pairs"),
+    "genarm": Objective(genarm, "vocab", "pairs"),
+    "rad": Objective(rad, "scalar", "labelled"),
+}

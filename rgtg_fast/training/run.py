@@ -1,0 +1,178 @@
+"""`python -m rgtg_fast train`: from a config file to a model with metrics, plot and card."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .card import write_card
+from .config import PrefixRewardConfig
+from .data import PreferenceDataset, remove_leaks
+from .formats import load_rows
+from .head_only import fit_head, pair_features
+from .metrics import label_report, plot_report, prefix_report
+from .objectives import OBJECTIVES
+from .settings import Settings, read_settings
+from .trainer import PrefixRewardTrainer, make_dataset
+
+
+def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Trains as the config file says; returns what it writes to `output_dir`/metrics.json.
+
+    Beside the model and tokenizer `output_dir` gets metrics.json, README.md (the model card) and,
+    with an eval set of pairs, accuracy_by_prefix.png. Raises `ValueError` as `read_settings` and
+    the trainer do.
+    """
+    settings = read_settings(config, overrides)
+    args = PrefixRewardConfig(**settings.args)
+    transformers.set_seed(args.seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
+    train, evaluate = make_datasets(settings, args, tokenizer)
+    if args.process_index == 0:
+        for name, data in (("train", train), ("eval", evaluate)):
+            if data is not None:
+                print(f"{name}: {data.report}", flush=True)
+    model = load_model(settings, args)
+    out = Path(str(args.output_dir))
+    metrics: dict[str, Any] = {"loss_type": args.loss_type, "frozen": settings.frozen}
+    if settings.frozen:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics |= _fit_frozen(model, settings, args, train, evaluate, out)
+        main_process = args.process_index == 0
+    else:
+        trainer = _trainer(settings, args, model, tokenizer, train, evaluate)
+        metrics |= _train(trainer, settings)
+        main_process = trainer.is_world_process_zero()
+    metrics["data"] = {
+        name: asdict(data.report)
+        for name, data in (("train", train), ("eval", evaluate))
+        if data is not None
+    }
+    metrics["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if main_process:
+        tokenizer.save_pretrained(out)
+        _write(metrics, settings, args, model, out)
+    return metrics
+
+
+def load_model(settings: Settings, args: PrefixRewardConfig) -> Any:
+    """The model that the objective trains; a missing scalar head starts at random."""
+    dtype = getattr(torch, settings.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={settings.dtype!r}; write float32, bfloat16 or float16")
+    if settings.frozen or OBJECTIVES[args.loss_type].head == "vocab":
+        return transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        settings.model, num_labels=1, dtype=dtype
+    )
+
+
+def make_datasets(settings: Settings, args: PrefixRewardConfig, tokenizer: Any) -> tuple[Any, Any]:
+    """Train and eval set, leaks looked for."""
+    if settings.eval or not settings.hold_out:
+        train = make_dataset(settings.train, args, tokenizer, "train")
+        evaluate = make_dataset(settings.eval, args, tokenizer, "eval")
+    else:
+        rows, _ = load_rows(settings.train, "train", args.seed)
+        if settings.hold_out >= len(rows):
+            raise ValueError(
+                f"hold_out={settings.hold_out} leaves nothing of {len(rows)} rows to train on"
+            )
+        random.Random(args.seed).shuffle(rows)
+        train = make_dataset(rows[settings.hold_out :], args, tokenizer, "train")
+        evaluate = make_dataset(rows[: settings.hold_out], args, tokenizer, "eval")
+    if isinstance(train, PreferenceDataset) and isinstance(evaluate, PreferenceDataset):
+        remove_leaks(train, evaluate, args.leaks)
+    return train, evaluate
+
+
+def _trainer(
+    settings: Settings, args: PrefixRewardConfig, model: Any, tokenizer: Any, train: Any, eval: Any
+) -> PrefixRewardTrainer:
+    peft_config = None
+    if settings.lora is not None:
+        from peft import LoraConfig
+
+        task = "CAUSAL_LM" if OBJECTIVES[args.loss_type].head == "vocab" else "SEQ_CLS"
+        peft_config = LoraConfig(**{"task_type": task} | settings.lora)
+    return PrefixRewardTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=eval,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def _train(trainer: PrefixRewardTrainer, settings: Settings) -> dict[str, Any]:
+    done = trainer.train(resume_from_checkpoint=settings.resume or None)
+    trainer.save_model()
+    metrics: dict[str, Any] = {
+        "steps": done.global_step,
+        "train_loss": done.training_loss,
+        "train_seconds": done.metrics["train_runtime"],
+        "history": [h for h in trainer.state.log_history if "loss" in h],
+    }
+    if trainer.eval_dataset is not None:
+        predicted = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+        report = prefix_report if trainer.objective.data == "pairs" else label_report
+        metrics["eval"] = report(predicted.predictions, predicted.label_ids)
+        metrics["eval_loss"] = (predicted.metrics or {})["test_loss"]
+    return metrics
+
+
+def _fit_frozen(
+    model: Any, settings: Settings, args: PrefixRewardConfig, train: Any, eval: Any, out: Path
+) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    model = model.to(args.device)
+    options: dict[str, Any] = {"first": args.first, "full": args.loss_type == "full"}
+    size = args.per_device_train_batch_size
+    fit = fit_head(
+        pair_features(model, train, batch_size=size, **options),
+        l2=settings.l2,
+        label_smoothing=args.label_smoothing,
+    )
+    save_file({"weight": fit.weight}, out / "reward_head.safetensors")
+    metrics: dict[str, Any] = {
+        "train_loss": fit.loss,
+        "train_accuracy": fit.accuracy,
+        "evaluations": fit.evaluations,
+    }
+    if eval is not None:
+        metrics["eval"] = _head_report(fit.weight, pair_features(model, eval, batch_size=size))
+    return metrics
+
+
+def _head_report(weight: torch.Tensor, features: Any) -> dict[str, Any]:
+    """`prefix_report` of a head's margins; equal prefixes have a zero difference."""
+    pairs, width = int(features.pair.max()) + 1, int(features.length.max())
+    margins = torch.zeros(pairs, width)
+    margins[features.pair, features.length - 1] = features.differences @ weight
+    same = (features.differences == 0).all(-1)
+    lengths = torch.zeros(pairs, dtype=torch.long)
+    lengths.scatter_reduce_(0, features.pair, features.length, "amax")
+    equal = torch.zeros(pairs, dtype=torch.long)
+    equal.scatter_reduce_(0, features.pair[same], features.length[same], "amax")
+    return prefix_report(margins, torch.stack([lengths, lengths, equal], dim=1))
+
+
+def _write(
+    metrics: dict[str, Any], settings: Settings, args: PrefixRewardConfig, model: Any, out: Path
+) -> None:
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    plotted = OBJECTIVES[args.loss_type].data == "pairs" and "eval" in metrics
+    if plotted:
+        plot_report(
+            metrics["eval"], out / "accuracy_by_prefix.png", f"{settings.model}, {args.loss_type}"
+        )
+    write_card(out / "README.md", metrics, settings, args, model.config, plotted)
+    print(f"wrote {out}", flush=True)

@@ -1,0 +1,125 @@
+"""The file of `python -m rgtg_fast train --config`: read, checked key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import PrefixRewardConfig
+from .formats import NAMED
+
+
+@dataclass
+class Settings:
+    """What the file says beside the fields of `PrefixRewardConfig`, which are in `args`.
+
+    `model` and `train` are needed; see `rgtg_fast.training.formats.load_rows` for what `train` and
+    `eval` may be. `hold_out` takes that many training rows for evaluation where there is no `eval`.
+    `lora` holds the options of `peft.LoraConfig`. `frozen` fits a head on the frozen model's hidden
+    states (penalty `l2`) and trains nothing else. `resume` is true (the last checkpoint in
+    `output_dir`) or a checkpoint's folder.
+    """
+
+    model: str
+    train: str
+    eval: str | None = None
+    hold_out: int = 0
+    tokenizer: str | None = None
+    dtype: str = "float32"
+    lora: dict[str, Any] | None = None
+    frozen: bool = False
+    l2: float = 1e-4
+    resume: bool | str = False
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+OWN = {f.name: f for f in dataclasses.fields(Settings) if f.name != "args"}
+TRAINER = {f.name: f for f in dataclasses.fields(PrefixRewardConfig) if f.init}
+
+
+def read_settings(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Settings:
+    """Settings from a YAML file and `key=value` overrides; paths are as seen from where one runs.
+
+    Raises `ValueError` for a file that is no mapping, unknown keys (naming the nearest known one),
+    missing keys, and values of the wrong kind.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no config file at {str(file)!r}; write one (YAML) or mend the path")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__}; write `key: value` lines")
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r}; write key=value")
+        values[key] = yaml.safe_load(value)
+    return check_settings(values)
+
+
+def check_settings(values: dict[str, Any]) -> Settings:
+    """Settings from a mapping; raises `ValueError` as `read_settings` does."""
+    unknown = [str(key) for key in values if key not in OWN and key not in TRAINER]
+    if unknown:
+        raise ValueError("; ".join(map(_unknown, unknown)))
+    missing = [key for key in ("model", "train", "output_dir") if not values.get(key)]
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}; set {missing[0]}: ...")
+    own = {key: _typed(key, value, OWN) for key, value in values.items() if key in OWN}
+    args = {key: _typed(key, value, TRAINER) for key, value in values.items() if key in TRAINER}
+    settings = Settings(**own, args={"report_to": "none", "logging_steps": 10} | args)
+    named = NAMED.get(str(settings.train).partition(":")[0])
+    if named is not None:
+        settings.args.setdefault("first", named.first)
+    if settings.lora is not None and not isinstance(settings.lora, dict):
+        raise ValueError(f"lora is {settings.lora!r}; write a mapping of peft.LoraConfig's options")
+    if settings.hold_out < 0:
+        raise ValueError(f"hold_out={settings.hold_out}; pass the number of rows to keep for eval")
+    if settings.hold_out and settings.eval:
+        raise ValueError("hold_out and eval are both given; drop one of them")
+    loss_type = settings.args.get("loss_type", "prefix")
+    if settings.frozen and (settings.lora or loss_type not in ("prefix", "full")):
+        raise ValueError(
+            "frozen: true fits a head only; drop lora, and use loss_type prefix or full"
+        )
+    return settings
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, [*OWN, *TRAINER], n=1)
+    hint = f"did you mean {near[0]}?" if near else "see PrefixRewardConfig and TrainingArguments"
+    return f"unknown key {key}: {hint}"
+
+
+def _typed(key: str, value: Any, fields: dict[str, Any]) -> Any:
+    """`value` as the field's type has it; YAML reads 5e-6 as text."""
+    kind = str(fields[key].type)
+    wanted = [name for name in ("float", "int", "bool", "str", "dict") if name in kind]
+    if value is None or not wanted or isinstance(value, list):
+        return value
+    if isinstance(value, bool):
+        right = "bool" in wanted or "str" in wanted
+    elif isinstance(value, (int, float)):
+        right = "float" in wanted or ("int" in wanted and float(value).is_integer())
+        right = right or "str" in wanted
+    elif isinstance(value, str) and "str" not in wanted and "dict" not in wanted:
+        try:
+            number = float(value)
+        except ValueError:
+            right = False
+        else:
+            return int(number) if "float" not in wanted else number
+    else:
+        right = "str" in wanted or "dict" in wanted
+    if not right:
+        raise ValueError(f"{key}: {value!r} is no {' or '.join(wanted)}")
+    return value

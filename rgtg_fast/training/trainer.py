@@ -1,0 +1,263 @@
+"""`PrefixRewardTrainer`: reward models for partial sequences on the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
+
+from .collate import LabelledCollator, PairCollator
+from .config import PrefixRewardConfig
+from .data import LabelledDataset, PreferenceDataset, remove_leaks
+from .forward import TrainedParts, call_inside, check_causal
+from .metrics import label_metrics, pair_metrics
+from .objectives import OBJECTIVES, Objective, Scored
+
+logger = logging.get_logger(__name__)
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Batches of rows of like length, in an order that depends on seed and epoch only, so that a
+    resumed run finds its place."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class PrefixRewardTrainer(Trainer):
+    """Trains a reward model so that r(x, y[1:i]) is meaningful at every i (arXiv 2406.07780).
+
+    All prefix rewards of a pair come from one causal forward of the two answers, so a step costs
+    what a full-sequence reward model's step costs. `args.loss_type` chooses the objective; the
+    model is a `...ForSequenceClassification` with one label for "prefix", "full" and "rad", and a
+    causal LM for "farma" and "genarm".
+
+    Args:
+        model: the model, PEFT-wrapped or not; `peft_config` wraps it here.
+        args: a `PrefixRewardConfig`.
+        train_dataset, eval_dataset: `PreferenceDataset` (`LabelledDataset` for "rad"), or anything
+            these take as a source: a JSONL path, a `datasets.Dataset`, a list of rows.
+        processing_class: the tokenizer; needed where the datasets are text.
+
+    Evaluation reports `accuracy` (whole answers), `prefix_accuracy` (mean over all prefix lengths),
+    and the accuracy at each decile and some absolute lengths; "rad" reports squared errors.
+
+    Raises:
+        ValueError: for a model that looks ahead or has the wrong head, bad rows, the same pair in
+            train and eval, and several GPUs in one process.
+    """
+
+    loss_is_scaled_for_ga = False
+    args: PrefixRewardConfig
+    objective: Objective
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: PrefixRewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        data_collator: Any = None,
+        compute_metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = PrefixRewardConfig("reward_model_output")
+        if not isinstance(args, PrefixRewardConfig):
+            raise ValueError(f"args is {type(args).__name__}; pass a PrefixRewardConfig")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs; start with `accelerate launch` or torchrun, "
+                "or show it one by CUDA_VISIBLE_DEVICES"
+            )
+        objective: Objective = OBJECTIVES[args.loss_type]
+        self.objective = objective
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        train_dataset = make_dataset(train_dataset, args, processing_class, "train")
+        eval_dataset = make_dataset(eval_dataset, args, processing_class, "eval")
+        if isinstance(train_dataset, PreferenceDataset) and isinstance(
+            eval_dataset, PreferenceDataset
+        ):
+            remove_leaks(train_dataset, eval_dataset, args.leaks)
+        for name, data in (("train", train_dataset), ("eval", eval_dataset)):
+            if data is not None:
+                logger.info(f"{name}: {data.report}")
+                if data.report.overlong:
+                    logger.warning(f"{name}: {data.report}")
+        pairs = objective.data == "pairs"
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator or make_collator(args, processing_class, model),
+            compute_metrics=compute_metrics or (pair_metrics if pairs else label_metrics),
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False
+        self._parts: TrainedParts | None = None
+        self._sums: dict[str, list[Tensor]] = {}
+        trained: Any = self.model
+        if args.disable_dropout:
+            disable_dropout(trained)
+        parts = self.parts(trained)
+        if objective.head == "scalar":
+            check_causal(parts)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(data, "lengths"):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return GroupedByLength(size, data.lengths(), self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def parts(self, model: nn.Module) -> TrainedParts:
+        """Base and head of the unwrapped model."""
+        if self._parts is None or self._parts.model is not model:
+            self._parts = TrainedParts(model, self.objective.head)
+        return self._parts
+
+    def score(self, model: nn.Module, inputs: dict[str, Tensor], step: int | None) -> Scored:
+        """Loss and prefix rewards of a batch; `step=None` for evaluation."""
+        inner = self.accelerator.unwrap_model(model)
+        parts = self.parts(inner)
+
+        def run() -> Scored:
+            with self.accelerator.autocast():
+                return self.objective.score(parts, inputs, self.args, step)
+
+        return call_inside(model, inner, run)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        scored = self.score(model, inputs, self.state.global_step if model.training else None)
+        if model.training and self.objective.data == "pairs":
+            phase = "bt_loss" if scored.rewards is not None else "consistency_loss"
+            if self.args.loss_type == "farma":
+                self._sums.setdefault(phase, []).append(scored.loss.detach())
+            if scored.rewards is not None:
+                gap = last_gap(scored.rewards, inputs["answer_mask"])
+                self._sums.setdefault("accuracy", []).append((gap > 0).float().mean())
+        return (scored.loss, scored) if return_outputs else scored.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._sums.items():
+                logs[name] = round(float(torch.stack(values).mean()), 4)
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Loss; rewards [N, 2, T] as [N, 2T] or [N, T]; labels [N, 3] (lengths, equal tokens) or
+        [N, 2] (target, length)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scored = self.score(model, inputs, None)
+        loss, rewards = scored.loss.detach().mean(), scored.rewards
+        if prediction_loss_only or rewards is None:
+            return loss, None, None
+        lengths = inputs["answer_mask"].sum(-1)
+        if self.objective.data == "labelled":
+            labels = torch.stack([inputs["target"].float(), lengths.float()], dim=1)
+            return loss, rewards.float(), labels
+        held = rewards
+        if self.args.extension == "hold" or self.args.loss_type != "prefix":
+            at = torch.arange(rewards.shape[-1], device=rewards.device)
+            held = rewards.gather(-1, torch.minimum(at, lengths[..., None] - 1))
+        ids, mask = inputs["input_ids"], inputs["answer_mask"]
+        differ = (ids[:, 0] != ids[:, 1]) | (mask[:, 0] != mask[:, 1])
+        equal = differ.long().argmax(-1) - inputs["start"]
+        labels = torch.cat([lengths, equal[:, None]], dim=1)
+        return loss, (held[:, 0] - held[:, 1]).float(), labels
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout of the model to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def last_gap(rewards: Tensor, answer_mask: Tensor) -> Tensor:
+    """r(chosen) - r(rejected) [N] of the whole answers, from rewards [N, 2, T]."""
+    ends = rewards.gather(-1, answer_mask.sum(-1, keepdim=True) - 1)[..., 0]
+    return ends[:, 0] - ends[:, 1]
+
+
+def make_dataset(
+    source: Any, args: PrefixRewardConfig, tokenizer: Any, split: str
+) -> PreferenceDataset | LabelledDataset | None:
+    """The dataset of `source` for this configuration; one that is ready is returned as it is."""
+    if source is None or isinstance(source, (PreferenceDataset, LabelledDataset)):
+        return source
+    if isinstance(source, dict) or not isinstance(source, (str, Iterable)):
+        raise ValueError(
+            f"{split}_dataset is {type(source).__name__}; pass a path, a dataset or rows"
+        )
+    options: dict[str, Any] = {
+        "split": split,
+        "max_length": args.max_length,
+        "overlong": args.overlong,
+        "invalid": args.invalid,
+        "eos": args.eos,
+        "seed": args.seed,
+    }
+    if OBJECTIVES[args.loss_type].data == "labelled":
+        return LabelledDataset(source, tokenizer, **options)
+    return PreferenceDataset(source, tokenizer, min_answer_tokens=args.first, **options)
+
+
+def make_collator(args: PrefixRewardConfig, tokenizer: Any, model: Any) -> Any:
+    """The collator for this configuration. Padding is masked, so any id in the vocabulary does."""
+    config = getattr(model, "config", None)
+
+    def token(name: str) -> int | None:
+        known = getattr(tokenizer, name, None)
+        return known if known is not None else getattr(config, name, None)
+
+    pad, eos = token("pad_token_id"), token("eos_token_id")
+    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+    pad = eos if pad is None else pad
+    if OBJECTIVES[args.loss_type].data == "labelled":
+        return LabelledCollator(pad or 0)
+    fill = None
+    if args.loss_type == "prefix" and args.extension == "eos":
+        if eos is None:
+            raise ValueError("extension='eos' needs an EOS token; pass a tokenizer that has one")
+        fill = eos
+    return PairCollator(pad or 0, fill)

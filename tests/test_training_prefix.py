@@ -1,0 +1,148 @@
+"""One pass over a pair gives the loss and gradient of one row per prefix."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import EOS, gpt2_rm, llama_rm
+from training import close, config, id_pairs, step, trainer
+
+from rgtg_fast.training import PreferenceDataset
+
+
+def exploded_loss(model, rows, extension="hold", first=1, linear=False):
+    """The published way: a row per prefix and side, the shorter answer padded with EOS or held."""
+    base = getattr(model, model.base_model_prefix)
+
+    def reward(ids):
+        hidden = base(torch.tensor([ids]), use_cache=False).last_hidden_state
+        return model.score(hidden[:, -1])[0, 0]
+
+    per_pair = []
+    for row in rows:
+        longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        losses, weights = [], []
+        for i in range(first, longest + 1):
+            sides = []
+            for name in ("chosen_ids", "rejected_ids"):
+                answer = row[name]
+                if extension == "eos":
+                    answer = answer + [EOS] * (longest - len(answer))
+                sides.append(reward(row["prompt_ids"] + answer[:i]))
+            losses.append(-F.logsigmoid(sides[0] - sides[1]))
+            weights.append(float(i) if linear else 1.0)
+        weight = torch.tensor(weights, dtype=torch.float64)
+        per_pair.append((torch.stack(losses) * weight).sum() / weight.sum())
+    return torch.stack(per_pair).mean()
+
+
+@pytest.mark.parametrize("extension", ["hold", "eos"])
+@pytest.mark.parametrize(
+    # Llama's norms and rotary angles are fp32 inside, whatever the weights are.
+    ("make", "tolerance"),
+    [(gpt2_rm, 1e-10), (llama_rm, 1e-5)],
+)
+def test_loss_and_gradient_equal_the_exploded_rows(tmp_path, make, tolerance, extension):
+    rows = id_pairs(5)
+    model = make(initializer_range=0.2).double()
+    loss, gradients = step(trainer(tmp_path, model, rows, extension=extension), rows)
+    model.zero_grad()
+    expected = exploded_loss(model, rows, extension)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=tolerance, atol=tolerance)
+    close(gradients, {n: p.grad for n, p in model.named_parameters()}, tolerance)
+
+
+def test_linear_weights_from_the_second_prefix_on_equal_the_exploded_rows(tmp_path):
+    rows = id_pairs(4, seed=1)
+    model = gpt2_rm(initializer_range=0.2).double()
+    loss, _ = step(trainer(tmp_path, model, rows, weights="linear", first=2), rows)
+    expected = exploded_loss(model, rows, first=2, linear=True)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_full_is_bradley_terry_on_the_public_reward_of_whole_answers(tmp_path):
+    rows = id_pairs(4, seed=2)
+    model = gpt2_rm(initializer_range=0.2).double()
+    loss, _ = step(trainer(tmp_path, model, rows, loss_type="full"), rows)
+    gaps = [
+        model(torch.tensor([r["prompt_ids"] + r["chosen_ids"]])).logits[0, 0]
+        - model(torch.tensor([r["prompt_ids"] + r["rejected_ids"]])).logits[0, 0]
+        for r in rows
+    ]
+    torch.testing.assert_close(loss, -F.logsigmoid(torch.stack(gaps)).mean().detach())
+
+
+def test_margins_of_the_rows_are_taken_from_the_difference(tmp_path):
+    rows = [{**row, "margin": 0.5 * n} for n, row in enumerate(id_pairs(3))]
+    model = gpt2_rm(initializer_range=0.2).double()
+    trained = trainer(tmp_path, model, rows, loss_type="full")
+    loss, _ = step(trained, rows)
+    plain = [step(trained, [{k: v for k, v in r.items() if k != "margin"}])[0] for r in rows]
+    gaps = [-torch.log(torch.expm1(x)) for x in plain]
+    expected = torch.stack([F.softplus(0.5 * n - g) for n, g in enumerate(gaps)]).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertForSequenceClassification(
+        BertConfig(vocab_size=320, intermediate_size=16, num_labels=1, **shape)
+    )
+    with pytest.raises(ValueError, match="looks ahead"):
+        trainer(tmp_path, bert, id_pairs(4))
+
+
+def test_a_language_model_is_refused_where_a_scalar_head_is_wanted(tmp_path):
+    from tiny import gpt2_lm
+
+    with pytest.raises(ValueError, match="AutoModelForSequenceClassification"):
+        trainer(tmp_path, gpt2_lm(), id_pairs(4))
+
+
+def test_training_learns_and_evaluates_by_prefix_length(tmp_path):
+    from training import text_pairs
+
+    trained = trainer(tmp_path, train=text_pairs(64), evaluate=text_pairs(32, seed=9), max_steps=30)
+    trained.train()
+    metrics = trained.evaluate()
+    assert metrics["eval_prefix_accuracy"] > 0.9
+    assert metrics["eval_accuracy_decile_50"] > 0.9
+    history = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert history[-1]["loss"] < history[0]["loss"] and "accuracy" in history[-1]
+
+
+def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
+    rows = PreferenceDataset(id_pairs(8))
+    weights = []
+    for size, pieces in ((8, 1), (2, 4)):
+        model = gpt2_rm(initializer_range=0.1).double()
+        trained = trainer(
+            tmp_path,
+            model,
+            rows,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=pieces,
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
+        trained.train()
+        weights.append(dict(model.named_parameters()))
+    close(*weights, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "bt"}, "loss_type='bt'"),
+        ({"weights": "quadratic"}, "weights='quadratic'"),
+        ({"first": 0}, "first=0"),
+        ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ],
+)
+def test_options_out_of_range_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
