@@ -144,6 +144,11 @@ def first_visible(name: str, span: int | None, left_padding: Tensor, length: Ten
     return torch.maximum(left_padding, length - span + 1)
 
 
+def has_holes(attention_mask: Tensor) -> bool:
+    """Whether a row of the mask [B, P] hides something after its first real token."""
+    return bool(((attention_mask != 0).long().diff(dim=-1) < 0).any())
+
+
 class SiblingStarts:
     """For fused attention: what stands in for a mask, int64 [B, 1, 1, 1] for each layer type.
 
@@ -158,7 +163,7 @@ class SiblingStarts:
         self.order = self.live_before = None
         real = attention_mask != 0
         hidden = (~real).sum(-1)
-        if bool((hidden != self.left_padding).any()):
+        if has_holes(attention_mask):
             self.order = real.int().argsort(dim=-1, stable=True)
             before = real.long().cumsum(-1)
             self.live_before = hidden[:, None] + torch.nn.functional.pad(before, (1, 0))  # [B, P+1]

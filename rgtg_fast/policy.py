@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
+from .attention import has_holes
 from .scorers.base import positions_of
 from .scorers.cpu_linear import FastLinears
 from .scorers.joint import JointPolicy, JointScorer
@@ -235,7 +236,7 @@ def _is_plain_call(
     )
     if any(asked) or not given.keys() <= known or mask.shape != input_ids.shape:
         return False
-    if bool((mask.long().diff(dim=-1) < 0).any()):  # holes, which the cache would move
+    if has_holes(mask):  # the cache would move its slots
         return False
     cache, positions = given.get("past_key_values"), given.get("position_ids")
     plain = type(cache) is DynamicCache and cache.get_seq_length() == 0 and given.get("use_cache")

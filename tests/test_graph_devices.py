@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 
-from rgtg_fast import graphs, ops, reference
+from rgtg_fast import attention, graphs, ops, reference
 from rgtg_fast.decoding import Guidance, guided_decode
 from rgtg_fast.plan import Plan
 from rgtg_fast.policy import CachedPolicy, LanguageModel
@@ -81,6 +81,7 @@ class Watched:
 
 @pytest.fixture
 def fake(monkeypatch):
+    monkeypatch.setattr(attention, "has_holes", lambda mask: False)
     monkeypatch.setattr(tree, "attention_kernel", lambda *_: reference.candidate_attention)
     monkeypatch.setattr(ops, "kernel", lambda op, *_: getattr(reference, op))
     monkeypatch.setattr(graphs, "WORTH", 1)
