@@ -1,0 +1,90 @@
+"""Intervals for means over prompts: the paired BCa bootstrap, and the jackknife for the rest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+_NORMAL = NormalDist()
+_CHUNK = 1 << 24  # resampled prompts held at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean (or other statistic) with its interval, standard error and number of prompts."""
+
+    mean: float
+    low: float
+    high: float
+    se: float
+    n: int
+
+
+class Bootstrap:
+    """Resamples of n prompts, drawn once from `seed`: everything measured on the same prompts is
+    resampled together, so intervals of differences are paired.
+
+    `interval` is bias-corrected and accelerated (BCa, Efron 1987).
+    """
+
+    def __init__(
+        self, n: int, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    ) -> None:
+        self.n, self.resamples, self.confidence, self.seed = n, resamples, confidence, seed
+
+    def interval(self, values: np.ndarray) -> Estimate:
+        """The mean of `values` [n] over the prompts where it is known (not NaN)."""
+        values = np.asarray(values, dtype=np.float64)
+        known = np.isfinite(values)
+        count = int(known.sum())
+        if count == 0:
+            return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
+        inside = values[known]
+        mean = float(inside.mean())
+        if count == 1:
+            return Estimate(mean, math.nan, math.nan, math.nan, 1)
+        # About the mean, so that equal values give exactly no spread.
+        boot = mean + self._means(np.where(known, values - mean, 0.0), known)
+        boot = np.sort(boot[np.isfinite(boot)])
+        low, high = (float(np.quantile(boot, p)) for p in self._levels(boot, inside, mean))
+        return Estimate(mean, low, high, float(boot.std(ddof=1)), count)
+
+    def _means(self, values: np.ndarray, known: np.ndarray) -> np.ndarray:
+        rng = np.random.default_rng(self.seed)
+        step = max(1, _CHUNK // self.n)
+        parts = []
+        for at in range(0, self.resamples, step):
+            size = (min(step, self.resamples - at), self.n)
+            chosen = rng.integers(self.n, size=size)
+            with np.errstate(invalid="ignore"):
+                parts.append(values[chosen].sum(1) / known[chosen].sum(1))
+        return np.concatenate(parts)
+
+    def _levels(self, boot: np.ndarray, values: np.ndarray, mean: float) -> tuple[float, float]:
+        tail = (1 - self.confidence) / 2
+        below = float((boot < mean).mean() + (boot == mean).mean() / 2)
+        if not 0 < below < 1:
+            return tail, 1 - tail
+        bias = _NORMAL.inv_cdf(below)
+        spread = values - mean
+        square = float((spread**2).sum())
+        skew = float((spread**3).sum()) / (6 * square**1.5) if square else 0.0
+
+        def level(p: float) -> float:
+            z = bias + _NORMAL.inv_cdf(p)
+            return _NORMAL.cdf(bias + z / (1 - skew * z))
+
+        return level(tail), level(1 - tail)
+
+
+def jackknife(full: float, left_out: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """A statistic of all prompts, `left_out` [n] that of all but one; a normal interval."""
+    n = len(left_out)
+    if n < 2:
+        return Estimate(full, math.nan, math.nan, math.nan, n)
+    se = math.sqrt((n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum()))
+    half = _NORMAL.inv_cdf((1 + confidence) / 2) * se
+    return Estimate(full, full - half, full + half, se, n)
