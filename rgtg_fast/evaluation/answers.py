@@ -30,16 +30,15 @@ from .settings import Run
 class Answer:
     """One answer.
 
-    `ids` are its tokens without EOS, `tokens` counts EOS too; `logp` is its log-probability under
-    the base, EOS included. `kl` is the sum over tokens of the exact KL of the step's policy from
-    the base, `log_ratio` log q - log p of the drawn tokens; None where unknown. `proxy` is the
-    guide's (or the selector's) reward of the whole answer.
+    `ids` are its tokens without EOS, `end` is the EOS token that ended it (None: the length limit
+    did), `logp` its log-probability under the base, EOS included. `kl` is the sum over tokens of
+    the exact KL of the step's policy from the base, `log_ratio` log q - log p of the drawn tokens;
+    None where unknown. `proxy` is the guide's (or the selector's) reward of the whole answer.
     """
 
     text: str
     ids: list[int]
-    tokens: int
-    finished: bool
+    end: int | None
     logp: float
     kl: float | None
     log_ratio: float | None
@@ -65,7 +64,7 @@ class Answerer:
         self.lm, self.tokenizer, self.run, self.max_new_tokens = lm, tokenizer, run, max_new_tokens
         self.guide, self.reward_tokenizer, self.selector = guide, reward_tokenizer, selector
         eos = lm.generation_config.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos])
+        self.eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
 
     def batch(self, prompts: Sequence[Prompt], numbers: Sequence[int], seed: int) -> list[dict]:
         """A row for each of the prompts, whose places in the file are `numbers`."""
@@ -76,7 +75,7 @@ class Answerer:
         if n == 1:
             return [{"i": i, **vars(a)} for i, a in zip(numbers, answers, strict=True)]
         assert self.selector is not None
-        scores = self.selector.score(repeated, [(a.text, a.ids, a.finished) for a in answers])
+        scores = self.selector.score(repeated, [vars(a) for a in answers])
         rows = []
         for at, i in enumerate(numbers):
             own = slice(at * n, at * n + n)
@@ -89,7 +88,7 @@ class Answerer:
                 "log_ratio": None,
                 "proxy": scores[own][best],
                 "others": [
-                    {"text": a.text, "proxy": s, "finished": a.finished}
+                    {"text": a.text, "proxy": s, "end": a.end}
                     for j, (a, s) in enumerate(zip(answers[own], scores[own], strict=True))
                     if j != best
                 ],
@@ -125,14 +124,12 @@ class Answerer:
         for row in range(len(prompts)):
             n = int(live[row].sum())
             ids = new[row, :n].tolist()
-            finished = ids[-1] in self.eos
-            text_ids = ids[:-1] if finished else ids
+            end = ids.pop() if ids[-1] in self.eos else None
             answers.append(
                 Answer(
-                    text=self.tokenizer.decode(text_ids, skip_special_tokens=True),
-                    ids=text_ids,
-                    tokens=n,
-                    finished=finished,
+                    text=self.tokenizer.decode(ids, skip_special_tokens=True),
+                    ids=ids,
+                    end=end,
                     logp=float(logp[row, :n].double().sum()),
                     kl=float(kl[row, :n].double().sum()),
                     log_ratio=float(ratio[row, :n].double().sum()),
@@ -179,7 +176,7 @@ class Answerer:
 
     def _live(self, new: Tensor) -> Tensor:
         """Which new tokens [B, T] belong to the answer: those up to and with the first EOS."""
-        ends = torch.isin(new, torch.tensor(sorted(self.eos), device=new.device))
+        ends = torch.isin(new, torch.tensor(self.eos, dtype=new.dtype, device=new.device))
         return (ends.int().cumsum(1) - ends.int()) == 0
 
     def _divergence(

@@ -47,9 +47,9 @@ class Bootstrap:
         if count == 1:
             return Estimate(mean, math.nan, math.nan, math.nan, 1)
         # About the mean, so that equal values give exactly no spread.
-        boot = mean + self._means(np.where(known, values - mean, 0.0), known)
-        boot = np.sort(boot[np.isfinite(boot)])
-        low, high = (float(np.quantile(boot, p)) for p in self._levels(boot, inside, mean))
+        boot = self._means(np.where(known, values - mean, 0.0), known)
+        boot = boot[np.isfinite(boot)]
+        low, high = (mean + float(np.quantile(boot, p)) for p in self._levels(boot, inside - mean))
         return Estimate(mean, low, high, float(boot.std(ddof=1)), count)
 
     def _means(self, values: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -63,13 +63,12 @@ class Bootstrap:
                 parts.append(values[chosen].sum(1) / known[chosen].sum(1))
         return np.concatenate(parts)
 
-    def _levels(self, boot: np.ndarray, values: np.ndarray, mean: float) -> tuple[float, float]:
+    def _levels(self, boot: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
         tail = (1 - self.confidence) / 2
-        below = float((boot < mean).mean() + (boot == mean).mean() / 2)
+        below = float((boot < 0).mean() + (boot == 0).mean() / 2)
         if not 0 < below < 1:
             return tail, 1 - tail
         bias = _NORMAL.inv_cdf(below)
-        spread = values - mean
         square = float((spread**2).sum())
         skew = float((spread**3).sum()) / (6 * square**1.5) if square else 0.0
 

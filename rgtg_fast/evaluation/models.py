@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import rgtg_fast
 
 from ..scorers import AutoregressiveScorer, VocabRewardScorer
 from ..scorers.factory import same_vocabulary
-from .settings import Run, Settings
+from .settings import CONFIGS, Run, Settings
 
 
 def load_tokenizer(name: str) -> Any:
@@ -81,6 +82,20 @@ def reward_tokenizer(run: Run, tokenizer: Any) -> Any:
     return None if same_vocabulary(tokenizer, own) else own
 
 
+def check_guide(run: Run) -> None:
+    """Raises `ValueError` where the folder's files say that the guide is of another kind."""
+    assert run.reward_model is not None
+    key, folder = f"run {run.name}: reward_model", Path(run.reward_model)
+    if run.kind == "classifier":
+        check_classifier(key, run.reward_model)
+    wanted = ("reward_head.safetensors",) if run.kind == "head" else CONFIGS
+    if folder.is_dir() and not any((folder / file).is_file() for file in wanted):
+        raise ValueError(
+            f"{key}={run.reward_model!r} has no {wanted[0]}, which kind: {run.kind} needs; pass "
+            "another folder, or the kind that it is"
+        )
+
+
 def check_classifier(key: str, name: str) -> None:
     """Raises `ValueError` where the folder's configuration says that it is no reward model."""
     path = Path(name) / "config.json"
@@ -114,7 +129,9 @@ def identity(name: str) -> list[Any]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".bin"))
         return [str(path.resolve()), *([p.name, *_stamp(p)] for p in files)]
-    return [name]
+    loaded = sys.modules.get(name.partition(":")[0])
+    source = getattr(loaded, "__file__", None)
+    return [name, *([_stamp(Path(source))] if source else [])]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

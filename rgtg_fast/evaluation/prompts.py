@@ -28,7 +28,7 @@ def load_prompts(path: str, tokenizer: Any, limit: int | None = None) -> list[Pr
     if not file.is_file():
         raise ValueError(f"prompts: no file at {path!r}; pass a JSONL file")
     prompts: list[Prompt] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         if limit is not None and len(prompts) == limit:

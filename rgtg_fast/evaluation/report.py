@@ -147,7 +147,8 @@ def _frontier(axes: Any, settings: Settings, runs: dict[str, Any]) -> None:
         )
     axes.set_xlabel("KL from the base, nats per answer")
     axes.set_ylabel("mean reward by the judge")
-    axes.legend(frameon=False, fontsize="small")
+    if groups:
+        axes.legend(frameon=False, fontsize="small")
 
 
 def _bars(axes: Any, panel: str, runs: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ class Evaluation:
     prompts: list[Prompt]
     folder: Path
     progress: Progress
+    guide: tuple[Any, Any] = (None, None)  # what the last guide was loaded for, and it
 
     def seeds(self, run: Run) -> tuple[int, ...]:
         """The seeds that a run is run with: one where nothing is drawn."""
@@ -102,8 +103,8 @@ def prepare(settings: Settings, console: Console) -> Evaluation:
     """Everything that can be wrong before models are loaded."""
     models.device_of(settings)
     for spec in settings.runs:
-        if spec.reward_model is not None and spec.kind == "classifier":
-            models.check_classifier(f"run {spec.name}: reward_model", spec.reward_model)
+        if spec.reward_model is not None:
+            models.check_guide(spec)
         if spec.select_by is not None:
             models.check_classifier(f"run {spec.name}: select_by", spec.select_by)
     if is_function(settings.judge):
@@ -148,6 +149,7 @@ def generate_all(evaluation: Evaluation) -> dict[str, RunRows]:
             {seed: rows.get(seed, [dict(r) for r in first]) for seed in settings.seeds}
         )
     del lm
+    evaluation.guide = (None, None)
     _release()
     return done
 
@@ -156,7 +158,7 @@ def _generate(evaluation: Evaluation, spec: Run, lm: Any, files: dict[int, Rows]
     settings, prompts = evaluation.settings, evaluation.prompts
     guide = other_tokenizer = selector = None
     if spec.reward_model is not None:
-        guide = models.load_guide(spec, lm, settings)
+        guide = _guide(evaluation, spec, lm)
         other_tokenizer = models.reward_tokenizer(spec, evaluation.tokenizer)
     if spec.select_by is not None:
         selector = _classifier(evaluation, spec.select_by)
@@ -178,8 +180,16 @@ def _generate(evaluation: Evaluation, spec: Run, lm: Any, files: dict[int, Rows]
             numbers = range(at, min(at + step, len(prompts)))
             file.add(answerer.batch([prompts[i] for i in numbers], numbers, seed))
             evaluation.progress.advance(bar, len(numbers))
-    del guide, selector, answerer
-    _release()
+
+
+def _guide(evaluation: Evaluation, spec: Run, lm: Any) -> Any:
+    """The run's guide; a grid's runs share one, so it is loaded and probed once."""
+    wanted = (spec.reward_model, spec.kind)
+    if evaluation.guide[0] != wanted:
+        evaluation.guide = (None, None)  # first let go of the other one's memory
+        _release()
+        evaluation.guide = (wanted, models.load_guide(spec, lm, evaluation.settings))
+    return evaluation.guide[1]
 
 
 def judge_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
@@ -222,8 +232,7 @@ def judge_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
 
 def _rate(judge: Any, prompts: list[Prompt], rows: list[dict], at: int) -> list[dict]:
     chosen = rows[at : at + _JUDGED_AT_ONCE]
-    answers = [(row["text"], row["ids"], row["finished"]) for row in chosen]
-    rewards = judge.score([prompts[row["i"]] for row in chosen], answers)
+    rewards = judge.score([prompts[row["i"]] for row in chosen], chosen)
     for row, reward in zip(chosen, rewards, strict=True):
         row["reward"] = reward
     return chosen
@@ -240,9 +249,9 @@ def compare_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
     bar = evaluation.progress.add_task(
         "win rate", total=len(others) * len(prompts) * len(settings.seeds)
     )
-    asked = {
-        k: v for k, v in asdict(judge).items() if k in ("function", "url", "model", "template")
-    }
+    asked: Any = {k: getattr(judge, k) for k in ("url", "model", "template")}
+    if judge.function is not None:
+        asked = models.identity(judge.function)
     workers = judge.workers if judge.url else 1
     for spec in others:
         wins = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from ..scorers.factory import same_vocabulary
 from .prompts import Prompt
 
-Text = tuple[str, list[int], bool]
+Row = Mapping[str, Any]  # an answer: text, ids, end
 
 
 class Classifier:
@@ -32,8 +32,8 @@ class Classifier:
         self.batch_size = 1 if pad is None else batch_size
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[Text]) -> list[float]:
-        """Rewards of (text, ids, finished) answers to the prompts."""
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Row]) -> list[float]:
+        """Rewards of answers (`text`, `ids`, `end`) to the prompts."""
         rows = [self._ids(p, a) for p, a in zip(prompts, answers, strict=True)]
         rewards = [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -43,20 +43,18 @@ class Classifier:
                 rewards[i] = reward
         return rewards
 
-    def _ids(self, prompt: Prompt, answer: Text) -> list[int]:
-        text, ids, finished = answer
-        tok = self.tokenizer
+    def _ids(self, prompt: Prompt, answer: Row) -> list[int]:
+        tok, text, end = self.tokenizer, answer["text"], answer["end"]
         own_chat = not isinstance(prompt.source, str) and getattr(tok, "chat_template", None)
         if self.shared and own_chat in (None, False, self.lm_tokenizer.chat_template):
-            eos = self.lm_tokenizer.eos_token_id
-            row = prompt.ids + ids + ([eos] if finished and eos is not None else [])
+            row = prompt.ids + answer["ids"] + ([] if end is None else [end])
         elif own_chat:
             messages = [*prompt.source, {"role": "assistant", "content": text}]
             rendered = tok.apply_chat_template(messages, tokenize=False)
             row = tok(rendered, add_special_tokens=False)["input_ids"]
         else:
             row = tok(prompt.text + text)["input_ids"]
-            if finished and tok.eos_token_id is not None and row[-1:] != [tok.eos_token_id]:
+            if end is not None and tok.eos_token_id is not None and row[-1:] != [tok.eos_token_id]:
                 row = [*row, tok.eos_token_id]
         if isinstance(self.limit, int) and 0 < self.limit < len(row):
             raise ValueError(
@@ -81,11 +79,12 @@ class FunctionJudge:
     def __init__(self, function: Callable[[Any, str, bool], float], name: str) -> None:
         self.function, self.name = function, name
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[Text]) -> list[float]:
-        """Rewards of (text, ids, finished) answers to the prompts."""
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Row]) -> list[float]:
+        """Rewards of answers (`text`, `ids`, `end`) to the prompts."""
         rewards = []
-        for prompt, (text, _, finished) in zip(prompts, answers, strict=True):
-            reward = float(self.function(prompt.source, text, finished))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            finished = answer["end"] is not None
+            reward = float(self.function(prompt.source, answer["text"], finished))
             if reward != reward:
                 raise ValueError(f"judge {self.name} gave NaN for the prompt {prompt.source!r}")
             rewards.append(reward)

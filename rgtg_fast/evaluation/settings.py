@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import importlib
 import itertools
 import os
@@ -18,6 +19,7 @@ from ..scorers.factory import EOS_REWARDS, METHODS
 
 KINDS = ("classifier", "vocab", "autoregressive", "head")
 GRID = ("reward_model", "k", "beta", "temperature", "best_of", "top_k", "top_p")
+CONFIGS = ("config.json", "adapter_config.json")
 _GUIDED = ("k", "beta", "kind", "eos_reward", "reward_method")
 _UNGUIDED = ("top_k", "top_p", "min_p")
 
@@ -186,8 +188,8 @@ def _runs(value: Any) -> tuple[Run, ...]:
 def _grid(entry: dict[str, Any]) -> list[Run]:
     """The runs of an entry, one for each combination of its lists of values."""
     name = entry.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.+=,@ -]+", name):
-        raise ValueError(f"run name {name!r}; write letters, digits, spaces and . + = , @ _ -")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+=,@-]+", name):
+        raise ValueError(f"run name {name!r}; write letters, digits and . + = , @ _ - only")
     check_keys(entry, RUN_FIELDS, f"run {name}: ")
     lists = {key: value for key, value in entry.items() if isinstance(value, list)}
     for key, options in lists.items():
@@ -210,6 +212,9 @@ def _check_run(run: Run, given: set[str]) -> None:
     if useless:
         word, way = ("guided", "drop it") if run.reward_model else ("unguided", "set reward_model")
         raise ValueError(f"{where}{sorted(useless)[0]} does nothing in a {word} run; {way}")
+    tempered = given & {"temperature", *_UNGUIDED}
+    if not run.do_sample and tempered:
+        raise ValueError(f"{where}{sorted(tempered)[0]} does nothing in a greedy run; drop it")
     for key, allowed in (
         ("kind", KINDS),
         ("eos_reward", EOS_REWARDS),
@@ -287,7 +292,7 @@ def check_model(key: str, name: str) -> None:
     """Raises `ValueError` for a folder without a model in it, or a path that is not there."""
     path = Path(name)
     if path.is_dir():
-        files = ("config.json", "adapter_config.json", "reward_head.safetensors")
+        files = (*CONFIGS, "reward_head.safetensors")
         if not any((path / file).is_file() for file in files):
             raise ValueError(f"{key}={name!r} holds no config.json; pass a model's folder")
     elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in "./":
@@ -295,7 +300,13 @@ def check_model(key: str, name: str) -> None:
 
 
 def _same(a: str, b: str) -> bool:
-    return os.path.realpath(a) == os.path.realpath(b) if Path(a).exists() else a == b
+    """Whether two names mean one model: the same name or folder, or a copy of its weights."""
+    if a == b or os.path.realpath(a) == os.path.realpath(b):
+        return True
+    one, other = (sorted(Path(folder).glob("*.safetensors")) for folder in (a, b))
+    if not one or [f.name for f in one] != [f.name for f in other]:
+        return False
+    return all(filecmp.cmp(*pair, shallow=False) for pair in zip(one, other, strict=True))
 
 
 def _check_judge(settings: Settings) -> None:

@@ -13,19 +13,24 @@ from . import metrics
 from .bootstrap import Bootstrap, Estimate, jackknife
 from .settings import Settings
 
-# name -> (heading, value of a row, None where unknown)
-MEASURES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
-    "reward": ("reward", lambda row: row["reward"]),
-    "kl": ("KL (nats)", lambda row: row["kl"]),
-    "log_ratio": ("log q/p", lambda row: row["log_ratio"]),
-    "proxy": ("proxy reward", lambda row: row["proxy"]),
-    "nll": ("nats per token under the base", lambda row: -row["logp"] / row["tokens"]),
-    "length": ("tokens", lambda row: float(len(row["ids"]))),
-    "finished": ("finished", lambda row: float(row["finished"])),
-    "rep_2": ("rep-2", lambda row: metrics.repetition(row["ids"], 2)),
-    "rep_3": ("rep-3", lambda row: metrics.repetition(row["ids"], 3)),
-    "rep_4": ("rep-4", lambda row: metrics.repetition(row["ids"], 4)),
-    "diversity": ("diversity", lambda row: metrics.diversity(row["ids"])),
+
+def _ended(row: dict[str, Any]) -> bool:
+    return row["end"] is not None
+
+
+# The value of a row, None where it is unknown.
+MEASURES: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "reward": lambda row: row["reward"],
+    "kl": lambda row: row["kl"],
+    "log_ratio": lambda row: row["log_ratio"],
+    "proxy": lambda row: row["proxy"],
+    "nll": lambda row: -row["logp"] / (len(row["ids"]) + _ended(row)),
+    "length": lambda row: float(len(row["ids"])),
+    "finished": lambda row: float(_ended(row)),
+    "rep_2": lambda row: metrics.repetition(row["ids"], 2),
+    "rep_3": lambda row: metrics.repetition(row["ids"], 3),
+    "rep_4": lambda row: metrics.repetition(row["ids"], 4),
+    "diversity": lambda row: metrics.diversity(row["ids"]),
 }
 DISTINCT = (1, 2, 3)
 
@@ -40,7 +45,7 @@ class RunRows:
 
     def values(self, name: str) -> np.ndarray:
         """A measure [seeds, prompts], NaN where it is unknown."""
-        get = MEASURES[name][1]
+        get = MEASURES[name]
         known = [[get(row) for row in rows] for rows in self.by_seed.values()]
         return np.array(known, dtype=np.float64)
 
