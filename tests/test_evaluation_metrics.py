@@ -77,6 +77,14 @@ def test_the_same_seed_gives_the_same_interval():
     assert Bootstrap(12).interval(values) != Bootstrap(12, seed=1).interval(values)
 
 
+def test_large_sets_are_resampled_in_parts_to_the_same_end(monkeypatch):
+    values = np.random.default_rng(0).exponential(size=50)
+    whole = Bootstrap(50, resamples=500).interval(values)
+    monkeypatch.setattr("rgtg_fast.evaluation.bootstrap._CHUNK", 50 * 64)
+    parts = Bootstrap(50, resamples=500).interval(values)
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+
+
 def test_equal_values_have_no_spread_and_one_value_no_interval():
     equal = Bootstrap(9).interval(np.full(9, 0.1))
     assert (equal.low, equal.high, equal.se) == (equal.mean, equal.mean, 0)

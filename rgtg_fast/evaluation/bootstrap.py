@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
 _NORMAL = NormalDist()
-_CHUNK = 1 << 24  # resampled prompts held at a time
+_CHUNK = 1 << 23  # resampled prompts held at a time
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Bootstrap:
         self, n: int, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
     ) -> None:
         self.n, self.resamples, self.confidence, self.seed = n, resamples, confidence, seed
+        self._kept: list[np.ndarray] | None = None
 
     def interval(self, values: np.ndarray) -> Estimate:
         """The mean of `values` [n] over the prompts where it is known (not NaN)."""
@@ -53,15 +55,22 @@ class Bootstrap:
         return Estimate(mean, low, high, float(boot.std(ddof=1)), count)
 
     def _means(self, values: np.ndarray, known: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return np.concatenate([w @ values / (w @ known) for w in self._weights()])
+
+    def _weights(self) -> list[np.ndarray] | Iterator[np.ndarray]:
+        """How often each prompt is in each resample, [.., n]; kept where it fits."""
+        if self._kept is None and self.resamples * self.n <= _CHUNK:
+            self._kept = list(self._draw())
+        return self._draw() if self._kept is None else self._kept
+
+    def _draw(self) -> Iterator[np.ndarray]:
         rng = np.random.default_rng(self.seed)
         step = max(1, _CHUNK // self.n)
-        parts = []
+        even = np.full(self.n, 1 / self.n)
         for at in range(0, self.resamples, step):
-            size = (min(step, self.resamples - at), self.n)
-            chosen = rng.integers(self.n, size=size)
-            with np.errstate(invalid="ignore"):
-                parts.append(values[chosen].sum(1) / known[chosen].sum(1))
-        return np.concatenate(parts)
+            size = min(step, self.resamples - at)
+            yield rng.multinomial(self.n, even, size=size).astype(np.float64)
 
     def _levels(self, boot: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
         tail = (1 - self.confidence) / 2
