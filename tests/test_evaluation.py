@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from tiny import gpt2_rm, tokenizer
+from tiny import gpt2_lm, gpt2_rm, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.evaluation import answers
+from rgtg_fast.evaluation.store import Rows
 
 PROMPTS, TOKENS, K, BETA = 8, 8, 10, 2.0
 GUIDE = str(ASSETS / "rm_partial")
@@ -249,6 +250,49 @@ def test_other_settings_keep_the_old_answers(copied):
     assert max(len(line["answers"]["base"]["text"].split()) for line in read(copied)[1]) <= 2
 
 
+def test_a_piece_of_a_line_is_dropped_from_a_file_of_rows(tmp_path):
+    Rows(tmp_path, "a", {"x": 1}).add([{"i": 0}, {"i": 1}])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    again = Rows(tmp_path, "a", {"x": 1})
+    assert again.rows == [{"i": 0}]
+    again.add([{"i": 9}])
+    assert Rows(tmp_path, "a", {"x": 1}).rows == [{"i": 0}, {"i": 9}]
+    assert Rows(tmp_path, "a", {"x": 2}).rows == []
+
+
+def test_a_file_killed_in_its_first_line_starts_anew(tmp_path):
+    Rows(tmp_path, "a", {})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:4])
+    Rows(tmp_path, "a", {}).add([{"i": 0}])
+    assert Rows(tmp_path, "a", {}).rows == [{"i": 0}]
+
+
+@torch.no_grad()
+def test_likelihoods_do_not_depend_on_padding():
+    lm = gpt2_lm()  # it has absolute positions
+    sequences = torch.tensor([[0, 0, 5, 6, 7, 0], [8, 9, 10, 11, 12, 13]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    live = torch.tensor([[True, False], [True, True]])
+    got = answers.base_logits(lm, sequences, mask, live)
+    torch.testing.assert_close(got[0, :1], lm(sequences[:1, 2:5]).logits[0, 1:2])
+    torch.testing.assert_close(got[1], lm(sequences[1:]).logits[0, 3:5])
+
+
+def test_answers_end_with_their_eos(loaded, tmp_path):
+    path = config(tmp_path, runs=RUNS[:1], limit=6, seeds=1, max_new_tokens=48, plots=False)
+    main(["eval", "--config", path])
+    found = rows(tmp_path, "base.0.answers")[1]
+    ended = [row for row in found if row["end"] is not None]
+    assert len({len(row["ids"]) for row in ended}) > 1
+    for row in ended:
+        assert row["end"] == 1 and not {0, 1} & set(row["ids"])
+        logp = torch.log_softmax(plain_logits(loaded, row), -1)
+        expected = logp.gather(1, torch.tensor(whole(row))[:, None]).sum().item()
+        assert row["logp"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_guides_of_every_kind_answer(tmp_path, loaded):
     lm = str(ASSETS / "lm")
     weight = torch.linspace(-1, 1, loaded[0].config.hidden_size)
@@ -261,8 +305,7 @@ def test_guides_of_every_kind_answer(tmp_path, loaded):
         {"name": "head", "kind": "head", "reward_model": str(tmp_path)},
         {"name": "text", "reward_model": str(tmp_path / "other"), "k": 3},
     ]
-    with pytest.warns(UserWarning, match="another vocabulary"):
-        main(["eval", "--config", config(tmp_path, runs=runs), "limit=2", "max_new_tokens=2"])
+    main(["eval", "--config", config(tmp_path, runs=runs), "limit=2", "max_new_tokens=2"])
     results, _ = read(tmp_path)
     for name in ("vocab", "genarm", "head", "text"):
         metrics = results["runs"][name]["metrics"]

@@ -69,7 +69,7 @@ def run(**values):
         ({"runs": [{"name": "base"}] * 2}, "same name base"),
         (run(name="a/b"), "run name 'a/b'"),
         (run(bta=1), "unknown key run r: bta: did you mean beta?"),
-        (run(beta=2), "beta does nothing in a unguided run; set reward_model"),
+        (run(beta=2), "beta does nothing in an unguided run; set reward_model"),
         (run(reward_model=GUIDE, top_k=5), "top_k does nothing in a guided run"),
         (run(do_sample=False, temperature=0.5), "temperature does nothing in a greedy run"),
         (run(reward_model=GUIDE, k=65), "k=65; pass 1 to 64"),

@@ -210,8 +210,10 @@ def _check_run(run: Run, given: set[str]) -> None:
     where = f"run {run.name}: "
     useless = given & set(_UNGUIDED if run.reward_model else _GUIDED)
     if useless:
-        word, way = ("guided", "drop it") if run.reward_model else ("unguided", "set reward_model")
-        raise ValueError(f"{where}{sorted(useless)[0]} does nothing in a {word} run; {way}")
+        word, way = (
+            ("a guided", "drop it") if run.reward_model else ("an unguided", "set reward_model")
+        )
+        raise ValueError(f"{where}{sorted(useless)[0]} does nothing in {word} run; {way}")
     tempered = given & {"temperature", *_UNGUIDED}
     if not run.do_sample and tempered:
         raise ValueError(f"{where}{sorted(tempered)[0]} does nothing in a greedy run; drop it")
