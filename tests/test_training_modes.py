@@ -102,8 +102,15 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
 
 def test_batches_can_be_of_like_length_in_the_order_of_the_epoch(tmp_path):
     rows = id_pairs(32, longest=20)
-    trained = trainer(tmp_path, train=rows, train_sampling_strategy="group_by_length", max_steps=2)
+    trained = trainer(
+        tmp_path,
+        train=rows,
+        evaluate=id_pairs(5, seed=4),
+        train_sampling_strategy="group_by_length",
+        max_steps=2,
+    )
     trained.train()
+    assert "eval_accuracy" in trained.evaluate()
     sampler = trained._get_train_sampler()
     lengths = trained.train_dataset.lengths()
     orders = []

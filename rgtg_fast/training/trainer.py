@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
@@ -126,6 +127,11 @@ class PrefixRewardTrainer(Trainer):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return GroupedByLength(size, data.lengths(), self.args.seed)
         return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def parts(self, model: nn.Module) -> TrainedParts:
         """Base and head of the unwrapped model."""
