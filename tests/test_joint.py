@@ -152,3 +152,24 @@ def test_a_head_on_another_model_is_a_reward_model_like_any_other(forwards):
     out = rgtg_fast.generate(lm, reward_model=a_head(other), **OPTIONS)
     assert not forwards["joint"] and len(forwards["tree"]) >= STEPS
     assert out.rewards.isfinite().all()
+
+
+@torch.no_grad()
+def test_kept_rows_keep_their_own_prefixes_in_both_halves(tmp_path):
+    _, lm = make_checkpoint(tmp_path)
+    adapter = rgtg_fast.RewardAdapter.from_pretrained(lm, tmp_path)
+    ids = OPTIONS["input_ids"], OPTIONS["attention_mask"]
+    all_rows, kept = (JointScorer(adapter, 4, fused=True, capacity=32) for _ in range(2))
+    for scorer in (all_rows, kept):
+        scorer.prefill(*ids)
+    rows, candidates = torch.tensor([2, 0]), torch.arange(12).view(3, 4) * 5 + 3
+    for step in range(3):
+        want = all_rows.score(candidates + step)
+        got = kept.score((candidates + step)[rows] if step else candidates)
+        assert torch.allclose(got, want[rows] if step else want, atol=1e-5)
+        slot = torch.tensor([step, 1, 3 - step])
+        all_rows.commit(slot)
+        kept.commit(slot[rows] if step else slot)
+        if step == 0:
+            kept.keep_rows(rows)
+        assert torch.allclose(kept.next_hidden, all_rows.next_hidden[rows], atol=1e-5)
