@@ -43,16 +43,29 @@ With `frozen: true` (or `pair_features` and `fit_head` of `rgtg_fast.training.he
 head on a frozen language model is fitted: hidden states once, then a convex problem, for
 `RewardHead(lm, weight)`. The guides are in `rgtg_fast.scorers`.
 
+Four smaller methods, each exact and in a module of its own, fit into this:
+
+| | what it does | source |
+| --- | --- | --- |
+| `attention_labels` | labels for every prefix out of a full-sequence model: its last layer's attention shares out its reward; train on them with `rad` (and `rgtg_fast.scorers.AttentionCreditScorer`) | arXiv 2402.00782 |
+| `PessimisticHead` | θ·φ - c‖φ‖_{Σ⁻¹} on `pair_features`, for `RewardHead(lm, head)` | arXiv 2301.11270 |
+| `d_optimal` | the pairs most worth a label, by greedy log det; `python -m rgtg_fast select-pairs` | D-optimal design |
+| `reward_consistency` | how far two reward models agree, for `PrefixRewardConfig(consistency=C)` | arXiv 2410.12735 |
+
 EOS: an answer ends with EOS where it truly ends and nowhere else, so the model learns what ending
 there is worth; answers cut at `max_length` get none (`eos: keep` adds none at all). Over-long rows
 are counted and said; empty answers, equal pairs, and pairs that are in train and eval are errors
 that say how many and what to do.
 """
 
+from .attention_credit import attention_labels, dense_rewards
 from .collate import LabelledCollator, PairCollator
 from .config import PrefixRewardConfig
+from .consistency import consistency_rate, kendall_tau, reward_consistency
 from .data import DataReport, LabelledDataset, PreferenceDataset
+from .design import Selection, d_optimal
 from .head_only import HeadFit, PairFeatures, fit_head, pair_features
+from .pessimistic import PessimisticHead
 from .trainer import PrefixRewardTrainer
 
 __all__ = [
@@ -62,9 +75,17 @@ __all__ = [
     "LabelledDataset",
     "PairCollator",
     "PairFeatures",
+    "PessimisticHead",
     "PreferenceDataset",
     "PrefixRewardConfig",
     "PrefixRewardTrainer",
+    "Selection",
+    "attention_labels",
+    "consistency_rate",
+    "d_optimal",
+    "dense_rewards",
     "fit_head",
+    "kendall_tau",
     "pair_features",
+    "reward_consistency",
 ]

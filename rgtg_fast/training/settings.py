@@ -47,6 +47,11 @@ def read_settings(path: str | os.PathLike[str], overrides: list[str] | None = No
     Raises `ValueError` for a file that is no mapping, unknown keys (naming the nearest known one),
     missing keys, and values of the wrong kind.
     """
+    return check_settings(read_values(path, overrides))
+
+
+def read_values(path: str | os.PathLike[str], overrides: list[str] | None = None) -> dict[str, Any]:
+    """The file's mapping with the overrides in it, unchecked."""
     import yaml
 
     file = Path(path)
@@ -63,7 +68,7 @@ def read_settings(path: str | os.PathLike[str], overrides: list[str] | None = No
         if not equals:
             raise ValueError(f"override {override!r}; write key=value")
         values[key] = yaml.safe_load(value)
-    return check_settings(values)
+    return values
 
 
 def check_settings(values: dict[str, Any]) -> Settings:
@@ -74,8 +79,8 @@ def check_settings(values: dict[str, Any]) -> Settings:
     missing = [key for key in ("model", "train", "output_dir") if not values.get(key)]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; set {missing[0]}: ...")
-    own = {key: _typed(key, value, OWN) for key, value in values.items() if key in OWN}
-    args = {key: _typed(key, value, TRAINER) for key, value in values.items() if key in TRAINER}
+    own = {key: typed(key, value, OWN) for key, value in values.items() if key in OWN}
+    args = {key: typed(key, value, TRAINER) for key, value in values.items() if key in TRAINER}
     settings = Settings(**own, args={"report_to": "none", "logging_steps": 10} | args)
     named = NAMED.get(str(settings.train).partition(":")[0])
     if named is not None:
@@ -100,7 +105,7 @@ def _unknown(key: str) -> str:
     return f"unknown key {key}: {hint}"
 
 
-def _typed(key: str, value: Any, fields: dict[str, Any]) -> Any:
+def typed(key: str, value: Any, fields: dict[str, Any]) -> Any:
     """`value` as the field's type has it; YAML reads 5e-6 as text."""
     kind = str(fields[key].type)
     wanted = [name for name in ("float", "int", "bool", "str", "dict") if name in kind]
