@@ -43,14 +43,17 @@ With `frozen: true` (or `pair_features` and `fit_head` of `rgtg_fast.training.he
 head on a frozen language model is fitted: hidden states once, then a convex problem, for
 `RewardHead(lm, weight)`. The guides are in `rgtg_fast.scorers`.
 
-Four smaller methods, each exact and in a module of its own, fit into this:
+Four smaller methods, each in a module of its own, fit into this:
 
-| | what it does | source |
-| --- | --- | --- |
-| `attention_labels` | labels for every prefix out of a full-sequence model: its last layer's attention shares out its reward; train on them with `rad` (and `rgtg_fast.scorers.AttentionCreditScorer`) | arXiv 2402.00782 |
-| `PessimisticHead` | θ·φ - c‖φ‖_{Σ⁻¹} on `pair_features`, for `RewardHead(lm, head)` | arXiv 2301.11270 |
-| `d_optimal` | the pairs most worth a label, by greedy log det; `python -m rgtg_fast select-pairs` | D-optimal design |
-| `reward_consistency` | how far two reward models agree, for `PrefixRewardConfig(consistency=C)` | arXiv 2410.12735 |
+- `attention_labels` (arXiv 2402.00782): labels for every prefix out of a full-sequence model, whose
+  last layer's attention shares out its reward; `rad` trains on them. As a guide:
+  `rgtg_fast.scorers.AttentionCreditScorer`.
+- `PessimisticHead` (arXiv 2301.11270): θ·φ - c‖φ‖_{Σ⁻¹} from `pair_features`, for
+  `RewardHead(lm, head)`.
+- `d_optimal`: the pairs most worth a label, by greedy log det Σ;
+  `python -m rgtg_fast select-pairs --config select.yaml` (keys: `SelectSettings`).
+- `reward_consistency` (arXiv 2410.12735): how far two reward models agree on rankings, C, for
+  `PrefixRewardConfig(consistency=C)`.
 
 EOS: an answer ends with EOS where it truly ends and nowhere else, so the model learns what ending
 there is worth; answers cut at `max_length` get none (`eos: keep` adds none at all). Over-long rows

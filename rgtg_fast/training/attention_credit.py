@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..scorers.attention_credit import check_share, eager_attention, last_attention
 from ..scorers.reward_model import as_reward_model
@@ -96,11 +95,9 @@ def attention_labels(
         raise ValueError("rows is empty; pass rows with prompt_ids and answer_ids")
     pad = getattr(rm.text_config, "pad_token_id", None)
     collate = LabelledCollator(pad or 0)
-    done = 0
-    batches: Any = DataLoader(
-        single, batch_size, collate_fn=lambda rows: collate([r | {"label": 0.0} for r in rows])
-    )  # type: ignore[arg-type]
-    for batch in batches:
+    for at in range(0, len(single), batch_size):
+        part = single[at : at + batch_size]
+        batch = collate([row | {"label": 0.0} for row in part])
         batch = {name: value.to(rm.device) for name, value in batch.items()}
         with rm.evaluating(), eager_attention(rm.model):
             hidden, out = rm.forward_base(
@@ -116,7 +113,8 @@ def attention_labels(
         attention = weights[index, :, last].float().to(reward.device)
         mask = batch["answer_mask"].to(reward.device)
         sums = dense_rewards(reward.double(), attention, mask, share).cumsum(-1)
-        for r, total, answer in zip(reward.tolist(), sums.cpu(), mask.bool().cpu(), strict=True):
-            single[done] |= {"label": r, "targets": total[answer].tolist()}
-            done += 1
+        for row, r, total, answer in zip(
+            part, reward.tolist(), sums.cpu(), mask.bool().cpu(), strict=True
+        ):
+            row |= {"label": r, "targets": total[answer].tolist()}
     return single

@@ -198,8 +198,8 @@ class LabelledDataset(_Rows):
         for row in raw:
             entry = _encode_labelled(row, tokenizer, eos)
             reason = _invalid_label(entry)
-            too_long = max_length and len(entry["prompt_ids"] + entry["answer_ids"]) > max_length
-            if reason is None and too_long:
+            length = len(entry["prompt_ids"]) + len(entry["answer_ids"])
+            if reason is None and max_length and length > max_length:
                 self.report.overlong += 1
                 if overlong == "drop":
                     self.report.dropped_overlong += 1

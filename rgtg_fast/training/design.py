@@ -50,7 +50,7 @@ def d_optimal(
     Args:
         features: float [M, H]; their signs do not matter, so no label is needed.
         count: rows to choose, 1 to M.
-        l2: λ > 0; how much variance is thought to be known without data.
+        l2: λ > 0. The inverse loses digits as xᵀx / λ grows: gains are right to about 1e-15 xᵀx / λ.
         labelled: float [M0, H], features of pairs that have labels already.
         progress: called with the number chosen and the last gain.
 
@@ -77,6 +77,11 @@ def d_optimal(
     if not x.isfinite().all():
         bad = int((~x.isfinite()).any(-1).nonzero()[0])
         raise ValueError(f"features row {bad} is not finite; leave it out, or load in float32")
+    if (largest := float((x**2).sum(-1).max())) > 1e12 * l2 > 0:
+        raise ValueError(
+            f"l2={l2} is lost beside features of squared norm {largest:.3g} in float64; pass at "
+            f"least {largest / 1e12:.3g}"
+        )
     sigma = gram(x[:0] if labelled is None else labelled.to(x), l2)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(sigma))
 

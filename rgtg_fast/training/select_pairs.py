@@ -35,7 +35,8 @@ class SelectSettings:
         count: how many to choose.
         out: JSONL file to write: the candidates' rows as they are, in the order chosen, each with
             `gain` (what it adds to log det Σ) and `row` (its place among the candidates, from 0).
-        labelled: pairs that have labels already, of the same formats: they are not chosen again.
+        labelled: pairs that have labels already, of the same formats: Σ begins with them, so that
+            little is gained by what is like them.
         l2: λ of Σ = λ I + Σ x xᵀ.
         layer: which hidden state; -1 for the last.
         invalid: "error", or "drop" for candidates with an empty or two equal answers.
