@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import zoo
 from scipy import stats
 from tiny import gpt2_lm, gpt2_rm, llama_lm, llama_rm, prompts, tokenizer
 from training import config, id_pairs, step, text_pairs, trainer
@@ -149,6 +150,11 @@ def test_a_scorer_without_a_share_is_the_reward_model():
     for _ in range(2):  # a scorer can be used again
         out = rgtg_fast.generate(gpt2_lm(), **inputs, reward_model=credit, **arguments)
         assert torch.equal(out, plain)
+
+
+def test_a_model_that_looks_ahead_cannot_guide_by_its_attention():
+    with pytest.raises(ValueError, match="cannot be scored from a cache"):
+        AttentionCreditScorer(zoo.rm("bert"))
 
 
 # Pessimistic heads

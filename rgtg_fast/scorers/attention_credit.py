@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..attention import attention_configs
 from .expand import ExpandScorer
+from .probe import probe
 from .reward_model import as_reward_model
+
+_PROBED = 32  # tokens: eager attention on a probe past a window of thousands would not be cheap
 
 
 @contextmanager
@@ -73,8 +76,8 @@ class AttentionCreditScorer(ExpandScorer):
         backend: of the ops.
 
     Raises:
-        ValueError: a share out of range, and at the first step a model that gives no attention
-            weights.
+        ValueError: a share out of range, a model that a numerical probe finds wrong to score from a
+            cache (encoders, recurrent ones), and at the first step one without attention weights.
 
     Example::
 
@@ -87,7 +90,15 @@ class AttentionCreditScorer(ExpandScorer):
 
     def __init__(self, model: Any, share: float = 0.5, backend: ops.Backend = "auto") -> None:
         check_share(share)
-        super().__init__(as_reward_model(model), 1, backend=backend)
+        rm = as_reward_model(model)
+        with eager_attention(rm.model):
+            why = probe(rm, _PROBED, ("expand",), backend).why_not("expand")
+        if why is not None:
+            raise ValueError(
+                f"{type(rm.model).__name__} cannot be scored from a cache of its prefix ({why}), "
+                "so attention-based credit cannot guide; pass a causal transformer"
+            )
+        super().__init__(rm, 1, backend=backend)
         self.share = share
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:

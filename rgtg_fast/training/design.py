@@ -50,7 +50,7 @@ def d_optimal(
     Args:
         features: float [M, H]; their signs do not matter, so no label is needed.
         count: rows to choose, 1 to M.
-        l2: λ > 0. The inverse loses digits as xᵀx / λ grows: gains are right to about 1e-15 xᵀx / λ.
+        l2: λ > 0. The inverse loses digits as xᵀx / λ grows: gains err by up to 1e-15 xᵀx / λ.
         labelled: float [M0, H], features of pairs that have labels already.
         progress: called with the number chosen and the last gain.
 
