@@ -68,7 +68,7 @@ def test_dense_rewards_are_the_equation_token_by_token(share):
 def test_labels_are_the_running_sums_of_the_models_own_attention(rm):
     model, rows = rm(), id_pairs(5)
     labels = attention_labels(model, PreferenceDataset(rows), share=0.6, batch_size=4)
-    assert len(labels) == 10
+    assert len(labels) == 10 and model.config._attn_implementation == "sdpa"
     for number, label in enumerate(labels):
         row = rows[number // 2]
         answer = row[("chosen_ids", "rejected_ids")[number % 2]]
@@ -79,7 +79,6 @@ def test_labels_are_the_running_sums_of_the_models_own_attention(rm):
         torch.testing.assert_close(
             torch.tensor(label["targets"]), dense.cumsum(0).float(), rtol=1e-4, atol=1e-4
         )
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_loss_is_the_squared_error_to_every_prefixs_own_target(tmp_path):
