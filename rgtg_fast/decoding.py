@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from . import ops
 from .output import RewardGuidedOutput
-from .plan import Plan
+from .plan import Plan, eos_ids, foreign_criterion, last_step
 from .policy import Policy
 from .record import Record
 from .scorers.base import RewardModelScorer, Scorer
@@ -116,7 +116,6 @@ class Rows:
         tokens = ids.gather(1, slot[:, None])[:, 0]
         if self.pad is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad)
-        self.steps += self.unfinished.any()
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.position += 1
         return tokens
@@ -161,7 +160,11 @@ def guided_decode(
     prompt = input_ids.shape[1]
     rows = Rows(input_ids, plan.pad)
     check = ChoiceCheck(guidance.check_nan, rows)
-    for step in range(plan.steps):
+    # Hugging Face's own criteria are known beforehand, and need not be asked.
+    foreign = foreign_criterion(criteria) is not None
+    eos = eos_ids(criteria, input_ids.device)
+    steps = plan.steps if foreign else last_step(plan.steps, criteria, prompt)
+    for step in range(steps):
         raw = policy.step(rows.input_ids) if step else policy.prefill(input_ids)
         logits, scores = process_logits(raw, rows.input_ids, processors, record.wants_logits)
         logprobs, ids = guidance.expand(scores)
@@ -173,15 +176,20 @@ def guided_decode(
         step_values = slot, ids, logprobs, rewards, logq, keep
         record.add(policy, logits, scores, rows.unfinished, *step_values)
         del raw, logits
+        if plan.sync_every > 1:
+            rows.steps += rows.unfinished.any()
         tokens = rows.append(ids, slot)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        rows.unfinished &= ~criteria(rows.input_ids, record.scores)  # type: ignore[arg-type]
-        if (step + 1) % plan.sync_every:
+        if foreign:
+            rows.unfinished &= ~criteria(rows.input_ids, record.scores)  # type: ignore[arg-type]
+        elif len(eos):
+            rows.unfinished &= (tokens[:, None] != eos).all(1)
+        if (step + 1) % plan.sync_every or not (foreign or len(eos) or plan.synced_gpus):
             continue
         running = int(rows.unfinished.sum())
         if plan.synced_gpus:
-            wait_for_peers(running == 0, policy, rows.input_ids, scorer, ids)
+            wait_for_peers(running == 0 or step + 1 == steps, policy, rows.input_ids, scorer, ids)
         if running == 0:
             break
         if plan.compact and 2 * running <= len(rows.unfinished):
@@ -192,7 +200,7 @@ def guided_decode(
     check.finish()
     if streamer is not None:
         streamer.end()
-    steps = int(rows.steps)
+    steps = int(rows.steps) if plan.sync_every > 1 else step + 1
     return record.result(rows.sequences(prompt + steps), steps, policy.finish(steps))
 
 
@@ -253,6 +261,8 @@ class ChoiceCheck:
     def __call__(
         self, slot: Tensor, rows: Rows, logprobs: Tensor, rewards: Tensor, step: int
     ) -> Tensor:
+        if self.each_step and int(slot.min()) >= 0:  # as a rule, in one operation
+            return slot
         bad = (slot < 0) & rows.unfinished
         if self.each_step and bad.any():
             row = int(bad.nonzero()[0, 0])

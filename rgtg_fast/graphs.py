@@ -25,7 +25,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .decoding import ChoiceCheck, Guidance, Rows, process_logits, score
 from .output import RewardGuidedOutput
-from .plan import Plan, foreign_criterion
+from .plan import Plan, eos_ids, foreign_criterion, last_step
 from .policy import Policy
 from .record import Record
 from .scorers.base import Scorer
@@ -215,8 +215,9 @@ def graphed_decode(
     The same prompts int64 [B, P], scorer (prefilled) and results. Raises `ValueError` at the end
     for a row with no valid choice.
     """
-    prompt, steps = input_ids.shape[1], _steps(plan, criteria, input_ids.shape[1])
-    rows = StaticRows(input_ids, plan.pad, steps, _eos_ids(criteria, input_ids.device))
+    prompt = input_ids.shape[1]
+    steps = last_step(plan.steps, criteria, prompt)
+    rows = StaticRows(input_ids, plan.pad, steps, eos_ids(criteria, input_ids.device))
     check, columns = ChoiceCheck(guidance.check_nan, rows), Columns(record, steps)
 
     def choose(raw: Tensor) -> None:
@@ -250,17 +251,6 @@ def graphed_decode(
     columns.close()
     done = int(rows.steps)
     return record.result(rows.sequences(prompt + done), done, policy.finish(done))
-
-
-def _steps(plan: Plan, criteria: StoppingCriteriaList, prompt: int) -> int:
-    limits = [c.max_length - prompt for c in criteria if hasattr(c, "max_length")]
-    return max(1, min([plan.steps, *limits]))
-
-
-def _eos_ids(criteria: StoppingCriteriaList, device: torch.device) -> Tensor:
-    """All EOS ids int64 [n], n may be 0."""
-    ids = [c.eos_token_id.to(device).view(-1) for c in criteria if hasattr(c, "eos_token_id")]
-    return torch.cat([torch.zeros((0,), dtype=torch.int64, device=device), *ids])
 
 
 def choose_graph(

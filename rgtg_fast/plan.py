@@ -90,3 +90,15 @@ def foreign_criterion(criteria: StoppingCriteriaList) -> str | None:
     """The name of a criterion other than Hugging Face's length and EOS, if there is one."""
     own = (MaxLengthCriteria, EosTokenCriteria)
     return next((type(c).__name__ for c in criteria if type(c) not in own), None)
+
+
+def last_step(steps: int, criteria: StoppingCriteriaList, prompt: int) -> int:
+    """`steps`, or fewer where a length criterion ends all rows before."""
+    limits = [c.max_length - prompt for c in criteria if hasattr(c, "max_length")]
+    return max(1, min([steps, *limits]))
+
+
+def eos_ids(criteria: StoppingCriteriaList, device: torch.device) -> Tensor:
+    """All EOS ids int64 [n] of the criteria; n may be 0."""
+    ids = [c.eos_token_id.to(device).view(-1) for c in criteria if hasattr(c, "eos_token_id")]
+    return torch.cat([torch.zeros((0,), dtype=torch.int64, device=device), *ids])

@@ -88,7 +88,7 @@ WAITS = {
     "tensor": lambda: torch.tensor([1.0]),
     "large isin": lambda: torch.isin(X, torch.arange(50.0)),
     "random": lambda: torch.rand(2),
-    "checked distribution": lambda: torch.distributions.Categorical(logits=X),
+    "checked distribution": lambda: torch.distributions.Categorical(logits=X, validate_args=True),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import Subset
 
+from .._config_file import check_keys, read_yaml, typed
 from .data import PreferenceDataset
 from .design import d_optimal
 from .formats import Row, load_rows
 from .head_only import pair_features
-from .settings import read_values, typed
 
 
 @dataclass
@@ -75,7 +74,7 @@ def run(config: str | os.PathLike[str], overrides: list[str] | None = None) -> l
         count: 200
         out: to_label.jsonl
     """
-    settings = check(read_values(config, overrides))
+    settings = check(read_yaml(config, overrides or ()))
     out = Path(settings.out)
     if not out.parent.is_dir():
         raise ValueError(f"out={settings.out!r} lies in a folder that does not exist; make it")
@@ -121,16 +120,12 @@ def run(config: str | os.PathLike[str], overrides: list[str] | None = None) -> l
 
 def check(values: dict[str, Any]) -> SelectSettings:
     """Settings from a mapping; raises `ValueError` for unknown or missing keys and wrong kinds."""
-    for key in values:
-        if key not in FIELDS:
-            near = difflib.get_close_matches(str(key), FIELDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}"
-            raise ValueError(f"unknown key {key}: {hint}")
+    check_keys(values, FIELDS)
     needed = [f.name for f in FIELDS.values() if f.default is dataclasses.MISSING]
     missing = [key for key in needed if values.get(key) is None]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; set {missing[0]}: ...")
-    return SelectSettings(**{key: typed(key, value, FIELDS) for key, value in values.items()})
+    return SelectSettings(**{key: typed(key, value, FIELDS[key]) for key, value in values.items()})
 
 
 def _pairs(

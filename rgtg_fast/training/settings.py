@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from .._config_file import read_yaml
 from .config import PrefixRewardConfig
 from .formats import NAMED
 
@@ -47,28 +47,7 @@ def read_settings(path: str | os.PathLike[str], overrides: list[str] | None = No
     Raises `ValueError` for a file that is no mapping, unknown keys (naming the nearest known one),
     missing keys, and values of the wrong kind.
     """
-    return check_settings(read_values(path, overrides))
-
-
-def read_values(path: str | os.PathLike[str], overrides: list[str] | None = None) -> dict[str, Any]:
-    """The file's mapping with the overrides in it, unchecked."""
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"no config file at {str(file)!r}; write one (YAML) or mend the path")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}; write `key: value` lines")
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r}; write key=value")
-        values[key] = yaml.safe_load(value)
-    return values
+    return check_settings(read_yaml(path, overrides or ()))
 
 
 def check_settings(values: dict[str, Any]) -> Settings:
@@ -79,8 +58,8 @@ def check_settings(values: dict[str, Any]) -> Settings:
     missing = [key for key in ("model", "train", "output_dir") if not values.get(key)]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; set {missing[0]}: ...")
-    own = {key: typed(key, value, OWN) for key, value in values.items() if key in OWN}
-    args = {key: typed(key, value, TRAINER) for key, value in values.items() if key in TRAINER}
+    own = {key: _typed(key, value, OWN) for key, value in values.items() if key in OWN}
+    args = {key: _typed(key, value, TRAINER) for key, value in values.items() if key in TRAINER}
     settings = Settings(**own, args={"report_to": "none", "logging_steps": 10} | args)
     named = NAMED.get(str(settings.train).partition(":")[0])
     if named is not None:
@@ -105,7 +84,7 @@ def _unknown(key: str) -> str:
     return f"unknown key {key}: {hint}"
 
 
-def typed(key: str, value: Any, fields: dict[str, Any]) -> Any:
+def _typed(key: str, value: Any, fields: dict[str, Any]) -> Any:
     """`value` as the field's type has it; YAML reads 5e-6 as text."""
     kind = str(fields[key].type)
     wanted = [name for name in ("float", "int", "bool", "str", "dict") if name in kind]
