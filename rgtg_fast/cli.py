@@ -1,4 +1,4 @@
-"""Command line: `python -m rgtg_fast demo | info | bench | train | eval`."""
+"""Command line: `python -m rgtg_fast demo | info | bench | train | eval | select-pairs`."""
 
 from __future__ import annotations
 
@@ -73,12 +73,23 @@ def _eval(args: argparse.Namespace) -> None:
         raise SystemExit(f"eval: {error}") from None
 
 
+def _select_pairs(args: argparse.Namespace) -> None:
+    from rgtg_fast.training.select_pairs import run
+
+    try:
+        run(args.config, args.overrides)
+    except ValueError as error:
+        raise SystemExit(f"select-pairs: {error}") from None
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(
         prog="python -m rgtg_fast", description="Reward-guided text generation, fast."
     )
-    commands = top.add_subparsers(required=True, metavar="demo | info | bench | train | eval")
+    commands = top.add_subparsers(
+        required=True, metavar="demo | info | bench | train | eval | select-pairs"
+    )
 
     demo = commands.add_parser("demo", help="guide the embedded models and compare")
     demo.add_argument("--prompts", type=int, default=200, help="held-out prompts, 1 to 200")
@@ -121,6 +132,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--config", type=Path, required=True, help="YAML file")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
     evaluate.set_defaults(run=_eval)
+
+    select = commands.add_parser(
+        "select-pairs", help="of many unlabelled pairs, those most worth a label"
+    )
+    select.add_argument("--config", type=Path, required=True, help="YAML file")
+    select.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
+    select.set_defaults(run=_select_pairs)
     return top
 
 

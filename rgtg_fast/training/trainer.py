@@ -182,7 +182,7 @@ class PrefixRewardTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Loss; rewards [N, 2, T] as [N, 2T] or [N, T]; labels [N, 3] (lengths, equal tokens) or
-        [N, 2] (target, length)."""
+        [N, 2] (target, length), with targets of prefixes [N, 2 + T]."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             scored = self.score(model, inputs, None)
@@ -192,6 +192,8 @@ class PrefixRewardTrainer(Trainer):
         lengths = inputs["answer_mask"].sum(-1)
         if self.objective.data == "labelled":
             labels = torch.stack([inputs["target"].float(), lengths.float()], dim=1)
+            if "targets" in inputs:
+                labels = torch.cat([labels, inputs["targets"].float()], dim=1)
             return loss, rewards.float(), labels
         held = rewards
         if self.args.extension == "hold" or self.args.loss_type != "prefix":
