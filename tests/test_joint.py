@@ -127,9 +127,11 @@ def test_eos_has_the_reward_of_the_prefix_where_asked(forwards):
     assert_same(joint, apart)
 
 
-def test_the_cache_given_back_is_the_language_models(forwards):
-    lm = zoo.lm("gpt2")
-    joint, apart = both_ways(lm, a_head(lm), forwards)
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_the_cache_given_back_is_the_language_models(kind, forwards, tmp_path):
+    _, lm = make_checkpoint(tmp_path, "gpt2")
+    rm = rgtg_fast.RewardAdapter.from_pretrained(lm, tmp_path) if kind == "adapter" else a_head(lm)
+    joint, apart = both_ways(lm, rm, forwards)
     assert joint.past_key_values.get_seq_length() == apart.past_key_values.get_seq_length()
     for ours, theirs in zip(
         joint.past_key_values.layers, apart.past_key_values.layers, strict=True
