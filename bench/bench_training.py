@@ -60,11 +60,7 @@ def one_pass(model: torch.nn.Module, pairs: list[dict]):
 
 def exploded(model: torch.nn.Module, pairs: list[dict]):
     rows = [
-        (
-            i,
-            pair["prompt_ids"] + pair["chosen_ids"][:i],
-            pair["prompt_ids"] + pair["rejected_ids"][:i],
-        )
+        [pair["prompt_ids"] + pair[side][:i] for side in ("chosen_ids", "rejected_ids")]
         for i in range(1, ANSWER + 1)
         for pair in pairs
     ]

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 STEPS=${*:-build test sanitize bench}
-OPS="topk_logprobs reward_head ratio_sample ratio_step vocab_reward candidate_attention"
+OPS="topk_logprobs reward_head ratio_sample ratio_step vocab_reward candidate_attention prefix_bt_loss"
 RESULTS=${RESULTS:-bench/results}
 export PYTHONPATH=$PWD
 unset TRITON_INTERPRET
@@ -25,7 +25,8 @@ for step in $STEPS; do
       "$PYTHON" -m rgtg_fast info
       ;;
     test)
-      "$PYTHON" -m pytest ${PYTEST_ARGS:--q} -m gpu tests/test_matrix.py tests/test_gpu.py
+      "$PYTHON" -m pytest ${PYTEST_ARGS:--q} -m gpu \
+        tests/test_matrix.py tests/test_gpu.py tests/test_gpu_graphs.py
       ;;
     sanitize)
       # Triton's kernels are compiled once before, so that the sanitizer sees launches only. The

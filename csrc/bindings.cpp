@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY(rgtg_fast, m) {
       "ratio_sample(Tensor logprobs, Tensor rewards, Tensor ids, Tensor beta, Tensor temperature, "
       "Tensor seed, Tensor position, bool do_sample) -> (Tensor slot, Tensor logq)");
   m.def(
+      "ratio_keep(Tensor logprobs, Tensor ids, Tensor beta, Tensor temperature, Tensor seed, "
+      "Tensor position, bool do_sample, float low, float high) -> Tensor");
+  m.def(
       "ratio_step(Tensor logprobs, Tensor hidden, Tensor weight, Tensor ids, Tensor beta, "
       "Tensor temperature, Tensor seed, Tensor position, bool do_sample, Tensor? bias=None) -> "
       "(Tensor slot, Tensor rewards, Tensor logq)");

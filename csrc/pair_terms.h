@@ -29,8 +29,8 @@ template <class Acc>
 RGTG_HOST_DEVICE PairTerms<Acc> pair_terms(Acc chosen, Acc rejected, Acc share,
                                            const PairOptions<Acc>& o) {
   const Acc gap = chosen - rejected - o.margin;
-  const Acc t = exp(-fabs(gap));
-  Acc loss = log1p(t) + (gap > 0 ? Acc(0) : -gap);
+  const Acc t = std::exp(-std::fabs(gap));
+  Acc loss = std::log1p(t) + (gap > 0 ? Acc(0) : -gap);
   const Acc below = (gap > 0 ? t : Acc(1)) / (1 + t);  // 1 / (1 + e^gap)
   const Acc slope = o.smoothing - below;
   Acc pull = 0;

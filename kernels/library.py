@@ -11,6 +11,7 @@ from rgtg_fast import _fakes
 
 from .candidate_attention import candidate_attention
 from .launch import INTERPRETED
+from .prefix_bt_loss import prefix_bt_loss
 from .ratio_sample import ratio_sample
 from .ratio_step import ratio_step
 from .reward_head import reward_head
@@ -38,6 +39,12 @@ OPS = {
         candidate_attention,
         "(Tensor q, Tensor k_prefix, Tensor v_prefix, Tensor k_self, Tensor v_self, Tensor start, "
         "Tensor length, float scale, int? window=None, float? softcap=None) -> Tensor",
+    ),
+    "prefix_bt_loss": (
+        prefix_bt_loss,
+        "(Tensor r_chosen, Tensor r_rejected, Tensor len_chosen, Tensor len_rejected, "
+        "Tensor weights, Tensor margin, float label_smoothing, float centering, int first) -> "
+        "(Tensor loss, Tensor grad_chosen, Tensor grad_rejected)",
     ),
 }
 

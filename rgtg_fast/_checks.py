@@ -185,23 +185,27 @@ def answer_lengths(name: str, mask: Tensor, rewards: Tensor) -> Tensor:
         raise ValueError(f"{name} has dtype {mask.dtype}; pass bools or integers, 1 = real token")
     check_shape(name, mask, tuple(rewards.shape))
     check_device(name, mask, "r_chosen", rewards)
-    live = mask != 0
+    live = mask if mask.dtype == torch.bool else mask != 0
     lengths = live.sum(dim=1)
-    if _readable(mask):
-        empty = lengths == 0
-        if bool(empty.any()):
-            raise ValueError(
-                f"{name} has no real token in pair {int(empty.nonzero()[0])}: the answer is empty; "
-                "drop the pair, or let the answer be its EOS"
-            )
-        filled = torch.arange(mask.shape[1]) < lengths.unsqueeze(1)
-        wrong = (live != filled).any(dim=1)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"{name} has a hole in pair {int(wrong.nonzero()[0])}; pass right-padded answers: "
-                "ones from position 0 on, then zeros"
-            )
+    if _readable(mask) and live.shape[0]:
+        rises = (live[:, 1:] > live[:, :-1]).view(torch.uint8)  # many times faster than any()
+        if not bool(live[:, 0].all()) or (rises.numel() and bool(rises.max())):
+            _refuse_mask(name, live, lengths)
     return lengths
+
+
+def _refuse_mask(name: str, live: Tensor, lengths: Tensor) -> None:
+    empty = lengths == 0
+    if bool(empty.any()):
+        raise ValueError(
+            f"{name} has no real token in pair {int(empty.nonzero()[0])}: the answer is empty; "
+            "drop the pair, or let the answer be its EOS"
+        )
+    wrong = (live != (torch.arange(live.shape[1]) < lengths.unsqueeze(1))).any(dim=1)
+    raise ValueError(
+        f"{name} has a hole in pair {int(wrong.nonzero()[0])}; pass right-padded answers: "
+        "ones from position 0 on, then zeros"
+    )
 
 
 def prefix_weights(weights: str | Tensor, rewards: Tensor, dtype: torch.dtype) -> Tensor:
@@ -239,19 +243,20 @@ def pair_margins(margin: float | Tensor | None, rewards: Tensor, dtype: torch.dt
     return margin.to(dtype)
 
 
-def check_pair_prefixes(first: int, end: Tensor, weights: Tensor) -> None:
+def check_pair_prefixes(first: int, end: Tensor, weights: str | Tensor) -> None:
     """Every pair must have a prefix of ``first`` tokens or more, and weight on its prefixes."""
     if not isinstance(first, int) or first < 1:
         raise ValueError(f"first={first}; pass the shortest prefix length, an int >= 1")
-    if not _readable(end):
+    if not _readable(end) or end.numel() == 0:
         return
-    short = end < first
-    if bool(short.any()):
-        pair = int(short.nonzero()[0])
+    if int(end.min()) < first:
+        pair = int(end.argmin())
         raise ValueError(
             f"first={first} but both answers of pair {pair} are shorter (at most {int(end[pair])} "
             "tokens); pass a smaller first or drop the pair"
         )
+    if isinstance(weights, str):
+        return
     weightless = weights[first - 1 :].cumsum(dim=0)[end - first] <= 0
     if bool(weightless.any()):
         pair = int(weightless.nonzero()[0])

@@ -94,11 +94,26 @@ def _prefix_bt_loss(
     )
 
 
+def _ratio_keep(
+    logprobs: Tensor,
+    ids: Tensor,
+    beta: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    do_sample: bool,
+    low: float,
+    high: float,
+) -> Tensor:
+    return logprobs.new_empty(logprobs.shape, dtype=torch.bool)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "topk_logprobs": _topk_logprobs,
     "reward_head": _reward_head,
     "vocab_reward": _vocab_reward,
     "ratio_sample": _ratio_sample,
+    "ratio_keep": _ratio_keep,
     "ratio_step": _ratio_step,
     "candidate_attention": _candidate_attention,
     "prefix_bt_loss": _prefix_bt_loss,

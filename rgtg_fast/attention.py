@@ -40,15 +40,18 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, Hq, k, D], key and value [B, Hkv, k, D].
 
-    Returns [B, k, Hq, D]. Raises `ValueError` for attention that is more than softmax over scaled,
-    capped products; the probe then has the model use masks.
+    Returns [B, k, Hq, D]; for a packed selection, whose query is [1, Hq, N, D], [1, N, Hq, D].
+    Raises `ValueError` for attention that is more than softmax over scaled, capped products; the
+    probe then has the model use masks.
     """
     cache, kernel = _decoding.get()
     if attention_mask is None or attention_mask.dtype != torch.int64:
         raise ValueError(f"{type(module).__name__} makes an attention mask of its own")
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks")
-    layer = cache.current
+    layer, packed = cache.current, cache.packed
+    if packed is not None:  # keys and values were spread by the cache
+        query = packed.spread(query)
     out = kernel(
         query.transpose(1, 2),
         layer.prefix_keys,
@@ -61,7 +64,7 @@ def attend(
         None,
         softcap,
     )
-    return out, None
+    return out if packed is None else packed.pack(out), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -141,6 +144,11 @@ def first_visible(name: str, span: int | None, left_padding: Tensor, length: Ten
     return torch.maximum(left_padding, length - span + 1)
 
 
+def has_holes(attention_mask: Tensor) -> bool:
+    """Whether a row of the mask [B, P] hides something after its first real token."""
+    return bool(((attention_mask != 0).long().diff(dim=-1) < 0).any())
+
+
 class SiblingStarts:
     """For fused attention: what stands in for a mask, int64 [B, 1, 1, 1] for each layer type.
 
@@ -155,14 +163,14 @@ class SiblingStarts:
         self.order = self.live_before = None
         real = attention_mask != 0
         hidden = (~real).sum(-1)
-        if bool((hidden != self.left_padding).any()):
+        if has_holes(attention_mask):
             self.order = real.int().argsort(dim=-1, stable=True)
             before = real.long().cumsum(-1)
             self.live_before = hidden[:, None] + torch.nn.functional.pad(before, (1, 0))  # [B, P+1]
         self.starts = {name: hidden.view(-1, 1, 1, 1).clone() for name in spans}
 
-    def current(self) -> Tensor | dict[str, Tensor]:
-        """A dict by layer type where the model has several."""
+    def current(self, siblings: int | None = None) -> Tensor | dict[str, Tensor]:
+        """A dict by layer type where the model has several; the same for all siblings."""
         return self.starts if len(self.starts) > 1 else next(iter(self.starts.values()))
 
     def advance(self) -> None:
@@ -210,10 +218,11 @@ class SiblingMask:
         self.buffers = {name: full.clone() for name in spans}
         self._hide_out_of_span()
 
-    def current(self) -> Tensor | dict[str, Tensor]:
-        """The mask of this step; a dict by layer type where the model has several."""
+    def current(self, siblings: int | None = None) -> Tensor | dict[str, Tensor]:
+        """The mask of this step for the first `siblings` (None: all of them); a dict by layer type
+        where the model has several."""
         live = self.width + self.length
-        masks = {name: buffer[..., :live] for name, buffer in self.buffers.items()}
+        masks = {name: buffer[..., :siblings, :live] for name, buffer in self.buffers.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def advance(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -35,6 +37,7 @@ class BackendUnavailable(ValueError):
     """The backend asked for does not exist for this op on this device; the message says why."""
 
 
+@functools.cache
 def has_kernel(op: str, backend: str) -> bool:
     """Whether the extension, which must be there, holds a kernel of ``op``."""
     try:
@@ -132,11 +135,35 @@ def settle(op: str, backend: str, device: str, rows: int) -> str:
     return chosen
 
 
-def run(op: str, backend: str, *arguments: Any) -> Any:
+def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Callable[..., Any]:
+    """The function behind ``op`` on a backend, for loops: it checks nothing.
+
+    Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
+    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
+    """
+    chosen = settle(op, backend, device.type, rows)
+    if chosen == "reference":
+        return getattr(reference, op)
+    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
+    return getattr(space, op).default
+
+
+def keep_kernel(backend: Backend, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The function behind ``ratio_keep``: which candidates may win for rewards within bounds.
+
+    It takes ``logprobs`` and ``ids`` ``[B, k]``, ``beta``, ``temperature``, ``seed`` and
+    ``position`` ``[B]``, ``do_sample`` and the bounds ``low``, ``high``, and gives bool ``[B, k]``.
+    False: the candidate's largest possible value, bit for bit as :func:`ratio_sample` computes it,
+    is below the smallest possible value of another. A row that is undefined at a bound is kept
+    whole. There is no GPU kernel: on a GPU it is the reference.
+    """
+    compiled = device.type == "cpu" and unavailable_reason("ratio_keep", "cpp") is None
+    if compiled and backend != "reference":
+        return torch.ops.rgtg_fast.ratio_keep.default
+    return reference.ratio_keep
+
+
+def run(op: str, backend: Backend, *arguments: Any) -> Any:
     """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
     first = arguments[0]
-    chosen = settle(op, backend, first.device.type, first.shape[0])
-    if chosen == "reference":
-        return getattr(reference, op)(*arguments)
-    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
-    return getattr(space, op)(*arguments)
+    return kernel(op, backend, first.device, first.shape[0])(*arguments)

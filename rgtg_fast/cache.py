@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .selection import Selection
+
 
 class SiblingLayer(CacheLayerMixin):
     """One layer's view of the stores: `keys` and `values` are [B, Hkv, k + capacity, D]."""
@@ -34,6 +36,8 @@ class SiblingLayer(CacheLayerMixin):
             self.keys, self.values = key_states, value_states
             return key_states, value_states
         assert self.keys is not None and self.values is not None
+        if cache.packed is not None:
+            key_states, value_states = map(cache.packed.spread, (key_states, value_states))
         siblings = key_states.shape[2]
         self.keys[:, :, :siblings] = key_states
         self.values[:, :, :siblings] = value_states
@@ -77,6 +81,12 @@ class SiblingCache(Cache):
         self.lengths: dict[torch.device, Tensor] = {}  # int64 [B], all equal to `length`
         self.ends: dict[torch.device, Tensor] = {}  # int64 [1], the store slot of the next token
         self.current: Any = None  # the layer whose attention runs next
+        self.selection: Selection | None = None  # of the candidates in the forward; None: all
+
+    @property
+    def packed(self) -> Selection | None:
+        """The selection in the forward, where its tokens stand in one row."""
+        return self.selection if self.selection is not None and self.selection.packed else None
 
     def finish_prefill(self, length: int, order: Tensor | None = None) -> None:
         """Move the prompt's keys and values, as the layers computed them, into the stores; slots in
@@ -102,6 +112,7 @@ class SiblingCache(Cache):
                 if order is not None:
                     index = order.to(device).view(batch, 1, length, 1)
                     prompt = prompt.gather(2, index.expand(-1, heads, -1, dim))
+                store[i, :, :, : self.width] = 0  # read, times 0, by a masked forward of fewer
                 store[i, :, :, self.width : self.width + length] = prompt
                 setattr(layer, name, store[i])
             self.stores.append(store)
@@ -113,6 +124,8 @@ class SiblingCache(Cache):
 
     def commit(self, slot: Tensor) -> None:
         """Append sibling `slot` [B] of every row to its prefix, in all layers."""
+        if self.selection is not None:
+            slot = self.selection.places_of(slot)
         if self.length == self.capacity:
             self._replace_stores(lambda s: self._grown(s))
             self.capacity += self._extra()

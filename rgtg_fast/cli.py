@@ -1,4 +1,4 @@
-"""Command line: `python -m rgtg_fast demo | info | bench | train`."""
+"""Command line: `python -m rgtg_fast demo | info | bench | train | eval | select-pairs`."""
 
 from __future__ import annotations
 
@@ -64,12 +64,32 @@ def _train(args: argparse.Namespace) -> None:
         raise SystemExit(f"train: {error}") from None
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from rgtg_fast.evaluation import run
+
+    try:
+        run(args.config, args.overrides)
+    except ValueError as error:
+        raise SystemExit(f"eval: {error}") from None
+
+
+def _select_pairs(args: argparse.Namespace) -> None:
+    from rgtg_fast.training.select_pairs import run
+
+    try:
+        run(args.config, args.overrides)
+    except ValueError as error:
+        raise SystemExit(f"select-pairs: {error}") from None
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(
         prog="python -m rgtg_fast", description="Reward-guided text generation, fast."
     )
-    commands = top.add_subparsers(required=True, metavar="demo | info | bench | train")
+    commands = top.add_subparsers(
+        required=True, metavar="demo | info | bench | train | eval | select-pairs"
+    )
 
     demo = commands.add_parser("demo", help="guide the embedded models and compare")
     demo.add_argument("--prompts", type=int, default=200, help="held-out prompts, 1 to 200")
@@ -107,6 +127,18 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, required=True, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="compare ways to decode over a file of prompts")
+    evaluate.add_argument("--config", type=Path, required=True, help="YAML file")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
+    evaluate.set_defaults(run=_eval)
+
+    select = commands.add_parser(
+        "select-pairs", help="of many unlabelled pairs, those most worth a label"
+    )
+    select.add_argument("--config", type=Path, required=True, help="YAML file")
+    select.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
+    select.set_defaults(run=_select_pairs)
     return top
 
 

@@ -19,10 +19,10 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from . import ops
 from .output import RewardGuidedOutput
-from .plan import Plan
+from .plan import Plan, eos_ids, foreign_criterion, last_step
 from .policy import Policy
 from .record import Record
-from .scorers.base import Scorer
+from .scorers.base import RewardModelScorer, Scorer
 
 
 @dataclass
@@ -30,7 +30,8 @@ class Guidance:
     """The ratio policy of a run: softmax((log π + β r) / T) over the k most likely tokens.
 
     `beta` and `temperature` are fp32 [B], `seeds` int64 [B], on the device of the ids; `check_nan`
-    True reads a flag at every step, None once at the end, False never.
+    True reads a flag at every step, None once at the end, False never. Rewards are clamped to
+    `reward_range`, and with `prune` those that cannot decide a step are not asked for.
     """
 
     k: int
@@ -40,9 +41,12 @@ class Guidance:
     do_sample: bool
     check_nan: bool | None
     backend: ops.Backend
+    reward_range: tuple[float, float] | None = None
+    prune: bool = False
 
     def __post_init__(self) -> None:
         device, rows = self.seeds.device, len(self.seeds)
+        self._keep = ops.keep_kernel(self.backend, device)
         self._topk = ops.kernel("topk_logprobs", self.backend, device, rows)
         self._sample = ops.kernel("ratio_sample", self.backend, device, rows)
 
@@ -50,11 +54,43 @@ class Guidance:
         """Candidates of processed scores [B, V]: their log-probabilities and ids [B, k]."""
         return self._topk(scores, self.k)
 
+    def contenders(
+        self, logprobs: Tensor, ids: Tensor, known: Tensor | None, rows: Rows
+    ) -> Tensor | None:
+        """Which candidates [B, k] may win, whatever their rewards are; None without pruning.
+
+        The noise of a draw is known before the rewards, so each candidate's best and worst possible
+        value is: below the largest worst nobody wins. Those not `known` to the reward model and
+        rows that have ended are out; of all rows together at least one candidate is in.
+        """
+        if not self.prune:
+            return None
+        assert self.reward_range is not None
+        if known is not None:
+            logprobs = logprobs.masked_fill(~known, -torch.inf)
+        policy = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
+        keep = self._keep(logprobs, ids, *policy, *self.reward_range) & rows.unfinished[:, None]
+        keep[:1, 0] |= ~keep.any()
+        return keep
+
+    def bounded(self, rewards: Tensor) -> Tensor:
+        """Rewards within the range; -inf (an id that is no token) stays, and NaN does."""
+        if self.reward_range is None:
+            return rewards
+        return rewards.clamp(*self.reward_range).where(rewards != -torch.inf, rewards)
+
     def select(
-        self, logprobs: Tensor, rewards: Tensor, ids: Tensor, position: Tensor
+        self,
+        logprobs: Tensor,
+        rewards: Tensor,
+        ids: Tensor,
+        position: Tensor,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw (or pick) slots int64 [B] from the ratio policy, with its log-probabilities [B, k];
-        `position` int64 [B] counts the answer's tokens."""
+        `position` int64 [B] counts the answer's tokens. Only those in `keep` [B, k] can win."""
+        if keep is not None:
+            logprobs, rewards = logprobs.masked_fill(~keep, -torch.inf), rewards.where(keep, 0.0)
         policy = self.beta, self.temperature, self.seeds, position, self.do_sample
         return self._sample(logprobs, rewards, ids, *policy)
 
@@ -80,7 +116,6 @@ class Rows:
         tokens = ids.gather(1, slot[:, None])[:, 0]
         if self.pad is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad)
-        self.steps += self.unfinished.any()
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.position += 1
         return tokens
@@ -125,25 +160,36 @@ def guided_decode(
     prompt = input_ids.shape[1]
     rows = Rows(input_ids, plan.pad)
     check = ChoiceCheck(guidance.check_nan, rows)
-    for step in range(plan.steps):
+    # Hugging Face's own criteria are known beforehand, and need not be asked.
+    foreign = foreign_criterion(criteria) is not None
+    eos = eos_ids(criteria, input_ids.device)
+    steps = plan.steps if foreign else last_step(plan.steps, criteria, prompt)
+    for step in range(steps):
         raw = policy.step(rows.input_ids) if step else policy.prefill(input_ids)
         logits, scores = process_logits(raw, rows.input_ids, processors, record.wants_logits)
         logprobs, ids = guidance.expand(scores)
-        rewards = score(scorer, ids)
-        slot, logq = guidance.select(logprobs, rewards, ids, rows.position)
+        keep = guidance.contenders(logprobs, ids, known(scorer, ids), rows)
+        rewards = guidance.bounded(score(scorer, ids, keep))
+        slot, logq = guidance.select(logprobs, rewards, ids, rows.position, keep)
         slot = check(slot, rows, logprobs, rewards, step)
         scorer.commit(slot)
-        record.add(policy, logits, scores, rows.unfinished, slot, ids, logprobs, rewards, logq)
+        step_values = slot, ids, logprobs, rewards, logq, keep
+        record.add(policy, logits, scores, rows.unfinished, *step_values)
         del raw, logits
+        if plan.sync_every > 1:
+            rows.steps += rows.unfinished.any()
         tokens = rows.append(ids, slot)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        rows.unfinished &= ~criteria(rows.input_ids, record.scores)  # type: ignore[arg-type]
-        if (step + 1) % plan.sync_every:
+        if foreign:
+            rows.unfinished &= ~criteria(rows.input_ids, record.scores)  # type: ignore[arg-type]
+        elif len(eos):
+            rows.unfinished &= (tokens[:, None] != eos).all(1)
+        if (step + 1) % plan.sync_every or not (foreign or len(eos) or plan.synced_gpus):
             continue
         running = int(rows.unfinished.sum())
         if plan.synced_gpus:
-            wait_for_peers(running == 0, policy, rows.input_ids, scorer, ids)
+            wait_for_peers(running == 0 or step + 1 == steps, policy, rows.input_ids, scorer, ids)
         if running == 0:
             break
         if plan.compact and 2 * running <= len(rows.unfinished):
@@ -154,13 +200,19 @@ def guided_decode(
     check.finish()
     if streamer is not None:
         streamer.end()
-    steps = int(rows.steps)
+    steps = int(rows.steps) if plan.sync_every > 1 else step + 1
     return record.result(rows.sequences(prompt + steps), steps, policy.finish(steps))
 
 
-def score(scorer: Scorer, ids: Tensor) -> Tensor:
-    """Rewards [B, k] of the candidates; `ValueError` where a scorer gives another shape."""
-    rewards = scorer.score(ids)
+def known(scorer: Scorer, ids: Tensor) -> Tensor | None:
+    """Which candidates are tokens of the reward model, bool [B, k]; None for all."""
+    return scorer.known(ids) if isinstance(scorer, RewardModelScorer) else None
+
+
+def score(scorer: Scorer, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Rewards [B, k] of the candidates (NaN of those not in `keep`, where it is given);
+    `ValueError` where a scorer gives another shape."""
+    rewards = scorer.score(ids) if keep is None else scorer.score(ids, keep)  # type: ignore[call-arg]
     if rewards.shape != ids.shape:
         raise ValueError(
             f"rewards has shape {list(rewards.shape)} for candidates {list(ids.shape)}; "
@@ -209,6 +261,8 @@ class ChoiceCheck:
     def __call__(
         self, slot: Tensor, rows: Rows, logprobs: Tensor, rewards: Tensor, step: int
     ) -> Tensor:
+        if self.each_step and int(slot.min()) >= 0:  # as a rule, in one operation
+            return slot
         bad = (slot < 0) & rows.unfinished
         if self.each_step and bad.any():
             row = int(bad.nonzero()[0, 0])

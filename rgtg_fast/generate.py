@@ -6,283 +6,15 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-)
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from . import ops
 from . import validation as check
-from .decoding import Guidance, guided_decode
+from .guided import RewardGuided, ended_on_error
 from .output import RewardGuidedOutput
-from .plan import make_plan
-from .policy import HFPolicy, LanguageModel, make_policy, plain_language_model
-from .record import Record
-from .scorers.base import Scorer
-from .scorers.factory import is_scorer, make_scorer
-from .scorers.on_base import OnBase
-from .scorers.reward_model import RewardModel, as_reward_model
-
-
-@dataclass
-class RewardGuided:
-    """Reward-guided decoding as a callable for `model.generate(custom_generate=...)`.
-
-    Each step samples from softmax((log π + β r)/T) over the k most likely tokens
-    (arXiv 2406.07780); the options are those of `rgtg_fast.generate`, which also takes `streamer=`,
-    `stop_strings=` and `synced_gpus=`: transformers drops these on the way to a `custom_generate`
-    callable, so a streamer is given as an option of this object. One object can serve many calls.
-
-    Raises `ValueError` for options out of range, at construction.
-    """
-
-    reward_model: Any
-    k: int = 10
-    beta: float | Tensor = 1.0
-    seed: int | Tensor | None = None
-    temperature: float | Tensor | None = None
-    reward_input_ids: Tensor | None = None
-    reward_attention_mask: Tensor | None = None
-    reward_tokenizer: Any = None
-    tokenizer: Any = None
-    reward_head: Callable[[Tensor], Tensor] | None = None
-    reward_method: str = "auto"
-    eos_reward: str = "auto"
-    output_candidates: bool = False
-    check_nan: bool | None = None
-    backend: ops.Backend = "auto"
-    streamer: Any = None
-    sync_every: int | None = None
-    compact: bool = True
-
-    def __post_init__(self) -> None:
-        check.check_options(
-            self.k,
-            self.beta,
-            self.temperature,
-            self.seed,
-            self.eos_reward,
-            self.reward_method,
-            self.backend,
-            self.sync_every,
-        )
-        self._rm: RewardModel | None = None
-        if not is_scorer(self.reward_model):
-            self._rm = as_reward_model(self.reward_model, self.reward_head)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        streamer: Any = None,
-        synced_gpus: bool = False,
-        keep_cache: bool = False,
-        **model_kwargs: Any,
-    ) -> RewardGuidedOutput | Tensor:
-        """Called by `model.generate` with everything prepared; returns what it is to return.
-
-        `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
-        """
-        own_streamer = self.streamer if streamer is None else None
-        with ended_on_error(own_streamer):
-            batch = max(input_ids.shape[0], 1)
-            copies = generation_config.num_return_sequences or 1
-            prompts = batch // copies
-            embedding = model.get_input_embeddings()
-            vocab_size = embedding.weight.shape[0]
-            check.check_config(model, generation_config, self.k, vocab_size)
-            mask = self._lm_mask(model, input_ids, generation_config, model_kwargs, vocab_size)
-            reward_ids, reward_mask = self._reward_prompt(input_ids, mask, copies)
-            device = input_ids.device
-            warper_temperature, processors = take_temperature(logits_processor)
-            temperature = warper_temperature if self.temperature is None else self.temperature
-            guidance = Guidance(
-                k=self.k,
-                beta=check.per_row("beta", self.beta, prompts, batch, device),
-                temperature=check.per_row("temperature", temperature, prompts, batch, device),
-                seeds=self._row_seeds(batch, bool(generation_config.do_sample), device),
-                do_sample=bool(generation_config.do_sample),
-                check_nan=True
-                if self.check_nan is None and device.type == "cpu"
-                else self.check_nan,
-                backend=self.backend,
-            )
-            new_tokens = generation_config.max_length - input_ids.shape[1]
-            found = plain_language_model(
-                model, input_ids, mask, generation_config, model_kwargs, self.backend
-            )
-            scorer = self._make_scorer(
-                reward_ids, reward_mask, new_tokens, generation_config, vocab_size, found
-            )
-            record = Record(generation_config, self.output_candidates)
-            keep_cache = keep_cache or record.on
-            policy = make_policy(
-                model, found, scorer, mask, generation_config, model_kwargs, self.backend
-            )
-            plan = make_plan(
-                new_tokens,
-                device,
-                processors,
-                stopping_criteria,
-                getattr(generation_config, "_pad_token_tensor", None),
-                sync_every=self.sync_every,
-                compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
-                # Hugging Face's cache must hold no token beyond the last step when it is returned.
-                step_by_step=streamer is not None
-                or own_streamer is not None
-                or (keep_cache and isinstance(policy, HFPolicy)),
-                whole_batch=keep_cache or streamer is not None or own_streamer is not None,
-                synced_gpus=synced_gpus,
-            )
-            scorer.prefill(reward_ids, reward_mask)
-            if own_streamer is not None:  # a streamer that HF knows has had the prompt already
-                own_streamer.put(input_ids.cpu())
-            return guided_decode(
-                policy,
-                scorer,
-                input_ids,
-                guidance,
-                plan,
-                record,
-                processors,
-                stopping_criteria,
-                own_streamer if streamer is None else streamer,
-            )
-
-    def _lm_mask(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        vocab_size: int,
-    ) -> Tensor:
-        """The prompts' mask [B, P], after every check that needs the prompts."""
-        mask = model_kwargs.get("attention_mask")
-        if input_ids.shape[1] == 0:
-            if self.reward_input_ids is None:
-                raise ValueError(
-                    "inputs_embeds gives the reward model no tokens; pass reward_input_ids= too"
-                )
-            return input_ids
-        check.check_range("input_ids", input_ids, vocab_size, "the language model")
-        if mask is None:
-            mask = torch.ones_like(input_ids)
-        check.check_left_padded("attention_mask", mask)
-        seen = max(mask.shape[1], getattr(config, "_mask_length", 0) or 0)
-        if seen != input_ids.shape[1] and self.reward_input_ids is None:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens and past_key_values makes them {seen}; "
-                "the reward model needs the whole text: pass all ids in input_ids, or "
-                "reward_input_ids="
-            )
-        check.check_length(
-            "input_ids",
-            "the language model",
-            mask,
-            config.max_length - input_ids.shape[1],
-            check.position_limit(model, model.config.get_text_config()),
-        )
-        return mask
-
-    def _reward_prompt(self, input_ids: Tensor, mask: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-        """The prompts as the reward model sees them: ids and mask [B, P]."""
-        ids, own_mask = self.reward_input_ids, self.reward_attention_mask
-        if ids is None:
-            if own_mask is not None:
-                raise ValueError(
-                    "reward_attention_mask is given without reward_input_ids; pass both, or "
-                    "neither to let the reward model see input_ids and attention_mask"
-                )
-            return input_ids, mask
-        check.check_ids("reward_input_ids", ids)
-        prompts = input_ids.shape[0] // copies
-        if ids.shape[0] not in (prompts, input_ids.shape[0]):
-            raise ValueError(
-                f"reward_input_ids has {ids.shape[0]} rows for {prompts} prompts; "
-                "pass one per prompt"
-            )
-        if own_mask is None:
-            own_mask = torch.ones_like(ids)
-            pad = getattr(self._rm.text_config, "pad_token_id", None) if self._rm else None
-            if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
-                raise ValueError(
-                    f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
-                    "missing; pass reward_attention_mask= as the tokenizer gives it"
-                )
-        check.check_mask("reward_attention_mask", own_mask, ids)
-        if ids.shape[0] != input_ids.shape[0]:
-            ids, own_mask = (t.repeat_interleave(copies, dim=0) for t in (ids, own_mask))
-        return ids, own_mask
-
-    def _make_scorer(
-        self,
-        reward_ids: Tensor,
-        reward_mask: Tensor,
-        new_tokens: int,
-        config: GenerationConfig,
-        vocab_size: int,
-        found: tuple[LanguageModel, str] | None,
-    ) -> Scorer:
-        if self._rm is None:
-            return self.reward_model
-        rm = self._rm
-        own_prompt = self.reward_input_ids is not None
-        name = "reward_input_ids" if own_prompt else "input_ids"
-        as_text = check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
-        if own_prompt or not as_text:
-            check.check_range(name, reward_ids, rm.vocab_size, "reward_model")
-        if not as_text:
-            limit = check.position_limit(rm.base, rm.text_config)
-            check.check_length(name, "reward_model", reward_mask, new_tokens, limit)
-        joint = (
-            found is not None
-            and isinstance(rm, OnBase)
-            and rm.base is found[0].base
-            and rm.can_share_forwards()
-            and not own_prompt
-            and self.reward_method in ("auto", "tree")
-        )
-        return make_scorer(
-            rm,
-            joint_way=found[1] if joint and found is not None else None,
-            k=self.k,
-            method=self.reward_method,
-            vocab_size=vocab_size,
-            tokenizer=self.tokenizer if as_text else None,
-            reward_tokenizer=self.reward_tokenizer if as_text else None,
-            own_prompt=own_prompt,
-            eos_ids=getattr(config, "_eos_token_tensor", None),
-            eos_reward=self.eos_reward,
-            max_length=reward_ids.shape[1] + new_tokens,
-            backend=self.backend,
-        )
-
-    def _row_seeds(self, batch: int, do_sample: bool, device: torch.device) -> Tensor:
-        seed = self.seed
-        if isinstance(seed, Tensor):
-            if seed.shape[0] != batch:
-                raise ValueError(
-                    f"seed has {seed.shape[0]} row seeds for {batch} rows; pass one per row "
-                    "(prompts x num_return_sequences) or an int"
-                )
-            return seed.to(device)
-        if seed is None:
-            # Greedy decoding draws nothing, and leaves the global generator where it was.
-            seed = int(torch.randint(2**63 - 1, ())) if do_sample else 0
-        return ops.split_seed(seed, batch).to(device)
 
 
 def generate(
@@ -306,6 +38,9 @@ def generate(
     backend: ops.Backend = "auto",
     sync_every: int | None = None,
     compact: bool = True,
+    reward_range: tuple[float, float] | None = None,
+    prune: bool | None = None,
+    cuda_graph: bool | None = None,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -351,6 +86,25 @@ def generate(
             where plain sequences are returned and no processor or criterion of the user's may
             count rows. Pass False where an own empty `past_key_values` is given to
             `model.generate(custom_generate=...)` and read afterwards.
+        reward_range: (lo, hi), two finite numbers: rewards are clamped to it, as RAD does
+            (arXiv 2310.09520).
+        prune: do not score candidates that cannot win even at the best reward of `reward_range`
+            against another at the worst; the noise of a draw is known beforehand. The tokens are
+            the same, as far as the reward model gives the same numbers in smaller batches.
+            Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
+            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever
+            `reward_range` is given and it saves something (a reward model on a CPU scored by
+            "tree", or by "reencode" anywhere) and not all rewards are asked for
+            (`output_candidates`). `candidates_scored` says how many were, `kl` is NaN for steps
+            with unscored ones. A NaN reward of a candidate that is not scored goes unseen.
+        cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
+            is possible, False never; True warns and says why where it is not. The tokens are the
+            same. It needs both models on one GPU, each run on the cache of this package, and no
+            part of a step on the host: no streamer, no own stopping criterion, no `output_scores`
+            or `output_logits`, no `check_nan=True`, and of the logits processors only those that
+            see nothing but scores (`graphs.GRAPH_SAFE`). Each call captures once after two steps,
+            and again, up to log2(B) times, when half of the rows have left; a capture costs the
+            time of a few steps, so none is made for fewer than 16 steps to come.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -375,6 +129,9 @@ def generate(
             backend=backend,
             sync_every=sync_every,
             compact=compact,
+            reward_range=reward_range,
+            prune=prune,
+            cuda_graph=cuda_graph,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(
@@ -389,28 +146,6 @@ def generate(
             if inputs is not None:
                 kwargs["inputs"] = inputs
             return model.generate(custom_generate=bound, **kwargs)
-
-
-def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
-    """The temperature HF would put on the LM logits, and the processors without that warper."""
-    kept, temperature = LogitsProcessorList(), 1.0
-    for processor in processors:
-        if isinstance(processor, TemperatureLogitsWarper):
-            temperature = float(processor.temperature)
-        else:
-            kept.append(processor)
-    return temperature, kept
-
-
-@contextmanager
-def ended_on_error(streamer: Any) -> Iterator[None]:
-    """End the streamer when a call fails: a thread that reads from it must not wait forever."""
-    try:
-        yield
-    except BaseException:
-        if streamer is not None:
-            streamer.end()
-        raise
 
 
 @contextmanager

@@ -22,7 +22,9 @@ class _PrefixBTLoss(torch.autograd.Function):
     """The forward computes the gradients too; the backward scales them by what comes in."""
 
     @staticmethod
-    def forward(ctx: Any, r_chosen: Tensor, r_rejected: Tensor, backend: str, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, r_chosen: Tensor, r_rejected: Tensor, backend: Backend, *rest: Any
+    ) -> Tensor:
         loss, grad_chosen, grad_rejected = run(
             "prefix_bt_loss", backend, r_chosen, r_rejected, *rest
         )
@@ -102,6 +104,8 @@ def prefix_bt_loss(
     """
     check_float("r_chosen", r_chosen, ("N", "L"))
     check_float("r_rejected", r_rejected, tuple(r_chosen.shape))
+    if r_chosen.shape[1] == 0:
+        raise ValueError("r_chosen has no positions; pass [N, L] with L >= 1")
     check_device("r_rejected", r_rejected, "r_chosen", r_chosen)
     if r_rejected.dtype != r_chosen.dtype:
         raise ValueError(
@@ -124,7 +128,7 @@ def prefix_bt_loss(
     ]
     end = torch.maximum(*ends)
     per_length = prefix_weights(weights, r_chosen, dtype)
-    check_pair_prefixes(first, end, per_length)
+    check_pair_prefixes(first, end, weights)
     if extension == "eos":
         # Both count as long as the longer one, so that nothing is held. An empty answer stays one.
         ends = [torch.where(own > 0, end, own) for own in ends]

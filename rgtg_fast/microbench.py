@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import config, ops
-from .backends import unavailable_reason
+from .backends import Backend, unavailable_reason
 
 Function = Callable[..., Any]
 FLUSH_BYTES = 512 * 2**20
@@ -38,6 +38,7 @@ class Case:
     least_bytes: int
     baseline: Function  # torch's own expression, on the same arguments
     others: dict[str, Function]
+    ours: Function | None = None  # takes ``backend`` too; the op of that name where None
 
 
 def _topk_cases(device: str) -> Iterator[Case]:
@@ -164,6 +165,44 @@ def _attention_cases(device: str) -> Iterator[Case]:
         yield Case(f"B={rows} L={prefix} k=10 32/8x128 bf16", make, least, baseline, {})
 
 
+def pair_step(*arguments: Any, backend: Backend = "auto") -> tuple[Tensor, ...]:
+    """The prefix loss and its gradients."""
+    loss = ops.prefix_bt_loss(*arguments, backend=backend)
+    return loss.detach(), *torch.autograd.grad(loss, arguments[:2])
+
+
+def torch_pair_step(
+    chosen: Tensor, rejected: Tensor, mask_chosen: Tensor, mask_rejected: Tensor
+) -> tuple[Tensor, ...]:
+    """:func:`pair_step` as one writes it in torch."""
+    ends = mask_chosen.sum(dim=1, keepdim=True), mask_rejected.sum(dim=1, keepdim=True)
+    at = torch.arange(chosen.shape[1], device=chosen.device)
+    x = chosen.gather(1, torch.minimum(at, ends[0] - 1)).float()
+    y = rejected.gather(1, torch.minimum(at, ends[1] - 1)).float()
+    live = at < torch.maximum(*ends)
+    losses = torch.where(live, -torch.nn.functional.logsigmoid(x - y), 0.0)
+    loss = (losses.sum(dim=1) / live.sum(dim=1)).mean()
+    return loss.detach(), *torch.autograd.grad(loss, (chosen, rejected))
+
+
+def draw_pairs(rows: int, width: int, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """Rewards that need gradients, and masks of answers of half the width or more."""
+    shape = (rows, width)
+    rewards = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(2)]
+    lengths = [torch.randint(width // 2, width + 1, (rows, 1), device=device) for _ in range(2)]
+    return *rewards, *(torch.arange(width, device=device) < length for length in lengths)
+
+
+def _pair_cases(device: str) -> Iterator[Case]:
+    for rows, width in ((8, 64), (64, 128), (64, 512)):
+
+        def make(rows: int = rows, width: int = width) -> tuple:
+            return draw_pairs(rows, width, torch.bfloat16, device)
+
+        label = f"N={rows} L={width} bf16, with backward"
+        yield Case(label, make, rows * width * 8, torch_pair_step, {}, pair_step)
+
+
 CASES = {
     "topk_logprobs": _topk_cases,
     "reward_head": _head_cases,
@@ -171,6 +210,7 @@ CASES = {
     "ratio_step": _step_cases,
     "vocab_reward": _vocab_cases,
     "candidate_attention": _attention_cases,
+    "prefix_bt_loss": _pair_cases,
 }
 
 
@@ -217,7 +257,8 @@ def copy_bandwidth(device: str) -> float:
 
 def _contenders(op: str, case: Case, device: str, backends: list[str]) -> dict[str, Function]:
     def ours(name: str) -> Function:
-        return lambda *arguments: getattr(ops, op)(*arguments, backend=name)
+        call = case.ours or getattr(ops, op)
+        return lambda *arguments: call(*arguments, backend=name)
 
     found = {name: ours(name) for name in backends}
     found["torch"] = case.baseline
@@ -232,7 +273,7 @@ def measure(op: str, device: str, backends: list[str], repeat: int) -> list[dict
     rows = []
     for case in CASES[op](device):
         inputs = [case.make() for _ in range(COPIES)]
-        want = getattr(ops, op)(*inputs[0], backend="reference")
+        want = (case.ours or getattr(ops, op))(*inputs[0], backend="reference")
         found: dict[str, list[float] | None] = {}
         for name, function in _contenders(op, case, device, backends).items():
             if name in backends and not agrees(function(*inputs[0]), want):

@@ -11,13 +11,10 @@ replaces ``"auto"``. A backend that is asked for by name and is not there raises
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _fakes, reference
+from . import _fakes
 from ._checks import (
     check_attention,
     check_bias,
@@ -28,7 +25,16 @@ from ._checks import (
     per_row_policy,
     split_seed,
 )
-from .backends import BACKENDS, OPS, Backend, BackendUnavailable, settle, unavailable_reason
+from .backends import (
+    BACKENDS,
+    OPS,
+    Backend,
+    BackendUnavailable,
+    keep_kernel,
+    kernel,
+    settle,
+    unavailable_reason,
+)
 from .backends import run as _run
 from .losses import prefix_bt_loss
 
@@ -39,8 +45,9 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "candidate_attention",
-    "prefix_bt_loss",
+    "keep_kernel",
     "kernel",
+    "prefix_bt_loss",
     "ratio_sample",
     "ratio_step",
     "reward_head",
@@ -53,19 +60,6 @@ __all__ = [
 MAX_CANDIDATES = 64
 
 _fakes.register("rgtg_fast")
-
-
-def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Callable[..., Any]:
-    """The function behind ``op`` on a backend, for loops: it checks nothing.
-
-    Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
-    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
-    """
-    chosen = settle(op, backend, device.type, rows)
-    if chosen == "reference":
-        return getattr(reference, op)
-    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
-    return getattr(space, op).default
 
 
 def _limit_k(k: int, op: str, backend: str, first: Tensor) -> None:

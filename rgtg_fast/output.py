@@ -19,14 +19,18 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
             the row ended.
         kl: fp32 [B, T] in nats, KL(q || π) of the step's ratio policy q from π over the
             candidates, Σ q (log q − log π) with π the full-vocabulary softmax of the processed
-            logits; NaN after the row ended. `kl.nansum(-1)` is a row's total.
+            logits; NaN after the row ended, and at a step where a candidate was not scored.
+            Where all were, `kl.nansum(-1)` is a row's total.
+        candidates_scored: int64 [B, T], candidates that the reward model was asked for (k, fewer
+            with pruning); 0 after the row ended.
         candidate_ids: int64 [B, T, k], most likely first (with `output_candidates=True`).
         candidate_logprobs: fp32 [B, T, k], log π of the candidates.
-        candidate_rewards: fp32 [B, T, k], rewards of prefix + candidate.
+        candidate_rewards: fp32 [B, T, k], rewards of prefix + candidate, NaN if not scored.
     """
 
     rewards: Tensor | None = None
     kl: Tensor | None = None
+    candidates_scored: Tensor | None = None
     candidate_ids: Tensor | None = None
     candidate_logprobs: Tensor | None = None
     candidate_rewards: Tensor | None = None

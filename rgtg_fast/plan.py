@@ -69,7 +69,7 @@ def make_plan(
     or (`step_by_step`) a streamer or a cache that is given back. Rows may leave unless something
     needs the `whole_batch`, or may count its rows: a processor or criterion of the user's.
     """
-    own = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+    own = foreign_criterion(criteria) is None
     ends = any(hasattr(c, "eos_token_id") for c in criteria) and pad is not None
     every = sync_every or (1 if device.type == "cpu" else SYNC_EVERY)
     plain = own and not synced_gpus
@@ -84,3 +84,21 @@ def make_plan(
         pad=pad.to(device) if ends and pad is not None else None,
         synced_gpus=synced_gpus,
     )
+
+
+def foreign_criterion(criteria: StoppingCriteriaList) -> str | None:
+    """The name of a criterion other than Hugging Face's length and EOS, if there is one."""
+    own = (MaxLengthCriteria, EosTokenCriteria)
+    return next((type(c).__name__ for c in criteria if type(c) not in own), None)
+
+
+def last_step(steps: int, criteria: StoppingCriteriaList, prompt: int) -> int:
+    """`steps`, or fewer where a length criterion ends all rows before."""
+    limits = [c.max_length - prompt for c in criteria if hasattr(c, "max_length")]
+    return max(1, min([steps, *limits]))
+
+
+def eos_ids(criteria: StoppingCriteriaList, device: torch.device) -> Tensor:
+    """All EOS ids int64 [n] of the criteria; n may be 0."""
+    ids = [c.eos_token_id.to(device).view(-1) for c in criteria if hasattr(c, "eos_token_id")]
+    return torch.cat([torch.zeros((0,), dtype=torch.int64, device=device), *ids])

@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
+from .attention import has_holes
 from .scorers.base import positions_of
 from .scorers.cpu_linear import FastLinears
 from .scorers.joint import JointPolicy, JointScorer
@@ -30,6 +31,7 @@ class Policy(Protocol):
 
     attentions: Any  # of the last forward, where the generation configuration asks for them
     hidden_states: Any
+    capturable: bool  # as a scorer's; it then has `length` too
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Take the prompts int64 [B, P]; logits [B, V] of the next token."""
@@ -53,6 +55,8 @@ class HFPolicy:
     `_prefill` and `_update_model_kwargs_for_generation` are the only private helpers of
     transformers in use.
     """
+
+    capturable = False
 
     def __init__(
         self, model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], batch: int
@@ -105,6 +109,7 @@ class CachedPolicy:
     """The language model on a `SiblingCache` of width 1; `cache` is the one to give back filled."""
 
     attentions = hidden_states = None
+    capturable = True
 
     def __init__(
         self,
@@ -123,7 +128,7 @@ class CachedPolicy:
         mask = self.attention_mask.to(device)
         with self.view.fast_linears.active():
             hidden = self.forward.prefill(input_ids.to(device), mask)
-            logits = self.view.logits(hidden[:, -1].contiguous(), self.forward.output_type)
+            logits = self.view.logits(hidden[:, -1], self.forward.output_type)
         self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
         return logits.to(input_ids.device)
 
@@ -142,6 +147,14 @@ class CachedPolicy:
         self.forward.keep_rows(rows)
         self.slot = self.slot[rows]
 
+    @property
+    def length(self) -> int:
+        return self.forward.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.forward.length = length
+
     def finish(self, steps: int) -> Any:
         return fill_cache(self.cache, self.forward.cache, self.prompt + steps - 1, len(self.slot))
 
@@ -152,12 +165,20 @@ class LanguageModel(RewardModel):
     def __init__(self, model: Any) -> None:
         super().__init__(model, head=_no_head)
         self.fast_linears = FastLinears(model)
+        self._ready: tuple[tuple, Tensor, Tensor, Any] | None = None  # see `logits`
 
     def logits(self, hidden: Tensor, output_type: Any) -> Tensor:
         """Logits [B, V] of hidden states [B, H], by the model's own code after its base (heads,
         caps, scales): the model runs with a base that hands out `hidden`."""
-        ready = output_type(last_hidden_state=hidden[:, None])
-        ids = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
+        if self._ready is None or self._ready[0] != (hidden.shape, hidden.dtype, output_type):
+            # A tensor of its own: with frozen weights torch's linear copies the whole vocabulary
+            # matrix for an input whose strides are not quite a new tensor's, as a slice's are not.
+            fresh = hidden.new_empty((len(hidden), 1, hidden.shape[1]))
+            ids = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
+            key = hidden.shape, hidden.dtype, output_type
+            self._ready = key, fresh, ids, output_type(last_hidden_state=fresh)
+        _, fresh, ids, ready = self._ready
+        fresh.copy_(hidden[:, None])
         self.base.__dict__["forward"] = lambda *args, **kwargs: ready
         try:
             return self.model(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
@@ -220,7 +241,7 @@ def _is_plain_call(
     )
     if any(asked) or not given.keys() <= known or mask.shape != input_ids.shape:
         return False
-    if bool((mask.long().diff(dim=-1) < 0).any()):  # holes, which the cache would move
+    if has_holes(mask):  # the cache would move its slots
         return False
     cache, positions = given.get("past_key_values"), given.get("position_ids")
     plain = type(cache) is DynamicCache and cache.get_seq_length() == 0 and given.get("use_cache")
@@ -267,7 +288,7 @@ def _head_is_right(view: LanguageModel) -> bool:
         with view.evaluating():
             want = view.model(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
             hidden, out = view.forward_base(ids, use_cache=False)
-            got = view.logits(hidden[:, -1].contiguous(), type(out))
+            got = view.logits(hidden[:, -1], type(out))
         spread = want.float().std()
         error = (got.float() - want.float()).abs().max()
         known[key] = bool(error <= TOLERANCE[view.dtype] * spread) or bool(want.isnan().any())

@@ -44,6 +44,7 @@ class Record:
         logprobs: Tensor,
         rewards: Tensor,
         logq: Tensor,
+        keep: Tensor | None = None,
     ) -> None:
         if not self.on:
             return
@@ -55,19 +56,40 @@ class Record:
             self.attentions += (policy.attentions,)
         if self.hidden_states is not None:
             self.hidden_states += (policy.hidden_states,)
+        step = unfinished, slot, ids, logprobs, rewards, logq, keep
+        for name, value in self.of_step(*step).items():
+            self.columns.setdefault(name, []).append(value)
+
+    def of_step(
+        self,
+        unfinished: Tensor,
+        slot: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        rewards: Tensor,
+        logq: Tensor,
+        keep: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where
+        asked for."""
         # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
         q = logq.exp()
         kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
         chosen = rewards.gather(1, slot[:, None])[:, 0]
-        self._append("rewards", chosen.masked_fill(~unfinished, torch.nan))
-        self._append("kl", kl.masked_fill(~unfinished, torch.nan))
+        scored = torch.full_like(slot, ids.shape[1])
+        if keep is not None:  # the ratio policy is not known where a reward is not
+            scored = keep.sum(-1)
+            kl = kl.masked_fill(scored < ids.shape[1], torch.nan)
+        columns = {"rewards": chosen, "kl": kl}
+        columns = {n: c.masked_fill(~unfinished, torch.nan) for n, c in columns.items()}
+        columns["candidates_scored"] = scored.where(unfinished, 0)
         if self.output_candidates:
-            self._append("candidate_ids", ids)
-            self._append("candidate_logprobs", logprobs)
-            self._append("candidate_rewards", rewards)
-
-    def _append(self, name: str, value: Tensor) -> None:
-        self.columns.setdefault(name, []).append(value)
+            columns |= {
+                "candidate_ids": ids,
+                "candidate_logprobs": logprobs,
+                "candidate_rewards": rewards,
+            }
+        return columns
 
     def result(self, sequences: Tensor, steps: int, cache: Any) -> RewardGuidedOutput | Tensor:
         """The output of `steps` steps; what was run beyond them is dropped."""

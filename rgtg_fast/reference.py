@@ -89,6 +89,30 @@ def ratio_sample(
     return slot, logq.to(torch.float32)
 
 
+def ratio_keep(
+    logprobs: Tensor,
+    ids: Tensor,
+    beta: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    do_sample: bool,
+    low: float,
+    high: float,
+) -> Tensor:
+    noise = gumbel_noise(seed.unsqueeze(1), position.unsqueeze(1), ids)
+    values = []
+    undefined = torch.zeros_like(seed, dtype=torch.bool)
+    for reward in (low, high):
+        scores = logprobs + (beta * torch.tensor(reward, dtype=torch.float32)).unsqueeze(1)
+        tempered = scores / temperature.unsqueeze(1)
+        undefined |= (torch.isnan(tempered) | torch.isposinf(tempered)).any(dim=1)
+        value = tempered + noise if do_sample else scores
+        values.append(torch.where(torch.isfinite(tempered), value, -torch.inf))
+    floor = torch.minimum(*values).amax(dim=1, keepdim=True)
+    return ~(torch.maximum(*values) < floor) | undefined.unsqueeze(1)
+
+
 def ratio_step(
     logprobs: Tensor,
     hidden: Tensor,

@@ -48,6 +48,9 @@ def check_options(
     reward_method: Any,
     backend: Any,
     sync_every: Any,
+    reward_range: Any,
+    prune: Any,
+    cuda_graph: Any,
 ) -> None:
     """The options of `RewardGuided`, as far as they can be judged without a model."""
     if isinstance(k, bool) or not isinstance(k, int):
@@ -66,6 +69,9 @@ def check_options(
     _check_seed(seed)
     if sync_every is not None and (type(sync_every) is not int or sync_every < 1):
         raise ValueError(f"sync_every={sync_every!r}; pass a number of steps >= 1, or None")
+    _check_reward_range(reward_range, prune)
+    if cuda_graph is not None and type(cuda_graph) is not bool:
+        raise ValueError(f"cuda_graph={cuda_graph!r}; pass True, False or None (where possible)")
     for name, value, allowed in (
         ("eos_reward", eos_reward, EOS_REWARDS),
         ("reward_method", reward_method, METHODS),
@@ -73,6 +79,37 @@ def check_options(
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; pass one of {', '.join(allowed)}")
+
+
+def _check_reward_range(reward_range: Any, prune: Any) -> None:
+    if prune not in (None, True, False):
+        raise ValueError(f"prune={prune!r}; pass True, False, or None (where it saves something)")
+    if reward_range is None:
+        if prune:
+            raise ValueError(
+                "prune=True needs to know what rewards are possible; pass reward_range=(lo, hi)"
+            )
+        return
+    largest = torch.finfo(torch.float32).max
+    try:
+        low, high = (float(bound) for bound in reward_range)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -largest <= low < high <= largest:
+        raise ValueError(
+            f"reward_range={reward_range!r}; pass two finite numbers (lo, hi) with lo < hi"
+        )
+
+
+def prunes(scorer: Any, prune: bool | None, all_rewards: bool) -> bool:
+    """Whether candidates that cannot win go unscored; `all_rewards`: the caller wants every one."""
+    can = bool(getattr(scorer, "can_skip", False))
+    if prune and not can:
+        raise ValueError(
+            f"prune=True, but {type(scorer).__name__} scores all candidates or none; leave prune "
+            "out (all are scored), or use reward_method='tree' on a CPU or 'reencode'"
+        )
+    return (can and not all_rewards) if prune is None else prune
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -89,6 +89,9 @@ def launch_all(dtype, k, width, vocab, head):
     ops.vocab_reward(hidden[:, 0], floats(dtype, 64, width), ids)
     ops.ratio_sample(torch.randn(2, k), torch.randn(2, k), ids, *policy, False)
     ops.ratio_step(torch.randn(2, k), hidden, weight, ids, *policy, True, weight[:1])
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    pair = (floats(dtype, 2, width), floats(dtype, 2, width), count, count)
+    ops.prefix_bt_loss(*pair, floats(own, width), floats(own, 2), 0.1, 0.1, 1)
     if dtype == torch.float64:
         return
     launch_attention(dtype, k, head, None, None)

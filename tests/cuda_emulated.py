@@ -31,13 +31,14 @@ class _Operand(ctypes.Structure):
 
 
 def _structure(name, fields):
-    """A ctypes twin of an argument struct; p pointer, o Operand, q int64, i int, b bool."""
+    """A ctypes twin of a struct; p pointer, o Operand, q int64, i int, b bool, d double."""
     kinds = {
         "p": ctypes.c_void_p,
         "o": _Operand,
         "q": ctypes.c_int64,
         "i": ctypes.c_int,
         "b": ctypes.c_bool,
+        "d": ctypes.c_double,
     }
     pairs = [field.split(":") for field in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": [(n, kinds[k]) for n, k in pairs]})
@@ -58,6 +59,12 @@ _Ratio = _structure(
     "_Ratio",
     "logprobs:p rewards:p ids:p beta:p temperature:p seed:p position:p rows:q k:q do_sample:b "
     "slot:p logq:p",
+)
+_Pair = _structure(
+    "_Pair",
+    "chosen:p rejected:p rows:q width:q chosen_stride:q rejected_stride:q len_chosen:p "
+    "len_rejected:p weights:p margin:p smoothing:d centering:d first:q loss:p grad_chosen:p "
+    "grad_rejected:p",
 )
 
 
@@ -185,6 +192,27 @@ class Emulator:
 
         return tuple(self.in_every_order(run))
 
+    def prefix_bt_loss(self, chosen, rejected, *rest):
+        *vectors, smoothing, centering, first = rest
+        dtype = torch.promote_types(chosen.dtype, torch.float32)
+
+        def run(buffers):
+            rows, width = chosen.shape
+            outputs = [buffers.new(shape, dtype) for shape in ((rows,), *[(rows, width)] * 2)]
+            if rows:
+                dense = _dense_last(chosen), _dense_last(rejected)
+                given = [buffers.put(t) for t in dense]
+                a = _Pair(*given, rows, width, *(t.stride(0) for t in dense))
+                a.len_chosen, a.len_rejected, a.weights, a.margin = (
+                    buffers.put(t.contiguous()) for t in vectors
+                )
+                a.smoothing, a.centering, a.first = smoothing, centering, first
+                a.loss, a.grad_chosen, a.grad_rejected = (pointer for pointer, *_ in outputs)
+                self.launch("prefix_bt_loss", _ELEMENTS[chosen.dtype], ctypes.byref(a))
+            return outputs
+
+        return tuple(self.in_every_order(run))
+
 
 class _Buffers:
     """Guarded memory of one run."""
@@ -278,5 +306,12 @@ def _op(name):
 
 OPS = {
     name: _op(name)
-    for name in ("topk_logprobs", "reward_head", "vocab_reward", "ratio_sample", "ratio_step")
+    for name in (
+        "topk_logprobs",
+        "reward_head",
+        "vocab_reward",
+        "ratio_sample",
+        "ratio_step",
+        "prefix_bt_loss",
+    )
 }

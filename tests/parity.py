@@ -192,4 +192,39 @@ def check_candidate_attention(backend, *arguments):
         assert_no_worse(got, torch_attention(*tensors, *rest), exact, scale)
 
 
+def torch_prefix_bt_loss(
+    chosen, rejected, len_chosen, len_rejected, weights, margin, smoothing, centering, first
+):
+    """What one writes in torch, by autograd, and the sum of magnitudes in each gradient."""
+    rewards = [r.detach().requires_grad_() for r in (chosen, rejected)]
+    at = torch.arange(chosen.shape[1])
+    held = [torch.minimum(at, n[:, None] - 1).clamp(min=0) for n in (len_chosen, len_rejected)]
+    x, y = (r.gather(1, where) for r, where in zip(rewards, held, strict=True))
+    live = (at >= first - 1) & (at < torch.maximum(len_chosen, len_rejected)[:, None])
+    share = torch.where(live, weights.to(chosen.dtype), 0.0)
+    share = share / share.sum(dim=1, keepdim=True)
+    gap = x - y - margin.to(chosen.dtype)[:, None]
+    right, wrong = (-torch.nn.functional.logsigmoid(sign * gap) for sign in (1, -1))
+    each = (1 - smoothing) * right + smoothing * wrong + centering * (x + y) ** 2
+    loss = (share * torch.where(live, each, 0.0)).sum(dim=1)
+    grads = torch.autograd.grad(loss.sum(), rewards)
+    sizes = (share * (smoothing + gap.neg().sigmoid() + 2 * centering * (x + y).abs())).detach()
+    sums = [torch.zeros_like(sizes).scatter_add_(1, where, sizes) for where in held]
+    return loss.detach(), *grads, *sums
+
+
+def check_prefix_bt_loss(backend, chosen, rejected, *rest):
+    """Finite rewards and pairs with prefixes."""
+    own = torch.promote_types(chosen.dtype, torch.float32)
+    loss, *grads = backend("prefix_bt_loss", chosen, rejected, *rest)
+    torch_results = torch_prefix_bt_loss(chosen.to(own), rejected.to(own), *rest)
+    exact = torch_prefix_bt_loss(chosen.double(), rejected.double(), *rest)
+    assert loss.dtype == own and loss.shape == exact[0].shape
+    assert_no_worse(loss, torch_results[0], exact[0])
+    for i, grad in enumerate(grads, 1):
+        assert grad.dtype == own and grad.shape == exact[i].shape
+        if grad.numel():
+            assert_no_worse(grad, torch_results[i], exact[i], exact[i + 2].max().item())
+
+
 CHECKS = {op: globals()[f"check_{op}"] for op in OPS}

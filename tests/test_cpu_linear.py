@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 class Two(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
-        self.linear = nn.Linear(512, 768, dtype=dtype)
-        self.conv = Conv1D(512, 768).to(dtype)
+        self.linear = nn.Linear(512, 1024, dtype=dtype)
+        self.conv = Conv1D(512, 1024).to(dtype)
         self.small = nn.Linear(512, 8, dtype=dtype)
 
     def forward(self, x):
@@ -63,7 +63,7 @@ def test_a_hooked_layer_keeps_its_own_forward():
 @pytest.mark.parametrize("cache", ["dynamic", None])
 def test_the_kernel_is_called_for_what_is_ours(cache, monkeypatch):
     """For the reward model, and for the language model but in Hugging Face's own loop."""
-    sizes = {"n_embd": 512, "n_layer": 1, "n_head": 4, "vocab_size": 960, "n_positions": 128}
+    sizes = {"n_embd": 768, "n_layer": 1, "n_head": 4, "vocab_size": 960, "n_positions": 128}
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(**sizes, **special)).eval()

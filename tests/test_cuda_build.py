@@ -14,6 +14,7 @@ from rgtg_fast import _C
 
 ARCHS = ("80", "90", "100", "120")  # WHEEL_ARCHS of the Makefile
 KERNELS = ("topk_slices", "topk_merge", "reward_head", "vocab_reward", "ratio_sample", "ratio_step")
+KERNELS += ("prefix_bt_loss",)
 
 
 def tool(name):
@@ -55,6 +56,7 @@ def test_kernels_include_no_torch_header():
 
 
 OPS = ("topk_logprobs", "reward_head", "vocab_reward", "ratio_sample", "ratio_step")
+OPS += ("prefix_bt_loss",)
 
 
 @pytest.mark.skipif(_C.build_info()["cuda_archs"] is None, reason="built without nvcc")

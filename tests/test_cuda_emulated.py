@@ -230,3 +230,28 @@ def test_a_read_past_the_end_of_a_row_is_found(tmp_path):
     hidden, weight = randn(1, 2, 1032)[..., :1029], randn(1029)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(broken.reward_head(hidden, weight), hidden @ weight)
+
+
+def pair_loss(op, len_chosen, width=300):
+    lengths = torch.tensor([len_chosen]), torch.tensor([width - 10])
+    vectors = randn(width, seed=3).abs(), torch.zeros(1)
+    return op(randn(1, width), randn(1, width, seed=1), *lengths, *vectors, 0.1, 0.1, 2)
+
+
+def test_a_missing_barrier_in_the_sums_of_a_pair_is_found(tmp_path):
+    broken = mutant(tmp_path, "select.cuh", BARRIER, "")
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            pair_loss(broken.prefix_bt_loss, 20), pair_loss(OPS["prefix_bt_loss"], 20)
+        )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "occurrence", "length"),
+    [(" || end > a.width", "", 0, 302), ("at < a.width", "at <= a.width", 1, 20)],
+)
+def test_a_pair_that_reaches_outside_is_found(tmp_path, old, new, occurrence, length):
+    broken = mutant(tmp_path, "prefix_bt_loss.cuh", old, new, occurrence)
+    assert pair_loss(OPS["prefix_bt_loss"], length)[0].isnan() == (length != 20)
+    with pytest.raises(AssertionError, match="reached outside"):
+        pair_loss(broken.prefix_bt_loss, length)

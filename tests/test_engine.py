@@ -1,7 +1,5 @@
 """The loop's shortcuts change no result: own caches, looking seldom, rows that leave."""
 
-import importlib
-
 import pytest
 import tiny
 import torch
@@ -9,12 +7,12 @@ import zoo
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 import rgtg_fast
+from rgtg_fast import guided as guided_module
 from rgtg_fast.attention import NAME
 from rgtg_fast.backends import settle
 from rgtg_fast.decoding import guided_decode
 from rgtg_fast.policy import CachedPolicy, HFPolicy
 
-generate_module = importlib.import_module("rgtg_fast.generate")  # the package has the function
 K, NEW = 4, 14
 compiled = pytest.mark.skipif(
     settle("candidate_attention", "auto", "cpu", 1) == "reference",
@@ -45,7 +43,7 @@ def seen(monkeypatch):
         runs.append((policy, plan, scorer))
         return guided_decode(policy, scorer, input_ids, guidance, plan, *rest)
 
-    monkeypatch.setattr(generate_module, "guided_decode", spy)
+    monkeypatch.setattr(guided_module, "guided_decode", spy)
     return runs
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import BACKENDS, CHECKS, FUSED, carry
+from test_loss_matrix import batch
 from test_matrix import attention, candidates, draw_logits, policy
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +27,7 @@ def arguments_of(op):
         "candidate_attention": attention(
             torch.bfloat16, 2, 10, 32, 8, 128, 3000, [0, 70], [3000, 2900], None, None
         ),
+        "prefix_bt_loss": batch(torch.bfloat16, 64, 2000, 3, 0.1, 0.05),
     }[op]
 
 

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from op_support import FLOATS
+from op_support import FLOATS, SIMD_LEVELS, simd_level, threads
+from parity import BACKENDS, check_prefix_bt_loss
+from test_loss_matrix import batch
 
 from rgtg_fast import ops
 
 NAN, INF = float("nan"), float("inf")
 over = pytest.mark.parametrize
-HERE = [b for b in ("reference", "cpp") if ops.unavailable_reason("prefix_bt_loss", b) is None]
+HERE = ("reference", "cpp")
 LENGTHS = ([5, 1, 8, 3, 8, 2], [2, 4, 8, 3, 1, 8])
 OPTIONS = [
     {},
@@ -257,6 +259,43 @@ def test_what_cannot_be_refused_on_a_gpu_is_nan(backend):
     assert chosen.grad[1].isnan().all() and chosen.grad[[0, 2, 3, 4]].isfinite().all()
 
 
+@over("level", SIMD_LEVELS)
+@over("dtype", FLOATS)
+def test_every_instruction_set_is_no_worse_than_torch(level, dtype):
+    cpp = next(b for b in BACKENDS if b.name == "cpp")
+    with simd_level(level):
+        for width in (1, 5, 16, 47, 700):
+            check_prefix_bt_loss(cpp, *batch(dtype, 9, width, (width + 4) // 5, 0.1, 0.2))
+
+
+def test_threads_do_not_change_the_result():
+    arguments = batch(torch.float32, 200, 300)
+    with threads(3):
+        got = torch.ops.rgtg_fast.prefix_bt_loss(*arguments)
+    want = torch.ops.rgtg_fast.prefix_bt_loss(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@over("dtype", FLOATS)
+def test_opcheck(dtype):
+    operator = torch.ops.rgtg_fast.prefix_bt_loss.default
+    torch.library.opcheck(operator, batch(dtype, 3, 9, 2, 0.1, 0.2))
+
+
+def test_wrong_arguments_of_the_operator_are_errors():
+    chosen, rejected, *rest = batch(torch.float32, 3, 9)
+    for change in (
+        (chosen, rejected[:2], *rest),
+        (chosen, rejected.double(), *rest),
+        (chosen, rejected, rest[0].int(), *rest[1:]),
+        (chosen, rejected, *rest[:2], rest[2][:8], *rest[3:]),
+        (chosen, rejected, *rest[:3], rest[3].double(), *rest[4:]),
+        (chosen, rejected, *rest[:-1], 0),
+    ):
+        with pytest.raises(RuntimeError, match="must"):
+            torch.ops.rgtg_fast.prefix_bt_loss(*change)
+
+
 GOOD = torch.zeros(2, 4)
 ONES = torch.ones(2, 4, dtype=torch.int64)
 
@@ -265,6 +304,7 @@ ONES = torch.ones(2, 4, dtype=torch.int64)
     ("change", "words"),
     [
         ({"r_chosen": torch.zeros(4)}, "r_chosen has shape \\[4\\]; pass \\[N, L\\]"),
+        ({"r_chosen": GOOD[:, :0], "r_rejected": GOOD[:, :0]}, "r_chosen has no positions; pass"),
         ({"r_chosen": ONES}, "r_chosen has dtype torch.int64"),
         ({"r_rejected": torch.zeros(2, 5)}, "r_rejected has shape \\[2, 5\\]; pass \\[2, 4\\]"),
         ({"r_rejected": GOOD.double()}, "r_rejected has dtype torch.float64 and r_chosen"),

@@ -143,10 +143,10 @@ def test_the_command_line_ends_with_the_message(tmp_path):
 
 
 def test_accuracy_counts_each_prefix_length_once_it_differs():
-    margins = torch.tensor([[0.0, 1.0, -1.0, 9.0], [-1.0, 9.0, 9.0, 9.0]])
+    margins = torch.tensor([[0.0, 1.0, 2.0, 9.0], [-1.0, 9.0, 9.0, 9.0]])
     labels = torch.tensor([[3, 2, 1], [1, 1, 0]])  # lengths, equal tokens
     report = prefix_report(margins, labels)
-    assert report["full"] == {"accuracy": 0.0, "ci95": 0.0, "pairs": 2}
-    assert report["mean"]["accuracy"] == 0.25  # (1 right of 2, 0 of 1)
+    assert (report["full"]["accuracy"], report["full"]["pairs"]) == (0.5, 2)
+    assert report["mean"]["accuracy"] == 0.5  # both of 2, and 0 of 1
     assert report["lengths"]["1"]["pairs"] == 1 and report["lengths"]["2"]["accuracy"] == 1.0
     assert report["deciles"]["10"]["pairs"] == 1

@@ -98,3 +98,29 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
     assert step(noisy, rows)[0] != step(noisy, rows)[0]
     quiet = trainer(tmp_path, model, rows)
     assert step(quiet, rows)[0] == step(quiet, rows)[0]
+
+
+def test_batches_can_be_of_like_length_in_the_order_of_the_epoch(tmp_path):
+    rows = id_pairs(32, longest=20)
+    trained = trainer(
+        tmp_path,
+        train=rows,
+        evaluate=id_pairs(5, seed=4),
+        train_sampling_strategy="group_by_length",
+        max_steps=2,
+    )
+    trained.train()
+    assert "eval_accuracy" in trained.evaluate()
+    sampler = trained._get_train_sampler()
+    lengths = trained.train_dataset.lengths()
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(32))
+
+    def spread(order):
+        batches = [[lengths[i] for i in order[at : at + 4]] for at in range(0, 32, 4)]
+        return sum(max(batch) - min(batch) for batch in batches)
+
+    assert spread(orders[0]) < 0.8 * spread(range(32))

@@ -183,3 +183,25 @@ def test_features_of_an_inner_layer_are_its_hidden_states():
         for s in SIDES
     )
     torch.testing.assert_close(features.differences[0], chosen - rejected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fitted_head_guides_the_model_it_was_fitted_on():
+    from tiny import prompts, tokenizer
+
+    import rgtg_fast
+
+    model = llama_lm(initializer_range=0.2)
+    features = pair_features(model, PreferenceDataset(text_pairs(16), tokenizer()))
+    weight = fit_head(features, l2=1e-2).weight
+    inputs = prompts(5)
+    out = rgtg_fast.generate(
+        model,
+        **inputs,
+        reward_model=rgtg_fast.RewardHead(model, weight),
+        k=3,
+        max_new_tokens=3,
+        return_dict_in_generate=True,
+    )
+    hidden = model.model(out.sequences).last_hidden_state[0]
+    expected = (hidden @ weight)[inputs["input_ids"].shape[1] :]
+    torch.testing.assert_close(out.rewards[0], expected, rtol=1e-4, atol=1e-4)

@@ -33,13 +33,14 @@ def run(*processes):
     return [process.exitcode for process in processes]
 
 
-def test_a_run_killed_in_the_middle_ends_as_an_uninterrupted_one(tmp_path, spawn):
-    whole = children.resumable(tmp_path / "whole")
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_a_run_killed_in_its_second_epoch_ends_as_an_uninterrupted_one(tmp_path, spawn, sampling):
+    whole = children.resumable(tmp_path / "whole", train_sampling_strategy=sampling)
     whole.train()
     path, out = tmp_path / "killed", tmp_path / "resumed.pt"
-    assert run(spawn(children.train_until_killed, path)) == [-signal.SIGKILL]
+    assert run(spawn(children.train_until_killed, path, sampling)) == [-signal.SIGKILL]
     assert sorted(p.name for p in path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-    assert run(spawn(children.resume, path, out)) == [0]
+    assert run(spawn(children.resume, path, sampling, out)) == [0]
     losses, weights = torch.load(out)
     expected_losses, expected_weights = children.outcome(whole)
     assert losses == expected_losses

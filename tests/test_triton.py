@@ -51,6 +51,7 @@ def test_every_kernel_compiles_to_machine_code_without_a_gpu(archs):
         "_ratio_step",
         "_attend_prefix",
         "_merge_self",
+        "_prefix_bt_loss",
     }
     for record in records:
         assert record["cubin"] > 0
@@ -93,16 +94,20 @@ def test_noise_is_bit_identical_for_extreme_words():
     assert torch.equal(out, reference.gumbel_from_word(words))
 
 
-@pytest.mark.parametrize("name", ["topk_logprobs", "reward_head", "vocab_reward", "ratio_sample"])
+@pytest.mark.parametrize(
+    "name", ["topk_logprobs", "reward_head", "vocab_reward", "ratio_sample", "prefix_bt_loss"]
+)
 def test_opcheck(name):
     assert ops.unavailable_reason(name, "triton") is None
     flat, ids = torch.randn(2, 4), torch.randint(0, 9, (2, 4))
     per_row = (torch.ones(2), torch.ones(2), torch.arange(2), torch.arange(2))
+    constants = (torch.ones(4), torch.zeros(2))
     arguments = {
         "topk_logprobs": (torch.randn(2, 30), 3),
         "reward_head": (torch.randn(2, 4, 9), torch.randn(9), torch.randn(1)),
         "vocab_reward": (torch.randn(2, 9), torch.randn(9, 9), ids),
         "ratio_sample": (flat, flat, ids, *per_row, True),
+        "prefix_bt_loss": (flat, flat, *torch.tensor([[2, 4], [3, 1]]), *constants, 0.1, 0.1, 1),
     }
     torch.library.opcheck(getattr(torch.ops.rgtg_fast_triton, name).default, arguments[name])
 

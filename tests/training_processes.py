@@ -26,7 +26,7 @@ def resumable(path, callbacks=(), **changes):
     trained = trainer(
         path,
         gpt2_rm(initializer_range=0.1),
-        text_pairs(40),
+        text_pairs(12),
         max_steps=8,
         save_strategy="steps",
         save_steps=2,
@@ -39,8 +39,8 @@ def resumable(path, callbacks=(), **changes):
     return trained
 
 
-def train_until_killed(path):
-    resumable(path, [Kill()]).train()
+def train_until_killed(path, sampling):
+    resumable(path, [Kill()], train_sampling_strategy=sampling).train()
 
 
 def outcome(trained):
@@ -48,8 +48,8 @@ def outcome(trained):
     return losses, {n: p.detach() for n, p in trained.model.named_parameters()}
 
 
-def resume(path, out):
-    trained = resumable(path)
+def resume(path, sampling, out):
+    trained = resumable(path, train_sampling_strategy=sampling)
     trained.train(resume_from_checkpoint=True)
     torch.save(outcome(trained), out)
 

@@ -54,29 +54,32 @@ PairSums pair_segment(const T* chosen, const T* rejected, const float* weight, i
   for (int64_t start = 0; start < n; start += kFlush * kWidth) {
     const int64_t end = std::min<int64_t>(n, start + kFlush * kWidth);
     PairVectors total = {splat(0.0f), splat(0.0f), splat(0.0f)};
-    const auto add_terms = [&](const T* c, const T* r, const float* w, float* gc, float* gr) {
-      const Vec x = grad_chosen ? load(c) : held_chosen,
-                y = grad_rejected ? load(r) : held_rejected;
+    const auto add_terms = [&](Vec x, Vec y, const float* w, float* gc, float* gr) {
       const PairVectors v = pair_terms(x, y, load(w), o);
       total.loss = add(total.loss, v.loss);
       total.grad_chosen = add(total.grad_chosen, v.grad_chosen);
       total.grad_rejected = add(total.grad_rejected, v.grad_rejected);
-      if (grad_chosen) memcpy(gc, &v.grad_chosen, sizeof(Vec));
-      if (grad_rejected) memcpy(gr, &v.grad_rejected, sizeof(Vec));
+      if (gc) memcpy(gc, &v.grad_chosen, sizeof(Vec));
+      if (gr) memcpy(gr, &v.grad_rejected, sizeof(Vec));
     };
     int64_t i = start;
     for (; i + kWidth <= end; i += kWidth) {
-      add_terms(chosen + i, rejected + i, weight + i, grad_chosen ? grad_chosen + i : nullptr,
+      add_terms(grad_chosen ? load(chosen + i) : held_chosen,
+                grad_rejected ? load(rejected + i) : held_rejected, weight + i,
+                grad_chosen ? grad_chosen + i : nullptr,
                 grad_rejected ? grad_rejected + i : nullptr);
     }
     if (i < end) {
+      // Beyond the end all is 0, held rewards too: a weight of 0 does not annul an infinity.
       T c[kWidth] = {}, r[kWidth] = {};
       float w[kWidth] = {}, gc[kWidth], gr[kWidth];
       const int64_t rest = end - i;
-      if (grad_chosen) std::copy_n(chosen + i, rest, c);
-      if (grad_rejected) std::copy_n(rejected + i, rest, r);
-      std::copy_n(weight + i, rest, w);
-      add_terms(c, r, w, gc, gr);
+      for (int64_t j = 0; j < rest; ++j) {
+        c[j] = chosen[grad_chosen ? i + j : 0];
+        r[j] = rejected[grad_rejected ? i + j : 0];
+        w[j] = weight[i + j];
+      }
+      add_terms(load(c), load(r), w, gc, gr);
       if (grad_chosen) std::copy_n(gc, rest, grad_chosen + i);
       if (grad_rejected) std::copy_n(gr, rest, grad_rejected + i);
     }

@@ -48,15 +48,6 @@ int64_t sample_row(const RowInput& row, int64_t k, bool do_sample, float* logq) 
   return slot;
 }
 
-template <class T>
-struct Dense {
-  Tensor tensor;
-  const T* data;
-  explicit Dense(const Tensor& t)
-      : tensor(torch::stable::contiguous(t)),
-        data(static_cast<const T*>(tensor.const_data_ptr())) {}
-};
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> ratio_sample(const Tensor& logprobs, const Tensor& rewards,

@@ -43,6 +43,16 @@ inline Tensor with_dense_last_dim(const Tensor& t) {
   return last_dim_dense(t) ? t : torch::stable::contiguous(t);
 }
 
+// The tensor itself where it is contiguous, else a copy that is.
+template <class T>
+struct Dense {
+  Tensor tensor;
+  const T* data;
+  explicit Dense(const Tensor& t)
+      : tensor(torch::stable::contiguous(t)),
+        data(static_cast<const T*>(tensor.const_data_ptr())) {}
+};
+
 template <size_t N>
 Tensor empty_cpu(const std::array<int64_t, N>& sizes, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), N), type);

@@ -4,6 +4,7 @@ A scorer is any object with `prefill(input_ids, attention_mask)`, `score(ids [B,
 and `commit(slot [B])`; `make_scorer` builds one for a reward model.
 """
 
+from .attention_credit import AttentionCreditScorer
 from .autoregressive import AutoregressiveScorer
 from .base import Scorer
 from .expand import ExpandScorer
@@ -15,6 +16,7 @@ from .tree import TreeScorer
 from .vocab_head import VocabRewardScorer
 
 __all__ = [
+    "AttentionCreditScorer",
     "AutoregressiveScorer",
     "ExpandScorer",
     "ReencodeScorer",

@@ -17,7 +17,11 @@ class Scorer(Protocol):
     """The whole contract between the decode loop and whatever gives rewards.
 
     A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone). Without it,
-    rows that have ended are carried along until all have.
+    rows that have ended are carried along until all have. One whose `can_skip` is true takes
+    `score(ids, keep)` too: bool [B, k], only these candidates need a reward (at least one does);
+    the others get NaN and are not committed. One that says `capturable = True` changes tensors in
+    place only in `score` and `commit`, never waits for the device there, and keeps no other state
+    but `length`, an int, which is one more after each `commit` (see graphs.py).
     """
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -37,6 +41,7 @@ class RewardModelScorer(ABC):
     """
 
     method: str
+    can_skip: bool = False
 
     def __init__(
         self,
@@ -59,24 +64,32 @@ class RewardModelScorer(ABC):
         self.last_reward = last  # [B], reward of the prefix as it stands
 
     @torch.no_grad()
-    def score(self, ids: Tensor) -> Tensor:
+    def score(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         ids_here = ids.to(self.rm.device)
-        known = None
-        if self.rm.vocab_size <= self.largest_id:
-            # A language model's vocabulary may be padded past its tokenizer: such an id is no
-            # token, the reward model has no row for it, and it must never be chosen.
-            known = ids_here < self.rm.vocab_size
+        keep = None if keep is None else keep.to(self.rm.device)
+        known = self.known(ids_here)
+        if known is not None:
             ids_here = ids_here.where(known, 0)
         with self.rm.evaluating(), self.rm.fast_linears.active():
-            rewards = self._score(ids_here)
+            rewards = self._score(ids_here) if keep is None else self._score_kept(ids_here, keep)
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)
         if self.eos_ids is not None:
-            rewards = torch.where(
-                torch.isin(ids_here, self.eos_ids), self.last_reward[:, None], rewards
-            )
+            # Not torch.isin: with many EOS ids it sorts, and waits for the device.
+            is_eos = (ids_here[..., None] == self.eos_ids).any(-1)
+            rewards = torch.where(is_eos, self.last_reward[:, None], rewards)
+        if keep is not None:
+            rewards = rewards.masked_fill(~keep, torch.nan)
         self.rewards = rewards
         return rewards.to(ids.device)
+
+    def known(self, ids: Tensor) -> Tensor | None:
+        """Which of `ids` the reward model has a row for; None where it has one for all.
+
+        A language model's vocabulary may be padded past its tokenizer: such an id is no token and
+        must never be chosen.
+        """
+        return ids < self.rm.vocab_size if self.rm.vocab_size <= self.largest_id else None
 
     def commit(self, slot: Tensor) -> None:
         slot = slot.to(self.rm.device)
@@ -99,6 +112,10 @@ class RewardModelScorer(ABC):
     @abstractmethod
     def _score(self, ids: Tensor) -> Tensor:
         """Rewards fp32 [B, k] of prefix + candidate."""
+
+    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
+        """Rewards fp32 [B, k], right for those in `keep` [B, k] at least."""
+        return self._score(ids)
 
     @abstractmethod
     def _commit(self, slot: Tensor) -> None:

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 # Rows from which it is faster: one row of a Conv1D, whose weights lie the other way round, is not.
 _FEWEST: dict[type, int] = {nn.Linear: 1, Conv1D: 2}
-_LARGE = 1 << 18  # weights; below, the call's own cost (some 30 µs) outweighs the gain
+_LARGE = 1 << 19  # weights; below, the call's own cost (some 30 µs) outweighs the gain
+_WIDE = 128  # inputs; rows of weights that are shorter are read no faster
 
 
 class FastLinears:
@@ -63,6 +64,7 @@ def _is_plain(module: nn.Module) -> bool:
         type(weight) is nn.Parameter
         and weight.dtype == torch.float32
         and weight.numel() >= _LARGE
+        and weight.shape[0 if isinstance(module, Conv1D) else 1] >= _WIDE
         and weight.device.type == "cpu"
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -47,9 +47,21 @@ class JointScorer(RewardModelScorer):
         self.both = _Both(rm)
         self.forward = SiblingForward(self.both, k, self.capacity, fused, self.backend)
 
+    @property
+    def capturable(self) -> bool:
+        return self.forward.kernel is not None
+
+    @property
+    def length(self) -> int:
+        return self.forward.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.forward.length = length
+
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.forward.prefill(self._doubled(input_ids), self._doubled(attention_mask))
-        self.next_hidden = hidden[: len(input_ids), -1].contiguous()  # [B, H], made in place later
+        self.next_hidden = hidden[: len(input_ids), -1].clone()  # [B, H], updated in place
         last = last_real(self.both.reward_hidden, attention_mask)
         return self.rm.rewards(last, self.backend)[:, 0]
 
@@ -75,6 +87,8 @@ class JointPolicy:
     """The logits of a `JointScorer`'s winners; it has no forward of its own."""
 
     attentions = hidden_states = None
+    capturable = True
+    length = 0  # the scorer counts; see graphs.py
 
     def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:
         self.view, self.scorer, self.cache = view, scorer, cache

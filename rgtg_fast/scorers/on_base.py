@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .low_rank import LowRank, LowRankLayers, find_inputs
 from .peft_checkpoint import Checkpoint, read_checkpoint, scaled
-from .reward_model import RewardModel
+from .reward_model import RewardModel, find_base
 
 
 class OnBase(RewardModel):
@@ -31,7 +31,7 @@ class OnBase(RewardModel):
             raise ValueError(
                 f"lm is {type(inner).__name__}, an encoder-decoder model; pass a decoder-only one"
             )
-        if not isinstance(inner, PreTrainedModel) or inner.base_model is inner:
+        if not isinstance(inner, PreTrainedModel) or find_base(inner) is inner:
             raise ValueError(
                 f"lm must be a causal language model of transformers; got {type(lm).__name__}"
             )

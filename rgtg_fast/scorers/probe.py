@@ -119,7 +119,7 @@ def _why_not(rm: RewardModel, way: str, pooled: bool, ids: Tensor, backend: Any)
             scorer = ExpandScorer(projected, _SIBLINGS, backend=backend)
         else:
             scorer = TreeScorer(projected, _SIBLINGS, fused=way == "fused", backend=backend)
-        got = _run(scorer, ids)
+        got = _run(scorer, ids, truth)
     except Exception as error:  # whatever a foreign model raises is a reason
         return f"it failed with {_brief(error)}"
     return _disagreement(got, truth, noise, rm.dtype)
@@ -179,14 +179,20 @@ def _slots(rm: RewardModel, step: int) -> Tensor:
     return torch.tensor([step % _SIBLINGS, (step + 1) % _SIBLINGS], device=rm.device)
 
 
-def _run(scorer: RewardModelScorer, ids: Tensor) -> Tensor:
-    """Rewards [steps, 2, siblings] of the scorer; the second row is a third shorter."""
+def _run(scorer: RewardModelScorer, ids: Tensor, truth: Tensor) -> Tensor:
+    """Rewards [steps, 2, siblings] of the scorer; the second row is a third shorter. Where it can
+    skip candidates it does so at one step, which must hurt neither the others nor later steps."""
     mask = torch.ones_like(ids)
     mask[1, : ids.shape[1] // 3] = 0
     scorer.prefill(ids, mask)
     out = []
     for step in range(_STEPS):
-        out.append(scorer.score(_candidates(scorer.rm, step)))
+        candidates = _candidates(scorer.rm, step)
+        if scorer.can_skip and step == 1:
+            keep = torch.tensor([[False, True, True], [False, False, True]], device=ids.device)
+            out.append(scorer.score(candidates, keep).where(keep, truth[step]))
+        else:
+            out.append(scorer.score(candidates))
         scorer.commit(_slots(scorer.rm, step))
     return torch.stack(out)
 

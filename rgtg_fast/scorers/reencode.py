@@ -23,6 +23,7 @@ class ReencodeScorer(RewardModelScorer):
     """
 
     method = "reencode"
+    can_skip = True
 
     def __init__(
         self,
@@ -51,14 +52,18 @@ class ReencodeScorer(RewardModelScorer):
             self.prompt_texts = [
                 self.prompt_tokenizer.decode(p, skip_special_tokens=True) for p in self.prompts
             ]
+        one = torch.ones((len(self.prompts), 1), dtype=torch.bool, device=input_ids.device)
         if self.eos_ids is None:
             return torch.zeros(len(self.prompts), device=input_ids.device)
-        return self._encode(self.answer[:, None])[:, 0]
+        return self._encode(self.answer[:, None], one)[:, 0]
 
     def _score(self, ids: Tensor) -> Tensor:
+        return self._score_kept(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
         self.ids = ids
         prefix = self.answer[:, None].expand(-1, ids.shape[1], -1)
-        return self._encode(torch.cat([prefix, ids[..., None]], dim=-1))
+        return self._encode(torch.cat([prefix, ids[..., None]], dim=-1), keep)
 
     def _commit(self, slot: Tensor) -> None:
         self.answer = torch.cat([self.answer, self.ids.gather(1, slot[:, None])], dim=-1)
@@ -69,18 +74,20 @@ class ReencodeScorer(RewardModelScorer):
         if self.reward_tokenizer is not None:
             self.prompt_texts = [self.prompt_texts[b] for b in rows.tolist()]
 
-    def _encode(self, answers: Tensor) -> Tensor:
-        """Rewards fp32 [B, n] of the prompts followed by answers [B, n, t]."""
-        batch, n, _ = answers.shape
+    def _encode(self, answers: Tensor, keep: Tensor) -> Tensor:
+        """Rewards fp32 [B, n] of the prompts followed by answers [B, n, t]; NaN for those not in
+        `keep` [B, n]."""
         if self.reward_tokenizer is not None:
-            ids, mask = self._tokenize(answers)
+            ids, mask = self._tokenize(answers, keep)
         else:
-            ids, mask = self._pack(answers)
+            ids, mask = (x[keep] for x in self._pack(answers))
         step = max(1, _TOKENS_PER_FORWARD // ids.shape[1])
         parts = [
             self._forward(i, m) for i, m in zip(ids.split(step), mask.split(step), strict=True)
         ]
-        return torch.cat(parts).view(batch, n)
+        out = torch.full(keep.shape, torch.nan, device=keep.device)
+        out[keep] = torch.cat(parts)
+        return out
 
     def _pack(self, answers: Tensor) -> tuple[Tensor, Tensor]:
         batch, n, t = answers.shape
@@ -92,19 +99,19 @@ class ReencodeScorer(RewardModelScorer):
             ids[b, :, :p] = prompt
             ids[b, :, p : p + t] = answers[b]
             mask[b, :, : p + t] = 1
-        return ids.view(batch * n, length), mask.view(batch * n, length)
+        return ids, mask
 
-    def _tokenize(self, answers: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokenize(self, answers: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         texts = []
         for b, prompt in enumerate(self.prompts):
             if self.prompt_tokenizer is self.tokenizer:
                 # Decoded together: spaces and byte pieces depend on what comes before.
-                rows = [torch.cat([prompt, a]) for a in answers[b]]
+                rows = [torch.cat([prompt, a]) for a in answers[b, keep[b]]]
                 texts += [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
             else:
                 texts += [
                     self.prompt_texts[b] + self.tokenizer.decode(a, skip_special_tokens=True)
-                    for a in answers[b]
+                    for a in answers[b, keep[b]]
                 ]
         out = self.reward_tokenizer(
             texts, padding=True, padding_side="right", return_tensors="pt", truncation=False

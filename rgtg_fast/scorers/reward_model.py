@@ -46,7 +46,7 @@ class RewardModel:
         inner: Any = model
         if hasattr(model, "get_base_model"):
             inner = inner.get_base_model()
-        self.base: Any = _find_base(inner)
+        self.base: Any = find_base(inner)
         self.config = self.base.config
         self.text_config = self.config.get_text_config()
         self.head = head if head is not None else _find_head(inner, self.base)
@@ -78,7 +78,7 @@ class RewardModel:
     def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
         """Rewards fp32 [B, n] of hidden states [B, n, H], on the hidden states' device."""
         head = self.head
-        if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+        if type(head) is nn.Linear and _is_plain(head, hidden.shape[-1]):
             weight, bias = head.weight[0], head.bias
             if weight.device != hidden.device:
                 hidden = hidden.to(weight.device)
@@ -112,6 +112,11 @@ class RewardModel:
                 module.training = True
 
 
+def _is_plain(head: nn.Linear, width: int) -> bool:
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return head.weight.shape == (1, width) and not hooked
+
+
 def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) -> RewardModel:
     """`model` taken apart, if it is not already. Raises `ValueError` for two heads at once."""
     if not isinstance(model, RewardModel):
@@ -123,7 +128,7 @@ def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) 
     return model
 
 
-def _find_base(model: Any) -> Any:
+def find_base(model: Any) -> Any:
     if isinstance(model, PreTrainedModel):
         if model.base_model is not model:
             return model.base_model

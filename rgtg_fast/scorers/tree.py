@@ -17,6 +17,7 @@ from ..attention import (
     plugged_in,
 )
 from ..cache import SiblingCache
+from ..selection import Selection
 from .base import RewardModelScorer, last_real, positions_of
 from .reward_model import RewardModel
 
@@ -65,11 +66,18 @@ class SiblingForward:
         self.position = attention_mask.long().sum(-1, keepdim=True)  # [B, 1], real tokens so far
         return hidden
 
-    def siblings(self, ids: Tensor) -> Tensor:
-        """Hidden states [B, k, H] of `ids` [B, k], each right after its row's prefix."""
+    def siblings(self, ids: Tensor, selection: Selection | None = None) -> Tensor:
+        """Hidden states [B, k, H] of `ids` [B, k], each right after its row's prefix.
+
+        Of a `selection` of them, those of its tokens: [B, n, H], or [1, N, H] where it is packed.
+        """
+        position = self.position.expand(-1, ids.shape[1])
+        if selection is not None:
+            ids, position = selection.take(ids), selection.take(position)
+        self.cache.selection = selection
         arguments = {
-            "attention_mask": self.mask.current(),
-            "position_ids": self.position.expand(-1, ids.shape[1]),
+            "attention_mask": self.mask.current(ids.shape[1]),
+            "position_ids": position,
             "past_key_values": self.cache,
             "use_cache": True,
         }
@@ -88,6 +96,16 @@ class SiblingForward:
         self.cache.keep_rows(rows)
         self.mask.keep_rows(rows)
         self.position = self.position[rows]
+
+    @property
+    def length(self) -> int:
+        """Prefix tokens as the host counts them; whoever replays a CUDA graph, which moves the
+        device's count alone, sets it."""
+        return self.cache.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.cache.length = length
 
 
 def fill_cache(given: DynamicCache, own: SiblingCache, length: int, rows: int) -> DynamicCache:
@@ -112,6 +130,8 @@ class TreeScorer(RewardModelScorer):
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.forward = SiblingForward(rm, k, self.capacity, fused, self.backend)
+        # On a GPU siblings are nearly free, and the shapes of a step stay as they are.
+        self.can_skip = rm.device.type == "cpu"
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.forward.prefill(input_ids, attention_mask)
@@ -120,8 +140,27 @@ class TreeScorer(RewardModelScorer):
     def _score(self, ids: Tensor) -> Tensor:
         return self.rm.rewards(self.forward.siblings(ids), self.backend).to(ids.device)
 
+    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
+        if keep.all():
+            return self._score(ids)
+        selection = Selection(keep, packs=self.forward.kernel is not None)
+        hidden = self.forward.siblings(ids, selection)
+        return selection.put_back(self.rm.rewards(hidden, self.backend).to(ids.device))
+
     def _commit(self, slot: Tensor) -> None:
         self.forward.commit(slot)
 
     def _keep_rows(self, rows: Tensor) -> None:
         self.forward.keep_rows(rows)
+
+    @property
+    def capturable(self) -> bool:
+        return self.forward.kernel is not None
+
+    @property
+    def length(self) -> int:
+        return self.forward.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.forward.length = length

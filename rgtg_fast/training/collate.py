@@ -58,7 +58,8 @@ class PairCollator:
 @dataclass
 class LabelledCollator:
     """N labelled rows to `input_ids`, `attention_mask`, `answer_mask` int64 [N, L], `start` int64
-    [N] and `target` fp32 [N], padded on the right."""
+    [N] and `target` fp32 [N], padded on the right; and, where a row has targets of its own for its
+    prefixes, `targets` fp32 [N, T] (the label repeated for rows without)."""
 
     pad_id: int
 
@@ -70,10 +71,18 @@ class LabelledCollator:
             ids[n, : len(sequence)] = torch.tensor(sequence)
             mask[n, : len(sequence)] = 1
             answer[n, len(row["prompt_ids"]) : len(sequence)] = 1
-        return {
+        batch = {
             "input_ids": ids,
             "attention_mask": mask,
             "answer_mask": answer,
             "start": torch.tensor([len(row["prompt_ids"]) for row in rows]),
             "target": torch.tensor([row["label"] for row in rows]),
         }
+        if any("targets" in row for row in rows):
+            width = max(len(row["answer_ids"]) for row in rows)
+            targets = batch["target"][:, None].repeat(1, width)
+            for n, row in enumerate(rows):
+                own = row.get("targets", [])
+                targets[n, : len(own)] = torch.tensor(own)
+            batch["targets"] = targets
+        return batch

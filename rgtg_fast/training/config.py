@@ -38,6 +38,13 @@ class PrefixRewardConfig(TrainingArguments):
     label_smoothing: float = field(
         default=0.0, metadata={"help": "probability that a preference label is the wrong way round"}
     )
+    consistency: float | None = field(
+        default=None,
+        metadata={
+            "help": "CREAM's C in (0.5, 1]: the loss is C times that of the pair and 1 - C times "
+            "that of the pair swapped; the same as label_smoothing = 1 - C"
+        },
+    )
     centering: float = field(
         default=0.0, metadata={"help": "times (r_chosen + r_rejected)²: keeps rewards around zero"}
     )
@@ -78,12 +85,32 @@ class PrefixRewardConfig(TrainingArguments):
         for name, least in (("first", 1), ("alternate", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; pass at least {least}")
+        if self.consistency is not None:
+            self._take_consistency(self.consistency, scalar_labels)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing}; pass 0 <= value < 0.5")
         if self.centering < 0:
             raise ValueError(f"centering={self.centering}; pass 0 or more")
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta}; pass a positive number")
+
+    def _take_consistency(self, rate: float, scalar_labels: bool) -> None:
+        if scalar_labels:
+            raise ValueError(
+                f"consistency={rate} weighs a pair against its swap, and loss_type="
+                f"{self.loss_type!r} has no pairs; leave it out"
+            )
+        if not 0.5 < rate <= 1:
+            raise ValueError(
+                f"consistency={rate}; pass 0.5 < value <= 1: at 0.5 the two models agree no more "
+                "than by chance, and nothing is left to learn from the labels"
+            )
+        if self.label_smoothing not in (0.0, 1 - rate):
+            raise ValueError(
+                f"consistency={rate} and label_smoothing={self.label_smoothing} are both given, "
+                "and are one option (label_smoothing = 1 - consistency); drop one of them"
+            )
+        self.label_smoothing = 1 - rate
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

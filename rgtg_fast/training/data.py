@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,14 @@ class _Rows(Dataset):
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and longest answer."""
+        return [
+            len(row["prompt_ids"])
+            + max(len(row[k]) for k in ("chosen_ids", "rejected_ids", "answer_ids") if k in row)
+            for row in self.rows
+        ]
+
 
 class PreferenceDataset(_Rows):
     """Pairs as token ids: `prompt_ids`, `chosen_ids`, `rejected_ids` (lists) and, given, `margin`.
@@ -54,7 +63,7 @@ class PreferenceDataset(_Rows):
     Rows may be `{prompt, chosen, rejected}` texts, `{chosen, rejected}` that share their beginning,
     conversations (through the tokenizer's chat template), or ready `{prompt_ids, chosen_ids,
     rejected_ids}`, which are taken as they are; without `prompt_ids` the tokens with which both
-    begin are the prompt. For `source` see `load_rows`.
+    begin are the prompt. For `source` see `load_rows`. `sources[n]` is row n's place there.
 
     EOS stands at the true end of an answer only, never behind a prefix: `eos="append"` puts it
     behind answers that lack it, `eos="keep"` adds none; an answer cut at `max_length` gets none.
@@ -94,8 +103,9 @@ class PreferenceDataset(_Rows):
         self.report = DataReport(rows=len(raw))
         encoded = encode_pairs(raw, tokenizer, eos)
         rows: list[Row] = []
+        self.sources: list[int] = []
         bad: dict[str, int] = {}
-        for row in encoded:
+        for source_row, row in enumerate(encoded):
             reason = _invalid_reason(row)
             if reason is None and not self._fits(row, min_answer_tokens, max_length, overlong):
                 continue
@@ -104,6 +114,7 @@ class PreferenceDataset(_Rows):
                 reason = reason and f"{reason} after the cut at max_length"
             if reason is None:
                 rows.append(row)
+                self.sources.append(source_row)
             else:
                 bad[reason] = bad.get(reason, 0) + 1
         self._settle_bad(bad, invalid, overlong, max_length)
@@ -157,10 +168,12 @@ class LabelledDataset(_Rows):
 
     Rows are `{text, label}`, where every token counts, or `{prompt, text, label}` (`completion` is
     as good as `text`), where the prompt's tokens carry no loss; or `{prompt_ids, answer_ids,
-    label}`. Options as in `PreferenceDataset`.
+    label}`. Options as in `PreferenceDataset`. Rows of token ids may also have `targets`, a number
+    of any size for each of their prefixes (see `attention_labels`), and then any `label`.
 
     Raises:
-        ValueError: for missing keys, labels outside [0, 1], or empty texts, with counts.
+        ValueError: for missing keys, labels outside [0, 1], targets that do not fit, or empty
+            texts, with counts.
     """
 
     def __init__(
@@ -184,18 +197,17 @@ class LabelledDataset(_Rows):
         bad: dict[str, int] = {}
         for row in raw:
             entry = _encode_labelled(row, tokenizer, eos)
-            reason = None
-            if not 0 <= entry["label"] <= 1:
-                reason = "a label outside [0, 1]"
-            elif not entry["answer_ids"]:
-                reason = "an empty text"
-            elif max_length and len(entry["prompt_ids"] + entry["answer_ids"]) > max_length:
+            reason = _invalid_label(entry)
+            length = len(entry["prompt_ids"]) + len(entry["answer_ids"])
+            if reason is None and max_length and length > max_length:
                 self.report.overlong += 1
                 if overlong == "drop":
                     self.report.dropped_overlong += 1
                     continue
                 room = max(max_length - len(entry["prompt_ids"]), 0)
                 entry["answer_ids"] = entry["answer_ids"][:room]
+                if "targets" in entry:
+                    entry["targets"] = entry["targets"][:room]
                 self.report.truncated_answers += 1
                 reason = None if room else "no room for the text in max_length"
             if reason:
@@ -277,7 +289,8 @@ def remove_leaks(train: PreferenceDataset, eval: PreferenceDataset, leaks: str =
     """
     _check_option("leaks", leaks, ("error", "drop", "allow"))
     held_out = {pair_key(row) for row in eval.rows}
-    kept = [row for row in train.rows if pair_key(row) not in held_out]
+    stays = [pair_key(row) not in held_out for row in train.rows]
+    kept = [row for row, stay in zip(train.rows, stays, strict=True) if stay]
     found = len(train.rows) - len(kept)
     if not found or leaks == "allow":
         return
@@ -289,6 +302,7 @@ def remove_leaks(train: PreferenceDataset, eval: PreferenceDataset, leaks: str =
     if not kept:
         raise ValueError("every training pair is in the eval set too; pass other data")
     train.rows = kept
+    train.sources = [n for n, stay in zip(train.sources, stays, strict=True) if stay]
     train.report.dropped_leaks += found
     train.report.kept = len(kept)
 
@@ -338,7 +352,23 @@ def _encode_labelled(row: Row, tokenizer: Any, eos: str) -> Row:
         answer = encode_answer(tokenizer, row["prompt"], prompt, row["text"], True, eos)
     else:
         prompt, answer = [], encode_answer(tokenizer, "", [], row["text"], True, eos)
-    return {"prompt_ids": prompt, "answer_ids": answer, "label": float(row["label"])}
+    entry: Row = {"prompt_ids": prompt, "answer_ids": answer, "label": float(row["label"])}
+    if row.get("targets") is not None:
+        entry["targets"] = [float(target) for target in row["targets"]]
+    return entry
+
+
+def _invalid_label(entry: Row) -> str | None:
+    targets = entry.get("targets")
+    if targets is None and not 0 <= entry["label"] <= 1:
+        return "a label outside [0, 1]"
+    if not entry["answer_ids"]:
+        return "an empty text"
+    if targets is not None and len(targets) != len(entry["answer_ids"]):
+        return "targets that are not one number per token of answer_ids"
+    if targets is not None and not all(map(math.isfinite, [*targets, entry["label"]])):
+        return "a target that is not finite"
+    return None
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -52,13 +52,16 @@ def _share(right: np.ndarray) -> dict[str, float]:
 
 
 def label_report(rewards: Any, labels: Any) -> dict[str, Any]:
-    """Mean squared error of rewards [n, T] to labels [n, 2] = (label, length): `full` and by decile
-    of length."""
+    """Mean squared error of rewards [n, T] to labels [n, 2] = (label, length), or [n, 2 + T], where
+    the prefixes' own targets follow: `full` and by decile of length."""
     rewards, labels = np.asarray(rewards, dtype=np.float64), np.asarray(labels)
-    target, length = labels[:, 0], labels[:, 1].astype(int)
+    targets, length = labels[:, 2:], labels[:, 1].astype(int)
+    if not targets.shape[1]:
+        targets = labels[:, :1].repeat(rewards.shape[1], 1)
 
     def error(at: np.ndarray) -> float:
-        return float(((rewards[np.arange(len(rewards)), at - 1] - target) ** 2).mean())
+        rows = np.arange(len(rewards))
+        return float(((rewards[rows, at - 1] - targets[rows, at - 1]) ** 2).mean())
 
     deciles = {str(d): error(np.ceil(length * d / 100).astype(int)) for d in DECILES}
     return {"full": error(length), "deciles": deciles}

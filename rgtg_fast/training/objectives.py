@@ -143,15 +143,16 @@ def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Sc
 
 
 def rad(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
-    """RAD (arXiv 2310.09520): squared error of every prefix's reward to the text's label, prefix i
-    weighted by i (`weights="linear"`) or alike, mean over texts."""
+    """RAD (arXiv 2310.09520): squared error of every prefix's reward to the text's label, or to the
+    prefix's own target, prefix i weighted by i (`weights="linear"`) or alike, mean over texts."""
     hidden = parts.hidden(batch["input_ids"], batch["attention_mask"])
     rewards = answer_columns(parts.scalar(hidden), batch["start"], _width(batch))  # [N, T]
     at = torch.arange(rewards.shape[-1], device=rewards.device)
     weight = ((at < _lengths(batch)[:, None]) & (at >= args.first - 1)).to(rewards.dtype)
     if args.weights == "linear":
         weight = weight * (at + 1)
-    error = (rewards - batch["target"].to(rewards.dtype)[:, None]) ** 2
+    target = batch["targets"] if "targets" in batch else batch["target"][:, None]
+    error = (rewards - target.to(rewards.dtype)) ** 2
     per_text = (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
     return Scored(per_text.mean(), rewards.detach())
 

@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from .._config_file import read_yaml
 from .config import PrefixRewardConfig
 from .formats import NAMED
 
@@ -47,23 +47,7 @@ def read_settings(path: str | os.PathLike[str], overrides: list[str] | None = No
     Raises `ValueError` for a file that is no mapping, unknown keys (naming the nearest known one),
     missing keys, and values of the wrong kind.
     """
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"no config file at {str(file)!r}; write one (YAML) or mend the path")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}; write `key: value` lines")
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r}; write key=value")
-        values[key] = yaml.safe_load(value)
-    return check_settings(values)
+    return check_settings(read_yaml(path, overrides or ()))
 
 
 def check_settings(values: dict[str, Any]) -> Settings:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from .collate import LabelledCollator, PairCollator
@@ -18,6 +20,19 @@ from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored
 
 logger = logging.get_logger(__name__)
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Batches of rows of like length, in an order that depends on seed and epoch only, so that a
+    resumed run finds its place."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class PrefixRewardTrainer(Trainer):
@@ -106,6 +121,18 @@ class PrefixRewardTrainer(Trainer):
         if objective.head == "scalar":
             check_causal(parts)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(data, "lengths"):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return GroupedByLength(size, data.lengths(), self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def parts(self, model: nn.Module) -> TrainedParts:
         """Base and head of the unwrapped model."""
         if self._parts is None or self._parts.model is not model:
@@ -155,7 +182,7 @@ class PrefixRewardTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Loss; rewards [N, 2, T] as [N, 2T] or [N, T]; labels [N, 3] (lengths, equal tokens) or
-        [N, 2] (target, length)."""
+        [N, 2] (target, length), with targets of prefixes [N, 2 + T]."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             scored = self.score(model, inputs, None)
@@ -165,6 +192,8 @@ class PrefixRewardTrainer(Trainer):
         lengths = inputs["answer_mask"].sum(-1)
         if self.objective.data == "labelled":
             labels = torch.stack([inputs["target"].float(), lengths.float()], dim=1)
+            if "targets" in inputs:
+                labels = torch.cat([labels, inputs["targets"].float()], dim=1)
             return loss, rewards.float(), labels
         held = rewards
         if self.args.extension == "hold" or self.args.loss_type != "prefix":

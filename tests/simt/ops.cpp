@@ -1,4 +1,5 @@
 // The launches of csrc/cuda/*.cuh for Python: each op takes its arguments struct, field by field.
+#include "cuda/prefix_bt_loss.cuh"
 #include "cuda/ratio_sample.cuh"
 #include "cuda/ratio_step.cuh"
 #include "cuda/topk_logprobs.cuh"
@@ -21,5 +22,8 @@ int simt_vocab_reward(const VocabArguments* a) { return launch_vocab_reward(*a, 
 int simt_ratio_sample(const RatioArguments* a) { return launch_ratio_sample(*a, nullptr); }
 int simt_ratio_step(const HeadArguments* head, const RatioArguments* ratio) {
   return launch_ratio_step(*head, *ratio, nullptr);
+}
+int simt_prefix_bt_loss(int element, const PairArguments* a) {
+  return launch_prefix_bt_loss(static_cast<Element>(element), *a, nullptr);
 }
 }

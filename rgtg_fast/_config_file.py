@@ -1,0 +1,78 @@
+"""YAML config files with `key=value` overrides, checked against the fields of a dataclass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_yaml(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, with `key=value` overrides put in.
+
+    Raises `ValueError` for a file that is missing, not YAML or no mapping, and for a malformed
+    override.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no config file at {str(file)!r}; write one (YAML) or mend the path")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__}; write `key: value` lines")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r}; write key=value")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r} is not YAML: {error}") from None
+    return values
+
+
+def check_keys(values: Mapping[Any, Any], known: Iterable[str], where: str = "") -> None:
+    """Raises `ValueError` for keys that are not `known`, each with the nearest one that is."""
+    names = list(known)
+    wrong = []
+    for key in map(str, values):
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(names)}"
+            wrong.append(f"unknown key {where}{key}: {hint}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def typed(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    """`value` as the field's type has it, for fields of bool, int, float and str (and None).
+
+    YAML reads 5e-6 as text: text that is a number becomes one where a number is wanted. Raises
+    `ValueError` for any other kind.
+    """
+    names = [name.strip() for name in str(field.type).split("|")]
+    if value is None and "None" in names:
+        return None
+    if isinstance(value, str) and "str" not in names:
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool):
+        fits = "bool" in names
+    elif isinstance(value, (int, float)):
+        if "float" in names:
+            return float(value)
+        fits = "int" in names and float(value).is_integer()
+        value = int(value) if fits else value
+    else:
+        fits = type(value).__name__ in names
+    if not fits:
+        raise ValueError(f"{key}: {value!r} is no {' or '.join(n for n in names if n != 'None')}")
+    return value

@@ -1,0 +1,145 @@
+"""Tokenizers first, weights later: what an evaluation loads, and from where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import rgtg_fast
+
+from ..scorers import AutoregressiveScorer, VocabRewardScorer
+from ..scorers.factory import same_vocabulary
+from .settings import CONFIGS, Run, Settings
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub name, ready for left-padded batches."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {name} has neither padding nor EOS; set one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def device_of(settings: Settings) -> torch.device:
+    """The device asked for; "auto" is the GPU where there is one."""
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        raise ValueError(f"device={settings.device!r}; write auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={settings.device!r} but torch sees no GPU; write cpu or auto")
+    return device
+
+
+def load_lm(settings: Settings, tokenizer: Any) -> Any:
+    """The base policy. Its folder's sampling defaults (temperature, top-p, penalties) are dropped:
+    the base is the model's own distribution."""
+    lm = _load("CausalLM", settings.model, settings).eval()
+    eos = lm.generation_config.eos_token_id
+    lm.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id if eos is None else eos,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=lm.generation_config.bos_token_id,
+    )
+    return lm
+
+
+def load_classifier(name: str, settings: Settings) -> Any:
+    """A reward model with one label."""
+    return _load("SequenceClassification", name, settings).eval()
+
+
+def load_guide(run: Run, lm: Any, settings: Settings) -> Any:
+    """What `rgtg_fast.generate` takes as `reward_model` for this run."""
+    assert run.reward_model is not None
+    if run.kind == "classifier":
+        return load_classifier(run.reward_model, settings)
+    if run.kind == "head":
+        from safetensors.torch import load_file
+
+        weight = load_file(Path(run.reward_model) / "reward_head.safetensors")["weight"]
+        return rgtg_fast.RewardHead(lm, weight.to(lm.device))
+    rm = _load("CausalLM", run.reward_model, settings).eval()
+    return VocabRewardScorer(rm) if run.kind == "vocab" else AutoregressiveScorer(rm)
+
+
+def reward_tokenizer(run: Run, tokenizer: Any) -> Any:
+    """The guide's tokenizer where its vocabulary is not that of the language model, else None."""
+    assert run.reward_model is not None
+    if run.kind != "classifier":
+        return None
+    own = load_tokenizer(run.reward_model)
+    return None if same_vocabulary(tokenizer, own) else own
+
+
+def check_guide(run: Run) -> None:
+    """Raises `ValueError` where the folder's files say that the guide is of another kind."""
+    assert run.reward_model is not None
+    key, folder = f"run {run.name}: reward_model", Path(run.reward_model)
+    if run.kind == "classifier":
+        check_classifier(key, run.reward_model)
+    wanted = ("reward_head.safetensors",) if run.kind == "head" else CONFIGS
+    if folder.is_dir() and not any((folder / file).is_file() for file in wanted):
+        raise ValueError(
+            f"{key}={run.reward_model!r} has no {wanted[0]}, which kind: {run.kind} needs; pass "
+            "another folder, or the kind that it is"
+        )
+
+
+def check_classifier(key: str, name: str) -> None:
+    """Raises `ValueError` where the folder's configuration says that it is no reward model."""
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        return
+    config = transformers.AutoConfig.from_pretrained(name)
+    classifier = any("SequenceClassification" in n for n in config.architectures or ())
+    if not classifier or config.num_labels != 1:
+        raise ValueError(
+            f"{key}={name!r} is {', '.join(config.architectures or ['unknown'])} with "
+            f"{config.num_labels} labels; pass a sequence classifier with one label"
+        )
+
+
+def _load(task: str, name: str, settings: Settings) -> Any:
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    package: Any = transformers
+    auto = f"AutoModelFor{task}"
+    if (Path(name) / "adapter_config.json").is_file():
+        import peft
+
+        package, auto = peft, f"AutoPeftModelFor{task}"
+        if task == "SequenceClassification":
+            options["num_labels"] = 1
+    return getattr(package, auto).from_pretrained(name, **options).to(device_of(settings))
+
+
+def identity(name: str) -> list[Any]:
+    """What tells a model or function from another of the same name: its files' sizes and times."""
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".bin"))
+        return [str(path.resolve()), *([p.name, *_stamp(p)] for p in files)]
+    loaded = sys.modules.get(name.partition(":")[0])
+    source = getattr(loaded, "__file__", None)
+    return [name, *([_stamp(Path(source))] if source else [])]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def digest(value: Any) -> str:
+    """Ten hex digits that stand for a JSON value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

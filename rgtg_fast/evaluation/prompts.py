@@ -1,0 +1,87 @@
+"""The prompts file: read, rendered, tokenised, before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the file has it (text or messages), as text and as token ids."""
+
+    source: Any
+    text: str
+    ids: list[int]
+
+
+def load_prompts(path: str, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
+    """Prompts of a JSONL file, one object with `prompt` a line.
+
+    A `prompt` is a text, or a list of messages {role, content}, which goes through the tokenizer's
+    chat template with its generation prompt. Raises `ValueError` naming the line of one that is
+    neither, is empty, or has no tokens.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"prompts: no file at {path!r}; pass a JSONL file")
+    prompts: list[Prompt] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        if limit is not None and len(prompts) == limit:
+            break
+        prompts.append(_prompt(line, tokenizer, f"{path} line {number}"))
+    if not prompts:
+        raise ValueError(f'{path} has no prompts; write one {{"prompt": ...}} a line')
+    return prompts
+
+
+def _prompt(line: str, tokenizer: Any, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from None
+    source = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(source, str):
+        text, ids = source, tokenizer(source)["input_ids"]
+    elif _is_conversation(source):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"{where} is a conversation but the tokenizer has no chat template; pass "
+                "tokenizer: with one, or prompts of plain text"
+            )
+        text = tokenizer.apply_chat_template(source, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        raise ValueError(
+            f"{where} has no prompt that is a text or a list of {{role, content}} messages"
+        )
+    if not ids:
+        raise ValueError(f"{where}: the prompt is empty; there is nothing to answer")
+    return Prompt(source, text, list(ids))
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    )
+
+
+def check_lengths(prompts: list[Prompt], config: Any, max_new_tokens: int) -> None:
+    """Raises `ValueError` for a prompt that leaves no room for the answer in the model."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    n = len(prompts[longest].ids)
+    if n + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt {longest + 1} has {n} tokens and max_new_tokens={max_new_tokens} makes "
+            f"{n + max_new_tokens}, but the model has {limit} positions; pass "
+            f"max_new_tokens<={max(0, limit - n)} or shorter prompts"
+        )

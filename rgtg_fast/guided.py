@@ -1,0 +1,328 @@
+"""Reward-guided decoding as a callable for `model.generate(custom_generate=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
+
+from . import ops
+from . import validation as check
+from .decoding import Guidance, guided_decode
+from .graphs import choose_graph, graphed_decode
+from .output import RewardGuidedOutput
+from .plan import make_plan
+from .policy import HFPolicy, LanguageModel, make_policy, plain_language_model
+from .record import Record
+from .scorers.base import Scorer
+from .scorers.factory import is_scorer, make_scorer
+from .scorers.on_base import OnBase
+from .scorers.reward_model import RewardModel, as_reward_model
+
+
+@dataclass
+class RewardGuided:
+    """Reward-guided decoding as a callable for `model.generate(custom_generate=...)`.
+
+    Each step samples from softmax((log π + β r)/T) over the k most likely tokens
+    (arXiv 2406.07780); the options are those of `rgtg_fast.generate`, which also takes `streamer=`,
+    `stop_strings=` and `synced_gpus=`: transformers drops these on the way to a `custom_generate`
+    callable, so a streamer is given as an option of this object. One object can serve many calls.
+
+    Raises `ValueError` for options out of range, at construction.
+    """
+
+    reward_model: Any
+    k: int = 10
+    beta: float | Tensor = 1.0
+    seed: int | Tensor | None = None
+    temperature: float | Tensor | None = None
+    reward_input_ids: Tensor | None = None
+    reward_attention_mask: Tensor | None = None
+    reward_tokenizer: Any = None
+    tokenizer: Any = None
+    reward_head: Callable[[Tensor], Tensor] | None = None
+    reward_method: str = "auto"
+    eos_reward: str = "auto"
+    output_candidates: bool = False
+    check_nan: bool | None = None
+    backend: ops.Backend = "auto"
+    streamer: Any = None
+    sync_every: int | None = None
+    compact: bool = True
+    reward_range: tuple[float, float] | None = None
+    prune: bool | None = None
+    cuda_graph: bool | None = None
+
+    def __post_init__(self) -> None:
+        check.check_options(
+            self.k,
+            self.beta,
+            self.temperature,
+            self.seed,
+            self.eos_reward,
+            self.reward_method,
+            self.backend,
+            self.sync_every,
+            self.reward_range,
+            self.prune,
+            self.cuda_graph,
+        )
+        self._rm: RewardModel | None = None
+        if not is_scorer(self.reward_model):
+            self._rm = as_reward_model(self.reward_model, self.reward_head)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        synced_gpus: bool = False,
+        keep_cache: bool = False,
+        **model_kwargs: Any,
+    ) -> RewardGuidedOutput | Tensor:
+        """Called by `model.generate` with everything prepared; returns what it is to return.
+
+        `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
+        """
+        own_streamer = self.streamer if streamer is None else None
+        with ended_on_error(own_streamer):
+            batch = max(input_ids.shape[0], 1)
+            copies = generation_config.num_return_sequences or 1
+            vocab_size = model.get_input_embeddings().weight.shape[0]
+            check.check_config(model, generation_config, self.k, vocab_size)
+            mask = self._lm_mask(model, input_ids, generation_config, model_kwargs, vocab_size)
+            reward_ids, reward_mask = self._reward_prompt(input_ids, mask, copies)
+            temperature, processors = take_temperature(logits_processor)
+            guidance = self._guidance(
+                batch, copies, input_ids.device, generation_config, temperature
+            )
+            new_tokens = generation_config.max_length - input_ids.shape[1]
+            as_text = self._check_reward_prompt(reward_ids, reward_mask, new_tokens, vocab_size)
+            found = plain_language_model(
+                model, input_ids, mask, generation_config, model_kwargs, self.backend
+            )
+            max_length = reward_ids.shape[1] + new_tokens
+            scorer = self._make_scorer(as_text, max_length, generation_config, vocab_size, found)
+            if self.reward_range is not None:
+                guidance.prune = check.prunes(scorer, self.prune, self.output_candidates)
+            policy = make_policy(
+                model, found, scorer, mask, generation_config, model_kwargs, self.backend
+            )
+            record = Record(generation_config, self.output_candidates)
+            keep_cache = keep_cache or record.on
+            streamed = streamer is not None or own_streamer is not None
+            plan = make_plan(
+                new_tokens,
+                input_ids.device,
+                processors,
+                stopping_criteria,
+                getattr(generation_config, "_pad_token_tensor", None),
+                sync_every=self.sync_every,
+                compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
+                # Hugging Face's cache must hold no token beyond the last step when it is returned.
+                step_by_step=streamed or (keep_cache and isinstance(policy, HFPolicy)),
+                whole_batch=keep_cache or streamed,
+                synced_gpus=synced_gpus,
+            )
+            run = policy, scorer, input_ids, guidance, plan, record, processors, stopping_criteria
+            why = policy, scorer, guidance, plan, record, processors, stopping_criteria, streamed
+            graph = choose_graph(self.cuda_graph, *why)
+            scorer.prefill(reward_ids, reward_mask)
+            if graph is not None:
+                return graphed_decode(*run, graph)
+            if own_streamer is not None:  # a streamer that HF knows has had the prompt already
+                own_streamer.put(input_ids.cpu())
+            return guided_decode(*run, own_streamer if streamer is None else streamer)
+
+    def _guidance(
+        self,
+        batch: int,
+        copies: int,
+        device: torch.device,
+        config: GenerationConfig,
+        temperature: float,
+    ) -> Guidance:
+        """The ratio policy of a call; `temperature` is that of the generation configuration."""
+        own = temperature if self.temperature is None else self.temperature
+        do_sample = bool(config.do_sample)
+        low_high = self.reward_range
+        return Guidance(
+            k=self.k,
+            beta=check.per_row("beta", self.beta, batch // copies, batch, device),
+            temperature=check.per_row("temperature", own, batch // copies, batch, device),
+            seeds=self._row_seeds(batch, do_sample, device),
+            do_sample=do_sample,
+            # On a GPU looking at every step means waiting.
+            check_nan=True if self.check_nan is None and device.type == "cpu" else self.check_nan,
+            backend=self.backend,
+            reward_range=None if low_high is None else (float(low_high[0]), float(low_high[1])),
+        )
+
+    def _lm_mask(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        vocab_size: int,
+    ) -> Tensor:
+        """The prompts' mask [B, P], after every check that needs the prompts."""
+        mask = model_kwargs.get("attention_mask")
+        if input_ids.shape[1] == 0:
+            if self.reward_input_ids is None:
+                raise ValueError(
+                    "inputs_embeds gives the reward model no tokens; pass reward_input_ids= too"
+                )
+            return input_ids
+        check.check_range("input_ids", input_ids, vocab_size, "the language model")
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        check.check_left_padded("attention_mask", mask)
+        seen = max(mask.shape[1], getattr(config, "_mask_length", 0) or 0)
+        if seen != input_ids.shape[1] and self.reward_input_ids is None:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens and past_key_values makes them {seen}; "
+                "the reward model needs the whole text: pass all ids in input_ids, or "
+                "reward_input_ids="
+            )
+        check.check_length(
+            "input_ids",
+            "the language model",
+            mask,
+            config.max_length - input_ids.shape[1],
+            check.position_limit(model, model.config.get_text_config()),
+        )
+        return mask
+
+    def _reward_prompt(self, input_ids: Tensor, mask: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+        """The prompts as the reward model sees them: ids and mask [B, P]."""
+        ids, own_mask = self.reward_input_ids, self.reward_attention_mask
+        if ids is None:
+            if own_mask is not None:
+                raise ValueError(
+                    "reward_attention_mask is given without reward_input_ids; pass both, or "
+                    "neither to let the reward model see input_ids and attention_mask"
+                )
+            return input_ids, mask
+        check.check_ids("reward_input_ids", ids)
+        prompts = input_ids.shape[0] // copies
+        if ids.shape[0] not in (prompts, input_ids.shape[0]):
+            raise ValueError(
+                f"reward_input_ids has {ids.shape[0]} rows for {prompts} prompts; "
+                "pass one per prompt"
+            )
+        if own_mask is None:
+            own_mask = torch.ones_like(ids)
+            pad = getattr(self._rm.text_config, "pad_token_id", None) if self._rm else None
+            if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
+                raise ValueError(
+                    f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
+                    "missing; pass reward_attention_mask= as the tokenizer gives it"
+                )
+        check.check_mask("reward_attention_mask", own_mask, ids)
+        if ids.shape[0] != input_ids.shape[0]:
+            ids, own_mask = (t.repeat_interleave(copies, dim=0) for t in (ids, own_mask))
+        return ids, own_mask
+
+    def _check_reward_prompt(
+        self, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
+    ) -> bool:
+        """Whether the reward model must be given text; raises for a prompt that does not fit it."""
+        rm = self._rm
+        if rm is None:
+            return False
+        own_prompt = self.reward_input_ids is not None
+        name = "reward_input_ids" if own_prompt else "input_ids"
+        as_text = check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
+        if own_prompt or not as_text:
+            check.check_range(name, ids, rm.vocab_size, "reward_model")
+        if not as_text:
+            limit = check.position_limit(rm.base, rm.text_config)
+            check.check_length(name, "reward_model", mask, new_tokens, limit)
+        return as_text
+
+    def _make_scorer(
+        self,
+        as_text: bool,
+        max_length: int,
+        config: GenerationConfig,
+        vocab_size: int,
+        found: tuple[LanguageModel, str] | None,
+    ) -> Scorer:
+        if self._rm is None:
+            return self.reward_model
+        rm = self._rm
+        own_prompt = self.reward_input_ids is not None
+        joint = (
+            found is not None
+            and isinstance(rm, OnBase)
+            and rm.base is found[0].base
+            and rm.can_share_forwards()
+            and not own_prompt
+            and self.reward_method in ("auto", "tree")
+        )
+        return make_scorer(
+            rm,
+            joint_way=found[1] if joint and found is not None else None,
+            k=self.k,
+            method=self.reward_method,
+            vocab_size=vocab_size,
+            tokenizer=self.tokenizer if as_text else None,
+            reward_tokenizer=self.reward_tokenizer if as_text else None,
+            own_prompt=own_prompt,
+            eos_ids=getattr(config, "_eos_token_tensor", None),
+            eos_reward=self.eos_reward,
+            max_length=max_length,
+            backend=self.backend,
+        )
+
+    def _row_seeds(self, batch: int, do_sample: bool, device: torch.device) -> Tensor:
+        seed = self.seed
+        if isinstance(seed, Tensor):
+            if seed.shape[0] != batch:
+                raise ValueError(
+                    f"seed has {seed.shape[0]} row seeds for {batch} rows; pass one per row "
+                    "(prompts x num_return_sequences) or an int"
+                )
+            return seed.to(device)
+        if seed is None:
+            # Greedy decoding draws nothing, and leaves the global generator where it was.
+            seed = int(torch.randint(2**63 - 1, ())) if do_sample else 0
+        return ops.split_seed(seed, batch).to(device)
+
+
+def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
+    """The temperature HF would put on the LM logits, and the processors without that warper."""
+    kept, temperature = LogitsProcessorList(), 1.0
+    for processor in processors:
+        if isinstance(processor, TemperatureLogitsWarper):
+            temperature = float(processor.temperature)
+        else:
+            kept.append(processor)
+    return temperature, kept
+
+
+@contextmanager
+def ended_on_error(streamer: Any) -> Iterator[None]:
+    """End the streamer when a call fails: a thread that reads from it must not wait forever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise

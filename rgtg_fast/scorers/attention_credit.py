@@ -1,0 +1,130 @@
+"""Attention-based credit: the reward model's last-layer attention shares out its reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..attention import attention_configs
+from .expand import ExpandScorer
+from .probe import probe
+from .reward_model import as_reward_model
+
+_PROBED = 32  # tokens: eager attention on a probe past a window of thousands would not be cheap
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules of `model` use the one attention that gives its weights away."""
+    configs = [config.__dict__ for config in attention_configs(model)]
+    own = [config["_attn_implementation_internal"] for config in configs]
+    for config in configs:
+        config["_attn_implementation_internal"] = "eager"
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, own, strict=True):
+            config["_attn_implementation_internal"] = name
+
+
+def last_attention(model: nn.Module, out: Any) -> Tensor:
+    """Weights [N, heads, n, S] of the last layer in the output of a forward with
+    `output_attentions=True`. Raises `ValueError` where the model gives none."""
+    layers = [weights for weights in getattr(out, "attentions", None) or () if weights is not None]
+    if not layers or layers[-1].dim() != 4:
+        raise ValueError(
+            f"{type(model).__name__} gives no attention weights [N, heads, n, S] with "
+            "output_attentions=True; attention-based credit needs a transformer with eager "
+            "attention"
+        )
+    return layers[-1]
+
+
+def check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share}; pass 0 (all at the end) to 1 (all by attention)")
+
+
+class AttentionCreditScorer(ExpandScorer):
+    """The ABC reward (arXiv 2402.00782) of a candidate token v, on the text as far as it goes.
+
+    With R(x, y) the reward model's reward and α_t the last layer's attention from the last token to
+    token t, averaged over the heads and normalised over the answer's tokens, ABC gives token t of a
+    *finished* answer of T tokens the reward ``β α_t R``, and token T ``(1 - β) R`` more. Guided
+    decoding has no finished answer, so each candidate is taken for the last token of its prefix,
+    T = t, with R and α computed on it::
+
+        r(v | x, y_<t) = (1 - β + β α_t) R(x, y_<t, v)
+
+    β is `share`. This is an approximation of ours, not a formula of the paper: what earlier tokens
+    are given is left out, as only the sum over all tokens, which is R(x, y_<t, v) whatever β is,
+    could use it. ``share=0`` is the reward model itself (PARGS, ARGS); a larger share discounts
+    candidates from which the reward model looks back, more so the longer the answer is, so rewards
+    shrink with t unless β is small.
+
+    Each candidate has its own copy of the cached prefix (k times the memory of "tree"), and
+    attention is computed eagerly; there is no CUDA graph.
+
+    Args:
+        model: a causal reward model, as for `generate`, or a `RewardHead`.
+        share: β, 0 to 1.
+        backend: of the ops.
+
+    Raises:
+        ValueError: a share out of range, a model that a numerical probe finds wrong to score from a
+            cache (encoders, recurrent ones), and at the first step one without attention weights.
+
+    Example::
+
+        from rgtg_fast.scorers import AttentionCreditScorer
+
+        out = rgtg_fast.generate(lm, **inputs, reward_model=AttentionCreditScorer(rm, share=0.3))
+    """
+
+    method = "attention credit"
+
+    def __init__(self, model: Any, share: float = 0.5, backend: ops.Backend = "auto") -> None:
+        check_share(share)
+        rm = as_reward_model(model)
+        with eager_attention(rm.model):
+            why = probe(rm, _PROBED, ("expand",), backend).why_not("expand")
+        if why is not None:
+            raise ValueError(
+                f"{type(rm.model).__name__} cannot be scored from a cache of its prefix ({why}), "
+                "so attention-based credit cannot guide; pass a causal transformer"
+            )
+        super().__init__(rm, 1, backend=backend)
+        self.share = share
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self.k, self.answer = 1, 0
+        super().prefill(input_ids, attention_mask)
+
+    def _score(self, ids: Tensor) -> Tensor:
+        if self.k != ids.shape[1]:  # the first step
+            self.k = ids.shape[1]
+            self.cache.batch_repeat_interleave(self.k)
+            self.attention_mask = self.attention_mask.repeat_interleave(self.k, dim=0)
+            self.position = self.position.repeat_interleave(self.k)
+        ones = self.attention_mask.new_ones((self.attention_mask.shape[0], 1))
+        self.attention_mask = torch.cat([self.attention_mask, ones], dim=-1)
+        with eager_attention(self.rm.model):
+            hidden, out = self.rm.forward_base(
+                ids.reshape(-1, 1),
+                attention_mask=self.attention_mask,
+                position_ids=self.position[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+                output_attentions=True,
+            )
+        self.position = self.position + 1
+        self.answer += 1
+        rewards = self.rm.rewards(hidden.view(*ids.shape, -1), self.backend)
+        weights = last_attention(self.rm.model, out)[:, :, -1].float().mean(1)[:, -self.answer :]
+        credit = (weights[:, -1] / weights.sum(-1)).view(ids.shape).to(rewards.device)
+        return ((1 - self.share + self.share * credit) * rewards).to(ids.device)

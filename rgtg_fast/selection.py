@@ -1,0 +1,56 @@
+"""Which of the k candidates go through a forward, and where each is in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Selection:
+    """The kept candidates `keep` [B, k] of a step, as a batch of tokens for one forward.
+
+    Dense: [B, n], n the largest count of a row; its kept candidates come first, in their order,
+    and some of the others fill up. `packed` where counts differ and `packs` allows it: the N kept
+    ones of all rows behind one another as [1, N], so that no layer computes what nobody asked for;
+    attention alone spreads them out again (`spread`, `pack`). At least one must be kept.
+    """
+
+    def __init__(self, keep: Tensor, packs: bool) -> None:
+        counts = keep.sum(1)
+        self.keep, self.width = keep, int(counts.max())
+        self.rank = keep.cumsum(1) - 1  # [B, k], of the kept ones in their row
+        self.packed = packs and int(counts.sum()) < self.width * len(keep)
+        if self.packed:
+            self.rows = keep.nonzero()[:, 0]  # [N]
+            self.places = self.rows * self.width + self.rank[keep]  # [N], in [B, n] flattened
+
+    def take(self, x: Tensor) -> Tensor:
+        """The tokens [B, n] or [1, N] of `x` [B, k]."""
+        if self.packed:
+            return x[self.keep][None]
+        order = (~self.keep).byte().argsort(dim=1, stable=True)
+        return x.gather(1, order[:, : self.width])
+
+    def put_back(self, values: Tensor) -> Tensor:
+        """Values of the tokens as [B, k]; NaN where a candidate was not kept."""
+        if self.packed:
+            out = values.new_full(self.keep.shape, torch.nan)
+            out[self.keep] = values[0]
+            return out
+        return values.gather(1, self.rank.clamp(min=0)).masked_fill(~self.keep, torch.nan)
+
+    def places_of(self, slot: Tensor) -> Tensor:
+        """Where candidate `slot` [B] is among its row's tokens; 0 where nothing of it was kept."""
+        return self.rank.gather(1, slot[:, None])[:, 0].clamp(min=0)
+
+    def spread(self, states: Tensor) -> Tensor:
+        """Packed attention heads [1, H, N, D] as [B, H, n, D], zero where there is no token."""
+        _, heads, _, dim = states.shape
+        batch = len(self.keep)
+        out = states.new_zeros((batch * self.width, heads, dim))
+        out.index_copy_(0, self.places.to(states.device), states[0].transpose(0, 1))
+        return out.view(batch, self.width, heads, dim).transpose(1, 2)
+
+    def pack(self, out: Tensor) -> Tensor:
+        """Attention's result [B, n, H, D] as [1, N, H, D]."""
+        return out.flatten(0, 1).index_select(0, self.places.to(out.device))[None]

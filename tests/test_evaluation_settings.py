@@ -1,0 +1,215 @@
+"""Config file and prompts of `python -m rgtg_fast eval`: mistakes are said before models load."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import gpt2_rm, tokenizer
+
+from rgtg_fast.cli import main
+from rgtg_fast.demo.run import ASSETS
+from rgtg_fast.evaluation import check_settings
+from rgtg_fast.evaluation.prompts import load_prompts
+from rgtg_fast.evaluation.scoring import Classifier
+
+GUIDE, JUDGE = str(ASSETS / "rm_partial"), str(ASSETS / "rm_full")
+PARGS = {"name": "pargs", "reward_model": GUIDE}
+MINIMAL = {
+    "model": str(ASSETS / "lm"),
+    "prompts": str(ASSETS / "prompts.jsonl"),
+    "judge": JUDGE,
+    "output_dir": "o",
+    "runs": [{"name": "base"}, PARGS],
+}
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def prefer(prompt, a, b):
+    return 0.5
+
+
+def test_a_minimal_config_compares_with_its_first_run():
+    settings = check_settings(MINIMAL)
+    assert settings.baseline == "base" and settings.seeds == (0,)
+    assert [run.name for run in settings.runs] == ["base", "pargs"]
+
+
+def test_lists_of_values_make_a_run_of_each():
+    runs = check_settings(MINIMAL | {"runs": [PARGS | {"k": [4, 8], "beta": [1, 2]}]}).runs
+    assert [(r.name, r.k, r.beta) for r in runs] == [
+        ("pargs k=4 beta=1", 4, 1.0),
+        ("pargs k=4 beta=2", 4, 2.0),
+        ("pargs k=8 beta=1", 8, 1.0),
+        ("pargs k=8 beta=2", 8, 2.0),
+    ]
+
+
+def run(**values):
+    return {"runs": [{"name": "r"} | values]}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"promts": "x"}, "unknown key promts: did you mean prompts?"),
+        ({"judge": None}, "lacks judge"),
+        ({"limit": "many"}, "limit: 'many' is no int"),
+        ({"limit": 2.5}, "limit: 2.5 is no int"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"confidence": 95}, "confidence=95"),
+        ({"dtype": "fp16"}, "dtype='fp16'; write float32"),
+        ({"seeds": "two"}, "seeds='two'"),
+        ({"seeds": [1, 1]}, "must differ"),
+        ({"baseline": "bsae"}, "baseline='bsae' is no run"),
+        ({"runs": {"name": "base"}}, "must be a list"),
+        ({"runs": [{"name": "base"}] * 2}, "same name base"),
+        (run(name="a/b"), "run name 'a/b'"),
+        (run(bta=1), "unknown key run r: bta: did you mean beta?"),
+        (run(beta=2), "beta does nothing in an unguided run; set reward_model"),
+        (run(reward_model=GUIDE, top_k=5), "top_k does nothing in a guided run"),
+        (run(do_sample=False, temperature=0.5), "temperature does nothing in a greedy run"),
+        (run(reward_model=GUIDE, k=65), "k=65; pass 1 to 64"),
+        (run(reward_model=GUIDE, beta="big"), "beta: 'big' is no float"),
+        (run(reward_model=GUIDE, kind="scalar"), "kind='scalar'; pass one of classifier"),
+        (run(do_sample=[True, False]), "lists go with"),
+        (run(temperature=0), "temperature=0.0; pass a number > 0"),
+        (run(best_of=4), "best_of needs select_by"),
+        (run(select_by=GUIDE), "select_by without best_of"),
+        (run(reward_model="./nowhere"), "no model at './nowhere'"),
+        ({"model": str(ASSETS)}, "holds no config.json"),
+        ({"judge": "nowhere:f", "win_judge": "nowhere:f"}, "win_judge='nowhere:f' cannot be"),
+        ({"win_judge": "json:nothing"}, "cannot be imported"),
+        ({"win_judge": {"url": "http://x"}}, "needs model"),
+        ({"win_judge": {"url": "x", "modl": "m"}}, "win_judge: modl: did you mean model?"),
+        ({"win_judge": {"url": "http://x", "model": "m", "template": "{a}{b}"}}, "lacks {prompt}"),
+        ({"win_judge": {"url": "http://x", "model": "m", "key_env": "NO_K"}}, "has no NO_K"),
+        ({"win_judge": {}}, "needs either function"),
+    ],
+)
+def test_mistakes_in_the_config_are_named(values, message):
+    with pytest.raises(ValueError) as error:
+        check_settings(MINIMAL | values)
+    assert message in str(error.value)
+
+
+def test_a_judge_that_guides_is_an_error_and_a_warning_on_demand():
+    values = MINIMAL | {"judge": GUIDE + "/"}
+    with pytest.raises(ValueError, match=r"reward_model of run pargs.*allow_same_judge"):
+        check_settings(values)
+    with pytest.warns(UserWarning, match="proxy rewards"):
+        check_settings(values | {"allow_same_judge": True})
+
+
+def test_a_copy_of_the_guide_is_the_guide(tmp_path):
+    shutil.copytree(GUIDE, tmp_path / "rm")
+    with pytest.raises(ValueError, match="also the select_by of run best"):
+        best = {"name": "best", "best_of": 2, "select_by": GUIDE}
+        check_settings(MINIMAL | {"judge": str(tmp_path / "rm"), "runs": [best]})
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Loading weights fails the test."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("rgtg_fast.evaluation.models._load", load)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"judge": str(ASSETS / "lm")}, "LlamaForCausalLM with .* labels; pass a sequence"),
+        ({"judge": "math:nothing"}, "judge='math:nothing' cannot be imported"),
+        (run(reward_model=str(ASSETS / "lm")), "run r: reward_model=.*LlamaForCausalLM"),
+        (run(reward_model=GUIDE, kind="head"), "no reward_head.safetensors"),
+        ({"prompts": "none.jsonl"}, "no file at 'none.jsonl'"),
+        ({"max_new_tokens": 250}, "250 makes .* but the model has 256 positions"),
+        ({"device": "gpu"}, "device='gpu'; write auto"),
+    ],
+)
+def test_the_command_line_ends_with_the_message(values, message, tmp_path, no_models):
+    (tmp_path / "cfg.yaml").write_text(json.dumps(MINIMAL | values))
+    with pytest.raises(SystemExit, match=f"eval: .*{message}"):
+        main(["eval", "--config", str(tmp_path / "cfg.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('["a"]', "line 2 has no prompt"),
+        ('{"promt": "a"}', "line 2 has no prompt"),
+        ('{"prompt": ""}', "line 2: the prompt is empty"),
+        ('{"prompt": [{"role": "user", "content": "a"}]}', "line 2 is a conversation but"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_named_by_its_line(line, message, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "hello"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(path), tokenizer())
+
+
+def test_a_file_without_prompts_is_an_error(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        load_prompts(str(path), tokenizer())
+
+
+@pytest.fixture
+def conversation(tmp_path):
+    path = tmp_path / "p.jsonl"
+    messages = [{"role": "user", "content": "hello world"}]
+    path.write_text(json.dumps({"prompt": messages, "chosen": "x"}) + "\n")
+    tok = tokenizer().__class__.from_pretrained(_saved(tmp_path))
+    tok.chat_template = TEMPLATE
+    return load_prompts(str(path), tok)[0], tok
+
+
+def _saved(folder):
+    tokenizer().save_pretrained(folder / "tok")
+    return folder / "tok"
+
+
+def test_conversations_go_through_the_chat_template(conversation):
+    prompt, tok = conversation
+    assert prompt.text == "<user>hello world<assistant>"
+    assert tok.decode(prompt.ids) == prompt.text
+
+
+def test_a_judge_with_its_own_template_sees_the_conversation_in_it(conversation):
+    prompt, tok = conversation
+    own = tok.__class__.from_pretrained(tok.name_or_path)
+    own.chat_template = TEMPLATE.replace("<", "[").replace(">", "]")
+    judge = Classifier(gpt2_rm(), own, tok, batch_size=4)
+    answer = {"text": "thank you", "ids": tok("thank you")["input_ids"], "end": tok.eos_token_id}
+    assert own.decode(judge._ids(prompt, answer)) == "[user]hello world[assistant]thank you"
+    own.chat_template = TEMPLATE
+    assert judge._ids(prompt, answer) == [*prompt.ids, *answer["ids"], tok.eos_token_id]
+
+
+@torch.no_grad()
+def test_a_judge_without_padding_token_judges_rows_alone(conversation):
+    prompt, tok = conversation
+    rm = gpt2_rm()
+    answers = [{"text": "", "ids": ids, "end": None} for ids in ([5, 6], [7], [8, 9, 10])]
+    padded = Classifier(rm, tok, tok, batch_size=4).score([prompt] * 3, answers)
+    rm.config.pad_token_id = None
+    alone = Classifier(rm, tok, tok, batch_size=4)
+    assert alone.batch_size == 1
+    assert alone.score([prompt] * 3, answers) == pytest.approx(padded, abs=1e-5)
+
+
+def test_a_text_too_long_for_the_judge_is_an_error(conversation):
+    prompt, tok = conversation
+    judge = Classifier(gpt2_rm(), tok, tok, batch_size=4)
+    answer = {"text": "", "ids": [5] * 500, "end": None}
+    with pytest.raises(ValueError, match="for the judge, which has 64 positions"):
+        judge.score([prompt], [answer])
