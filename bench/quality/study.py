@@ -35,10 +35,12 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     disable_progress_bar()
-    args.folder.mkdir(parents=True, exist_ok=True)
     if args.what == "report":
+        if not any(args.folder.rglob("*.json*")):
+            parser.error(f"--folder {args.folder} holds no runs; make them with `study.py run`")
         report.write(args.folder, args.results, args.task or ["recipe", "support"], args.seeds)
         return
+    args.folder.mkdir(parents=True, exist_ok=True)
     make = {"recipe": lambda: tasks.recipe_task(args.folder), "support": tasks.support_task}
     chosen = [make[name]() for name in args.task or make]
     units.run_all(chosen, range(args.seeds), args.folder)
