@@ -30,7 +30,10 @@ def run(*processes):
         process.start()
     for process in processes:
         process.join(120)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that hangs is a failure, and is not left behind
+    return codes
 
 
 @pytest.mark.parametrize("sampling", ["random", "group_by_length"])

@@ -68,7 +68,9 @@ def data_parallel(rank, port, path, out):
     metrics = trained.evaluate()
     if rank == 0:
         torch.save((*outcome(trained), metrics), out)
-    torch.distributed.destroy_process_group()
+    # Taking the group down has hung a rank whose peer was gone already: both are done here, and go.
+    torch.distributed.barrier()
+    os._exit(0)
 
 
 def parallel_trainer(path, batch, **changes):
