@@ -187,7 +187,7 @@ class LanguageModel(RewardModel):
 
 
 def _no_head(hidden: Tensor) -> Tensor:
-    raise NotImplementedError("a language model gives no rewards")
+    raise TypeError("a language model gives no rewards")
 
 
 def make_policy(
