@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .base import RewardModelScorer, last_real
+from .base import last_real
 from .on_base import OnBase
-from .tree import SiblingForward, fill_cache
+from .tree import SiblingForward, SiblingScorer, fill_cache
 
 if TYPE_CHECKING:
     from ..policy import LanguageModel
@@ -36,28 +36,14 @@ class _Both:
         return hidden, out
 
 
-class JointScorer(RewardModelScorer):
+class JointScorer(SiblingScorer):
     """The scorer's side; `JointPolicy` is the policy's. `fused` as for `TreeScorer`."""
-
-    method = "tree"
 
     def __init__(self, rm: OnBase, k: int, *, fused: bool, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.copies = 2 if rm.own_rows else 1
         self.both = _Both(rm)
         self.forward = SiblingForward(self.both, k, self.capacity, fused, self.backend)
-
-    @property
-    def capturable(self) -> bool:
-        return self.forward.kernel is not None
-
-    @property
-    def length(self) -> int:
-        return self.forward.length
-
-    @length.setter
-    def length(self, length: int) -> None:
-        self.forward.length = length
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.forward.prefill(self._doubled(input_ids), self._doubled(attention_mask))

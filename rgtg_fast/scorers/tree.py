@@ -122,10 +122,27 @@ def fill_cache(given: DynamicCache, own: SiblingCache, length: int, rows: int) -
     return given
 
 
-class TreeScorer(RewardModelScorer):
-    """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
+class SiblingScorer(RewardModelScorer):
+    """A scorer whose state is that of a `SiblingForward`."""
 
     method = "tree"
+    forward: SiblingForward
+
+    @property
+    def capturable(self) -> bool:
+        return self.forward.kernel is not None
+
+    @property
+    def length(self) -> int:
+        return self.forward.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.forward.length = length
+
+
+class TreeScorer(SiblingScorer):
+    """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
 
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
@@ -152,15 +169,3 @@ class TreeScorer(RewardModelScorer):
 
     def _keep_rows(self, rows: Tensor) -> None:
         self.forward.keep_rows(rows)
-
-    @property
-    def capturable(self) -> bool:
-        return self.forward.kernel is not None
-
-    @property
-    def length(self) -> int:
-        return self.forward.length
-
-    @length.setter
-    def length(self, length: int) -> None:
-        self.forward.length = length
