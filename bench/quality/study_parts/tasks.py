@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import make_assets
+import small_models
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from rgtg_fast.demo import task as support
 from rgtg_fast.demo.run import ASSETS
@@ -103,7 +103,7 @@ def recipe_task(folder: Path, sizes: Sizes = RECIPE_SIZES) -> Task:
         "eval": prompts[beta + test : beta + test + 72],
         "train": prompts[beta + test + 72 :],
     }
-    tokenizer = _recipe_tokenizer()
+    tokenizer = small_models.word_tokenizer([*recipe.all_prompts(), *recipe.STEPS])
     saved = folder / "recipe_lm"
     if not (saved / "model.safetensors").exists():
         _train_recipe_lm(tokenizer, splits["train"], sizes).save_pretrained(saved)
@@ -122,46 +122,10 @@ def recipe_task(folder: Path, sizes: Sizes = RECIPE_SIZES) -> Task:
     )
 
 
-def _recipe_tokenizer() -> PreTrainedTokenizerFast:
-    vocab = sorted({w for text in [*recipe.all_prompts(), *recipe.STEPS] for w in text.split()})
-    ids = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *vocab])}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
 def _train_recipe_lm(tokenizer: Any, prompts: list[str], sizes: Sizes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     rng = random.Random(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        initializer_range=0.05,
-    )
-    lm = LlamaForCausalLM(config)
+    lm = small_models.small_lm(tokenizer, width=64, inner=128, layers=2, longest=64)
     corpus = [rng.choice(prompts) for _ in range(sizes.corpus)]
-    replies = [recipe.sample_reply(p, rng) for p in corpus]
-    starts, ends = tokenizer(corpus)["input_ids"], tokenizer(replies)["input_ids"]
-    rows = [a + b + [tokenizer.eos_token_id] for a, b in zip(starts, ends, strict=True)]
-    plan = list(make_assets.batches([len(r) for r in rows], 64, sizes.lm_epochs, rng))
-
-    def loss_of(chosen: list[int]) -> torch.Tensor:
-        return make_assets.lm_loss(lm, [rows[i] for i in chosen], [len(starts[i]) for i in chosen])
-
-    make_assets.train("recipe lm", lm, plan, loss_of, lr=4e-3)
+    small_models.train_lm(lm, tokenizer, corpus, recipe.sample_reply, sizes.lm_epochs, rng)
     return lm

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
+import itertools
 import random
-import tempfile
 from typing import Any
 
-import make_assets
 import numpy as np
+import small_models
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from rgtg_fast.training import PrefixRewardConfig, PrefixRewardTrainer
 from study_parts.tasks import Task
 
 KINDS = ("full", "partial", "farma", "rad", "genarm")
@@ -25,21 +23,11 @@ def make_pairs(task: Task, prompts: list[str], count: int, seed: int, noisy: boo
     """`count` pairs of grammar replies as token ids, EOS included. The winner is drawn by
     Bradley-Terry from the gold rewards (`noisy`), or is the better one (ties are left out)."""
     rng = random.Random(seed)
-    pairs: list[dict] = []
-    while len(pairs) < count:
-        prompt = rng.choice(prompts)
-        texts = [task.sample_reply(prompt, rng) for _ in range(2)]
-        gold = [task.gold(prompt, text, True) for text in texts]
-        if texts[0] == texts[1] or not all(texts) or (not noisy and gold[0] == gold[1]):
-            continue
-        second = 1 / (1 + math.exp(gold[0] - gold[1]))
-        won = int(rng.random() < second) if noisy else int(gold[1] > gold[0])
-        prompt_ids, *ids = task.tokenizer([prompt, *texts])["input_ids"]
-        ids = [[*answer, task.tokenizer.eos_token_id] for answer in ids]
-        pairs.append(
-            {"prompt_ids": prompt_ids, "chosen_ids": ids[won], "rejected_ids": ids[1 - won]}
-        )
-    return pairs
+    endless = iter(lambda: rng.choice(prompts), None)
+    pairs = small_models.make_pairs(
+        task.tokenizer, endless, task.sample_reply, task.gold, rng, noisy=noisy
+    )
+    return list(itertools.islice(pairs, count))
 
 
 def labelled(pairs: list[dict]) -> list[dict]:
@@ -54,7 +42,7 @@ def labelled(pairs: list[dict]) -> list[dict]:
 def initial_model(task: Task, kind: str) -> nn.Module:
     """The language model's body with the head of this kind: zeros, but for GenARM's."""
     if kind in ("full", "partial", "rad"):
-        return make_assets.make_reward_model(task.lm)
+        return small_models.reward_model_on(task.lm)
     if kind == "genarm":
         return copy.deepcopy(task.lm)
     config = copy.deepcopy(task.lm.config)
@@ -68,27 +56,17 @@ def initial_model(task: Task, kind: str) -> nn.Module:
 def trainer_of(task: Task, kind: str, model: nn.Module, data: Any, seed: int) -> Any:
     sizes = task.sizes
     rows = sizes.batch * (2 if kind == "rad" else 1)
-    config = PrefixRewardConfig(
-        tempfile.mkdtemp(prefix="study_"),
+    return small_models.reward_trainer(
+        model,
+        task.tokenizer,
+        data,
         loss_type=LOSS[kind],
         learning_rate=task.learning_rate,
         per_device_train_batch_size=rows,
-        per_device_eval_batch_size=128,
         # FaRMA's steps alternate between its two losses: twice as many for as many of each.
         num_train_epochs=sizes.epochs * (2 if kind == "farma" else 1),
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
         seed=seed,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=50,
-        disable_tqdm=True,
-        use_cpu=True,
     )
-    return PrefixRewardTrainer(model, config, train_dataset=data, processing_class=task.tokenizer)
 
 
 def train(task: Task, kind: str, seed: int) -> nn.Module:
