@@ -88,15 +88,19 @@ def test_the_verdict_on_guidance_asks_for_three_standard_errors(study, gap, pass
 def test_a_study_in_small_runs_goes_on_and_reports(study, tmp_path, monkeypatch):
     tasks, units, report = study("tasks"), study("units"), study("report")
     monkeypatch.setattr(study("exact"), "LEAST", 0.02)
-    sizes = tasks.Sizes(2, 2, 8, 4, 4, 1, 1, corpus=64, lm_epochs=1)
+    monkeypatch.setattr(study("selection"), "COUNTS", (4, 8))
+    # Two models of four steps each need not agree on half of the rankings.
+    monkeypatch.setattr(study("models"), "reward_consistency", lambda *_, **__: 0.9)
+    sizes = tasks.Sizes(2, 2, 2, 16, 4, 4, 1, 1, corpus=64, lm_epochs=1)
     task = tasks.recipe_task(tmp_path, sizes)
     task = replace(task, max_new_tokens=4, betas={name: (1.0, 4.0) for name in task.betas})
-    units.run_all([task], range(1), tmp_path)
+    units.run_all([task], [0], tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
-    assert len(written) == 6  # five reward models and the exact values
-    units.run_all([task], range(1), tmp_path)
+    # Five reward models, six of the smaller methods, the choice of pairs, and the exact values.
+    assert len(written) == 13
+    units.run_all([task], [0], tmp_path)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
-    report.write(tmp_path, tmp_path / "out", ["recipe"], 1)
+    report.write(tmp_path, tmp_path / "out", ["recipe"], [0])
     found = json.loads((tmp_path / "out" / "study.json").read_text())["tasks"]["recipe"]
     assert set(found["over_beta"]) == set(study("methods").KIND)
     assert set(found["findings"]) == {"prefix_accuracy", "guidance"}

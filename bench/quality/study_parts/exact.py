@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from study_parts.tasks import Task
-from study_parts.training import make_pairs
+from study_parts.training import eval_pairs
 
 LEAST = 1e-6  # prefixes less likely than this are left out
 OPTIMAL_BETAS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-EVAL_SEED = 7
 
 
 @dataclass
@@ -78,37 +77,36 @@ def prefix_values(tree: Tree) -> dict[tuple[int, ...], float]:
     return {prefix: reward[prefix] / mass[prefix] for prefix in mass}
 
 
-def write_exact(task: Task, path: Path) -> None:
-    """`path`: the frontier of the optimal policies over the test prompts, the mass of the trees,
-    and the true values of both prefixes of the evaluation pairs at every length [n][T][2]."""
+def exact_values(task: Task) -> dict[str, Any]:
+    """The frontier of the optimal policies over the test prompts, the mass of the trees, and what
+    the true values V of the two prefixes of each evaluation pair differ by at each decile of the
+    longer answer's length [10][P][n], the shorter answer held at its end; None: not in the tree."""
     trees = [enumerate_tree(task, prompt) for prompt in task.prompts["test"]]
     frontier = []
     for beta in OPTIMAL_BETAS:
         points = torch.tensor([optimal_policy(tree, beta) for tree in trees])
         frontier.append({"beta": beta, "gold": points[:, 0].tolist(), "kl": points[:, 1].tolist()})
-    pairs = make_pairs(task, task.prompts["eval"], task.sizes.eval_pairs, EVAL_SEED, noisy=False)
-    prompts = {tuple(p["prompt_ids"]) for p in pairs}
-    known = {
-        ids: prefix_values(enumerate_tree(task, task.tokenizer.decode(ids))) for ids in prompts
-    }
-    values = [_pair_values(pair, known[tuple(pair["prompt_ids"])]) for pair in pairs]
-    exact = {
+    pairs, count = eval_pairs(task), task.sizes.eval_pairs
+    gaps = []
+    for i, prompt in enumerate(task.prompts["eval"]):
+        known = prefix_values(enumerate_tree(task, prompt))
+        gaps.append([_value_gaps(pair, known) for pair in pairs[i * count : (i + 1) * count]])
+    return {
         "frontier": frontier,
         "mass": [tree.probability.sum().item() for tree in trees],
         "answers": [len(tree.answers) for tree in trees],
-        "values": values,
+        "value_gaps": [[[row[d] for row in rows] for rows in gaps] for d in range(10)],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(exact))
 
 
-def _pair_values(
-    pair: dict, known: dict[tuple[int, ...], float]
-) -> list[tuple[float | None, float | None]]:
-    """V of both prefixes at every length, the shorter answer held at its end; None: not in the
-    tree."""
+def _value_gaps(pair: dict, known: dict[tuple[int, ...], float]) -> list[float | None]:
+    """V(prefix of the chosen answer) - V(prefix of the rejected one) at each decile."""
     sides = [pair["chosen_ids"], pair["rejected_ids"]]
-    return [
-        tuple(known.get(tuple(side[:end])) for side in sides)  # type: ignore[misc]
-        for end in range(1, max(map(len, sides)) + 1)
-    ]
+    longest = max(map(len, sides))
+    gaps: list[float | None] = []
+    for decile in range(1, 11):
+        end = math.ceil(longest * decile / 10)
+        chosen, rejected = (known.get(tuple(side[:end])) for side in sides)
+        missing = chosen is None or rejected is None
+        gaps.append(None if missing else round(chosen - rejected, 6))
+    return gaps

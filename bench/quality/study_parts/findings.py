@@ -20,7 +20,7 @@ def prefix_accuracy(accuracy: dict[str, Any]) -> dict[str, Any]:
         "finding": "prefix accuracy of the partial RM above the full RM at deciles 1 to 9",
         "differences": gaps,
         "passed": all(g["mean"] > 0 for g in gaps),
-        "significant": [g["mean"] > 1.96 * g["se"] for g in gaps],
+        "significant": [g["mean"] > g["ci95"] for g in gaps],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ from study_parts import recipe
 @dataclass(frozen=True)
 class Sizes:
     """How much of everything: prompts to choose β on, to test on, and to draw evaluation pairs
-    for; pairs to train and evaluate reward models on; samples of a policy per test prompt."""
+    for; pairs to train reward models on, and of each evaluation prompt; samples of a policy per
+    test prompt."""
 
     beta_prompts: int
     test_prompts: int
+    eval_prompts: int
     pairs: int
     eval_pairs: int
     batch: int
@@ -52,10 +55,11 @@ class Task:
     ks: tuple[int, ...] = (2, 5, 20)  # beside methods.K, at the best β of it
 
 
-SUPPORT_SIZES = Sizes(60, 100, 4000, 2000, 32, 1, 1)
-RECIPE_SIZES = Sizes(60, 90, 6000, 1500, 64, 3, 4, corpus=12_000, lm_epochs=3)
+SUPPORT_SIZES = Sizes(60, 200, 1000, 4000, 8, 32, 1, 1)
+RECIPE_SIZES = Sizes(60, 90, 72, 6000, 80, 64, 3, 4, corpus=12_000, lm_epochs=3)
 
 _REWARD = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+_HEAD = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 BETAS = {
     "ARGS": _REWARD,
     "ARGS-G": _REWARD,
@@ -64,6 +68,12 @@ BETAS = {
     "FaRMA": _REWARD,
     "RAD": (4.0, 8.0, 16.0, 32.0, 64.0, 128.0),
     "GenARM": (0.06, 0.125, 0.25, 0.5, 1.0, 2.0),
+    "ABC": _REWARD,
+    "ABC credit": _REWARD,
+    "head": _HEAD,
+    "pessimistic, mild": _HEAD,
+    "pessimistic, strong": _HEAD,
+    "CREAM": _REWARD,
 }
 
 
@@ -78,6 +88,7 @@ def support_task(sizes: Sizes = SUPPORT_SIZES) -> Task:
             **splits,
             "beta": splits["beta"][: sizes.beta_prompts],
             "test": splits["test"][: sizes.test_prompts],
+            "eval": splits["eval"][: sizes.eval_prompts],
         },
         sample_reply=support.sample_reply,
         gold=support.gold_reward,
@@ -96,12 +107,14 @@ def recipe_task(folder: Path, sizes: Sizes = RECIPE_SIZES) -> Task:
     """The second task; its language model is trained once and kept in `folder`."""
     prompts = recipe.all_prompts()
     random.Random(0).shuffle(prompts)
-    beta, test = sizes.beta_prompts, sizes.test_prompts
+    beta, test, held = itertools.accumulate(
+        (sizes.beta_prompts, sizes.test_prompts, sizes.eval_prompts)
+    )
     splits = {
         "beta": prompts[:beta],
-        "test": prompts[beta : beta + test],
-        "eval": prompts[beta + test : beta + test + 72],
-        "train": prompts[beta + test + 72 :],
+        "test": prompts[beta:test],
+        "eval": prompts[test:held],
+        "train": prompts[held:],
     }
     tokenizer = small_models.word_tokenizer([*recipe.all_prompts(), *recipe.STEPS])
     saved = folder / "recipe_lm"

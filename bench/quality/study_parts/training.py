@@ -1,4 +1,4 @@
-"""Preference pairs, and the five reward models, all through `rgtg_fast.training`."""
+"""Preference pairs, and reward models trained on them, all through `rgtg_fast.training`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,43 @@ from transformers import LlamaForCausalLM
 from study_parts.tasks import Task
 
 KINDS = ("full", "partial", "farma", "rad", "genarm")
+# Those of the smaller methods are trained by the losses of these.
 LOSS = {"full": "full", "partial": "prefix", "farma": "farma", "rad": "rad", "genarm": "genarm"}
+EVAL_SEED = 7
 
 
-def make_pairs(task: Task, prompts: list[str], count: int, seed: int, noisy: bool) -> list[dict]:
-    """`count` pairs of grammar replies as token ids, EOS included. The winner is drawn by
-    Bradley-Terry from the gold rewards (`noisy`), or is the better one (ties are left out)."""
+def make_pairs(task: Task, prompts: list[str], count: int, seed: int) -> list[dict]:
+    """`count` pairs of grammar replies as token ids, EOS included, the winner drawn by
+    Bradley-Terry from the gold rewards."""
     rng = random.Random(seed)
     endless = iter(lambda: rng.choice(prompts), None)
     pairs = small_models.make_pairs(
-        task.tokenizer, endless, task.sample_reply, task.gold, rng, noisy=noisy
+        task.tokenizer, endless, task.sample_reply, task.gold, rng, noisy=True
     )
     return list(itertools.islice(pairs, count))
+
+
+def training_pairs(task: Task, seed: int) -> list[dict]:
+    """The pairs of this seed, the same for all reward models."""
+    return make_pairs(task, task.prompts["train"], task.sizes.pairs, 1000 + seed)
+
+
+def eval_pairs(task: Task) -> list[dict]:
+    """For accuracy: as many pairs of each prompt of the `eval` split, one prompt after the other.
+    The winner has the larger gold reward."""
+    rng = random.Random(EVAL_SEED)
+    pairs: list[dict] = []
+    for prompt in task.prompts["eval"]:
+        endless = small_models.make_pairs(
+            task.tokenizer,
+            itertools.repeat(prompt),
+            task.sample_reply,
+            task.gold,
+            rng,
+            noisy=False,
+        )
+        pairs += itertools.islice(endless, task.sizes.eval_pairs)
+    return pairs
 
 
 def labelled(pairs: list[dict]) -> list[dict]:
@@ -53,7 +78,9 @@ def initial_model(task: Task, kind: str) -> nn.Module:
     return model
 
 
-def trainer_of(task: Task, kind: str, model: nn.Module, data: Any, seed: int) -> Any:
+def trainer_of(
+    task: Task, kind: str, model: nn.Module, data: Any, seed: int, **options: Any
+) -> Any:
     sizes = task.sizes
     rows = sizes.batch * (2 if kind == "rad" else 1)
     return small_models.reward_trainer(
@@ -66,40 +93,33 @@ def trainer_of(task: Task, kind: str, model: nn.Module, data: Any, seed: int) ->
         # FaRMA's steps alternate between its two losses: twice as many for as many of each.
         num_train_epochs=sizes.epochs * (2 if kind == "farma" else 1),
         seed=seed,
+        **options,
     )
 
 
-def train(task: Task, kind: str, seed: int) -> nn.Module:
-    """A reward model of this kind on this seed's pairs (the same for all kinds)."""
+def train(task: Task, kind: str, data: list[dict], seed: int, **options: Any) -> nn.Module:
+    """A reward model trained by the loss of this kind; `options` of `PrefixRewardConfig`."""
     torch.manual_seed(seed)
-    pairs = make_pairs(task, task.prompts["train"], task.sizes.pairs, 1000 + seed, noisy=True)
     model = initial_model(task, kind)
-    data = labelled(pairs) if kind == "rad" else pairs
-    trainer_of(task, kind, model, data, seed).train()
+    trainer_of(task, kind, model, data, seed, **options).train()
     return model.eval()
 
 
-def margins(task: Task, kind: str, model: nn.Module, pairs: list[dict]) -> tuple[Any, Any]:
-    """r(chosen prefix) - r(rejected prefix) [n, T] of `pairs`, and their labels [n, 3]: the two
-    lengths and the number of tokens both begin with (as `rgtg_fast.training.metrics` takes them).
+def margins(task: Task, kind: str, model: nn.Module, pairs: list[dict]) -> list[list]:
+    """r(chosen prefix) - r(rejected prefix) of `pairs` at each decile of the longer answer's
+    length, [10][n]; None where the two prefixes are still the same.
 
-    RAD's rewards are read by the trainer of pairs: the model is a classifier all the same.
+    Classifiers of any training are read by the trainer of pairs.
     """
-    reader = trainer_of(task, "partial" if kind == "rad" else kind, model, pairs, 0)
+    reader = trainer_of(task, kind if kind in ("farma", "genarm") else "partial", model, pairs, 0)
     predicted = reader.predict(reader.train_dataset)
     model.eval()
-    return np.asarray(predicted.predictions), np.asarray(predicted.label_ids)
-
-
-def right_by_decile(margin: Any, labels: Any) -> list[list[float | None]]:
-    """[10][n]: 1, 0 or 0.5 (a tie) for each pair at each decile of the longer answer's length; None
-    where the two prefixes are still the same."""
+    margin, labels = np.asarray(predicted.predictions), np.asarray(predicted.label_ids)
     longest, equal = labels[:, :2].max(1).astype(int), labels[:, 2]
     rows = np.arange(len(margin))
     out: list[list[float | None]] = []
     for decile in range(1, 11):
         at = np.ceil(longest * decile / 10).astype(int)
         gap = margin[rows, at - 1]
-        right = np.where(gap == 0, 0.5, gap > 0)
-        out.append([float(r) if a > e else None for r, a, e in zip(right, at, equal, strict=True)])
+        out.append([float(g) if a > e else None for g, a, e in zip(gap, at, equal, strict=True)])
     return out
