@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 
 @pytest.fixture
@@ -79,29 +80,98 @@ def test_the_error_of_a_mean_counts_seeds_and_prompts(study):
     assert crossed(by_prompt.T)["se"] == pytest.approx(np.std([0, 1, 2, 3], ddof=1) / 2)
 
 
+def test_the_interval_of_few_seeds_is_students(study):
+    values = np.tile(np.array([0.0, 1.0, 2.0, 3.0, 4.0])[:, None], (1, 50))  # seeds differ only
+    got = study("figures").crossed(values)
+    ends = stats.t.interval(0.95, 4, loc=2.0, scale=np.std(range(5), ddof=1) / 5**0.5)
+    assert got["mean"] - got["ci95"] == pytest.approx(ends[0])
+
+
+def test_pairs_count_as_one_figure_of_their_prompt(study):
+    decile = [[1.5, 0.0, None], [-1.0, -2.0, 3.0], [None, None, None]]  # three prompts
+    got = study("figures").right({"margins": [decile]})
+    np.testing.assert_allclose(got, [[0.75, 1 / 3, np.nan]])
+
+
+def test_accuracy_by_true_values_leaves_out_pairs_of_equal_or_unknown_value(study):
+    figures = study("figures")
+    units = {kind: [{"margins": [[[1.0, -1.0, 1.0, 1.0]]] * 10}] for kind in figures.KINDS}
+    got = figures.true_value_accuracy(units, [[[0.5, 0.5, 0.0, None]]] * 10)
+    assert got["full"][0]["mean"] == 0.5  # of two pairs
+    assert got["ceiling"][0]["mean"] == 1.0
+
+
+def test_value_gaps_hold_the_shorter_answer_at_its_end(study):
+    known = {(5,): 1.0, (6,): 0.25, (6, 7): 0.5}
+    gaps = study("exact")._value_gaps({"chosen_ids": [5], "rejected_ids": [6, 7]}, known)
+    assert gaps == [0.75] * 5 + [0.5] * 5
+
+
+def test_a_study_that_is_not_complete_is_not_reported(study, tmp_path):
+    with pytest.raises(ValueError, match=r"lacks .* such as seed3_partial"):
+        study("figures").load(tmp_path, "recipe", [3])
+
+
 @pytest.mark.parametrize(("gap", "passed"), [(1.0, True), (0.0, False)])
 def test_the_verdict_on_guidance_asks_for_three_standard_errors(study, gap, passed):
     findings, rng = study("findings"), np.random.default_rng(0)
     assert findings._verdict(gap + 0.5 * rng.standard_normal((5, 40)))["passed"] is passed
 
 
-def test_a_study_in_small_runs_goes_on_and_reports(study, tmp_path, monkeypatch):
-    tasks, units, report = study("tasks"), study("units"), study("report")
+@pytest.fixture
+def small_task(study, tmp_path, monkeypatch):
+    tasks = study("tasks")
     monkeypatch.setattr(study("exact"), "LEAST", 0.02)
     monkeypatch.setattr(study("selection"), "COUNTS", (4, 8))
     # Two models of four steps each need not agree on half of the rankings.
     monkeypatch.setattr(study("models"), "reward_consistency", lambda *_, **__: 0.9)
     sizes = tasks.Sizes(2, 2, 2, 16, 4, 4, 1, 1, corpus=64, lm_epochs=1)
     task = tasks.recipe_task(tmp_path, sizes)
-    task = replace(task, max_new_tokens=4, betas={name: (1.0, 4.0) for name in task.betas})
-    units.run_all([task], [0], tmp_path)
+    return replace(task, max_new_tokens=4, betas={name: (1.0, 4.0) for name in task.betas})
+
+
+def test_the_reference_of_pessimism_is_the_mean_over_answer_tokens(study, small_task):
+    pairs = study("training").training_pairs(small_task, 0)[:3]
+    hidden = [
+        small_task.lm.model(torch.tensor([p["prompt_ids"] + p[side]])).last_hidden_state[
+            0, len(p["prompt_ids"]) :
+        ]
+        for p in pairs
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+    got = study("models").mean_feature(small_task, pairs)
+    torch.testing.assert_close(got, torch.cat(hidden).mean(0))
+
+
+def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
+    units, report = study("units"), study("report")
+    units.run_all([small_task], [1], tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
     # Five reward models, six of the smaller methods, the choice of pairs, and the exact values.
     assert len(written) == 13
-    units.run_all([task], [0], tmp_path)
+    units.run_all([small_task], [1], tmp_path)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
-    report.write(tmp_path, tmp_path / "out", ["recipe"], [0])
+    report.write(tmp_path, tmp_path / "out", ["recipe"], [1])
     found = json.loads((tmp_path / "out" / "study.json").read_text())["tasks"]["recipe"]
     assert set(found["over_beta"]) == set(study("methods").KIND)
     assert set(found["findings"]) == {"prefix_accuracy", "guidance"}
+    assert {row["method"] for row in found["smaller"]["changes"]} == set(study("methods").SMALLER)
     assert (tmp_path / "out" / "study_frontier.png").stat().st_size > 1000
+
+
+def test_two_processes_find_what_one_finds(study, small_task, tmp_path):
+    units = study("units")
+    paths = [units.unit_path(tmp_path, "recipe", seed, "head") for seed in (1, 2)]
+    groups = (("head",),)
+
+    def figures():
+        return [json.loads(path.read_text()) | {"seconds": None} for path in paths]
+
+    for jobs in (1, 2):
+        units.run_groups([small_task], groups, [1, 2], tmp_path, jobs)
+        got = figures()
+        if jobs == 1:
+            alone = got
+            for path in paths:
+                path.unlink()
+    assert got == alone

@@ -81,21 +81,26 @@ def exact_values(task: Task) -> dict[str, Any]:
     """The frontier of the optimal policies over the test prompts, the mass of the trees, and what
     the true values V of the two prefixes of each evaluation pair differ by at each decile of the
     longer answer's length [10][P][n], the shorter answer held at its end; None: not in the tree."""
-    trees = [enumerate_tree(task, prompt) for prompt in task.prompts["test"]]
-    frontier = []
-    for beta in OPTIMAL_BETAS:
-        points = torch.tensor([optimal_policy(tree, beta) for tree in trees])
-        frontier.append({"beta": beta, "gold": points[:, 0].tolist(), "kl": points[:, 1].tolist()})
+    test, held_out = task.prompts["test"], task.prompts["eval"]
     pairs, count = eval_pairs(task), task.sizes.eval_pairs
-    gaps = []
-    for i, prompt in enumerate(task.prompts["eval"]):
-        known = prefix_values(enumerate_tree(task, prompt))
-        gaps.append([_value_gaps(pair, known) for pair in pairs[i * count : (i + 1) * count]])
+    optima, mass, answers, gaps = {}, {}, {}, {}
+    for prompt in dict.fromkeys([*test, *held_out]):
+        tree = enumerate_tree(task, prompt)
+        mass[prompt], answers[prompt] = tree.probability.sum().item(), len(tree.answers)
+        if prompt in test:
+            optima[prompt] = [optimal_policy(tree, beta) for beta in OPTIMAL_BETAS]
+        if prompt in held_out:
+            known, first = prefix_values(tree), held_out.index(prompt) * count
+            gaps[prompt] = [_value_gaps(pair, known) for pair in pairs[first : first + count]]
+    points = torch.tensor([optima[prompt] for prompt in test])  # [P, β, 2]
     return {
-        "frontier": frontier,
-        "mass": [tree.probability.sum().item() for tree in trees],
-        "answers": [len(tree.answers) for tree in trees],
-        "value_gaps": [[[row[d] for row in rows] for rows in gaps] for d in range(10)],
+        "frontier": [
+            {"beta": beta, "gold": points[:, i, 0].tolist(), "kl": points[:, i, 1].tolist()}
+            for i, beta in enumerate(OPTIMAL_BETAS)
+        ],
+        "mass": list(mass.values()),
+        "answers": list(answers.values()),
+        "value_gaps": [[[row[d] for row in gaps[p]] for p in held_out] for d in range(10)],
     }
 
 

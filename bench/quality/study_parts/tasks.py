@@ -21,9 +21,9 @@ from study_parts import recipe
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: prompts to choose β on, to test on, and to draw evaluation pairs
-    for; pairs to train reward models on, and of each evaluation prompt; samples of a policy per
-    test prompt."""
+    """How much of everything: prompts to choose β on, to test on, and (more of them, where they are
+    few) to draw evaluation pairs for; pairs to train reward models on, and of each evaluation
+    prompt; samples of a policy per test prompt."""
 
     beta_prompts: int
     test_prompts: int
@@ -56,7 +56,7 @@ class Task:
 
 
 SUPPORT_SIZES = Sizes(60, 200, 1000, 4000, 8, 32, 1, 1)
-RECIPE_SIZES = Sizes(60, 90, 72, 6000, 80, 64, 3, 4, corpus=12_000, lm_epochs=3)
+RECIPE_SIZES = Sizes(60, 90, 72, 6000, 36, 64, 3, 4, corpus=12_000, lm_epochs=3)
 
 _REWARD = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _HEAD = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -113,7 +113,8 @@ def recipe_task(folder: Path, sizes: Sizes = RECIPE_SIZES) -> Task:
     splits = {
         "beta": prompts[:beta],
         "test": prompts[beta:test],
-        "eval": prompts[test:held],
+        # Nothing was chosen by pairs of grammar replies: all prompts outside training are used.
+        "eval": prompts[:held],
         "train": prompts[held:],
     }
     tokenizer = small_models.word_tokenizer([*recipe.all_prompts(), *recipe.STEPS])

@@ -26,10 +26,11 @@ from study_parts.selection import compare_selections
 from study_parts.tasks import Task
 from study_parts.training import KINDS, eval_pairs, margins
 
+Kinds = tuple[str, ...]
 BEST_OF = (4, 16)
 TOP_K = (2, 5, 10)
 # One group after the other: some models are made with those of an earlier one.
-GROUPS = (
+GROUPS: tuple[Kinds, ...] = (
     ("partial", "full"),
     tuple(kind for kind in KINDS if kind not in ("partial", "full")),
     ("abc", "credit", "head", "cream", "select"),
@@ -147,23 +148,30 @@ def run_all(tasks: list[Task], seeds: list[int], folder: Path, jobs: int = 1) ->
         path = folder / task.name / "exact.json"
         if task.enumerable and not path.exists():
             write_json(path, exact_values(task))
+    run_groups(tasks, GROUPS, seeds, folder, jobs)
+
+
+def run_groups(
+    tasks: list[Task], groups: tuple[Kinds, ...], seeds: list[int], folder: Path, jobs: int
+) -> None:
+    """The missing units of `groups`, each group once the one before it is complete."""
     by_name = {task.name: task for task in tasks}
-    for group in GROUPS:
+    for group in groups:
         units = [
             (name, kind, seed)
             for name, seed, kind in itertools.product(by_name, seeds, group)
             if not unit_path(folder, name, seed, kind).exists()
         ]
-        if jobs == 1:
+        if jobs == 1 or not units:
             for name, kind, seed in units:
                 _reported(by_name[name], kind, seed, folder)
             continue
-        options: dict[str, Any] = {
-            "mp_context": get_context("spawn"),
-            "initializer": _begin,
-            "initargs": (by_name, folder, torch.get_num_threads()),
-        }
-        with ProcessPoolExecutor(jobs, **options) as pool:
+        with ProcessPoolExecutor(
+            jobs,
+            mp_context=get_context("spawn"),
+            initializer=_begin,
+            initargs=(by_name, folder, torch.get_num_threads()),
+        ) as pool:
             list(pool.map(_run_here, units))
 
 
