@@ -143,6 +143,22 @@ def test_the_reference_of_pessimism_is_the_mean_over_answer_tokens(study, small_
     torch.testing.assert_close(got, torch.cat(hidden).mean(0))
 
 
+def test_cream_asks_models_of_disjoint_halves(study, small_task, tmp_path, monkeypatch):
+    models, seen = study("models"), []
+
+    def train(task, kind, data, seed, **options):
+        seen.append((kind, data, options))
+        return study("training").initial_model(task, kind)
+
+    monkeypatch.setattr(models, "train", train)
+    assert models.model_of(small_task, "cream", 1, tmp_path).config.consistency == 0.9
+    (one, two, both), pairs = [data for _, data, _ in seen], seen[-1][1]
+    assert len(one) == len(two) == len(pairs) / 2
+    assert sorted(map(str, one + two)) == sorted(map(str, both))
+    assert [kind for kind, *_ in seen] == ["partial"] * 3
+    assert seen[-1][2] == {"consistency": 0.9}
+
+
 def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     units, report = study("units"), study("report")
     units.run_all([small_task], [1], tmp_path)

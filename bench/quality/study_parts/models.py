@@ -25,6 +25,7 @@ from study_parts.training import KINDS, initial_model, labelled, train, training
 SHARE = 0.5  # of ABC's reward that attention gives out
 HEAD_L2 = 1e-4
 PENALTIES = {"mild": 1.0, "strong": 4.0}
+REFERENCE = 500  # pairs whose tokens are averaged
 BATCH = 64
 
 
@@ -76,7 +77,7 @@ def pessimistic(
     task: Task, weight: Tensor, features: PairFeatures, pairs: list[dict], kind: str
 ) -> PessimisticHead:
     return PessimisticHead.from_features(
-        features, weight, PENALTIES[kind], reference=mean_feature(task, pairs)
+        features, weight, PENALTIES[kind], reference=mean_feature(task, pairs[:REFERENCE])
     )
 
 

@@ -55,11 +55,11 @@ class Task:
     ks: tuple[int, ...] = (2, 5, 20)  # beside methods.K, at the best β of it
 
 
-SUPPORT_SIZES = Sizes(60, 200, 1000, 4000, 8, 32, 1, 1)
+SUPPORT_SIZES = Sizes(60, 150, 1000, 4000, 8, 32, 1, 1)
 RECIPE_SIZES = Sizes(60, 90, 72, 6000, 36, 64, 3, 4, corpus=12_000, lm_epochs=3)
 
 _REWARD = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-_HEAD = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+HEADS = ("head", "pessimistic, mild", "pessimistic, strong")
 BETAS = {
     "ARGS": _REWARD,
     "ARGS-G": _REWARD,
@@ -70,10 +70,8 @@ BETAS = {
     "GenARM": (0.06, 0.125, 0.25, 0.5, 1.0, 2.0),
     "ABC": _REWARD,
     "ABC credit": _REWARD,
-    "head": _HEAD,
-    "pessimistic, mild": _HEAD,
-    "pessimistic, strong": _HEAD,
     "CREAM": _REWARD,
+    **dict.fromkeys(HEADS, (0.25, 0.5, 1.0, 2.0, 4.0)),
 }
 
 
@@ -98,7 +96,8 @@ def support_task(sizes: Sizes = SUPPORT_SIZES) -> Task:
         learning_rate=1e-3,
         sizes=sizes,
         # Answers are five times as long as a recipe: a coarser grid around what is best.
-        betas={name: grid[1:5] for name, grid in BETAS.items()},
+        betas={name: grid[1:-1] for name, grid in BETAS.items()}
+        | dict.fromkeys(HEADS, (0.5, 1.0, 2.0, 4.0, 8.0)),
         ks=(2, 5),
     )
 
