@@ -71,7 +71,7 @@ BETAS = {
     "ABC": _REWARD,
     "ABC credit": _REWARD,
     "CREAM": _REWARD,
-    **dict.fromkeys(HEADS, (0.25, 0.5, 1.0, 2.0, 4.0)),
+    **dict.fromkeys(HEADS, (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
 }
 
 
