@@ -124,6 +124,10 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, tmp_path, monkeypatch)
     units.run_all([task], range(1), tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
     assert len(written) == 6  # five reward models and the exact values
+    exact = json.loads((tmp_path / "recipe" / "exact.json").read_text())
+    ends = [[v[-1] for v in exact[name]] for name in ("values", "best_values")]
+    assert ends[0] == ends[1] and len(ends[0]) == 4  # pairs: of a whole answer both are its gold
+    assert len(exact["guided_by_value"]) == len(exact["guided_by_best"]) == len(exact["frontier"])
     units.run_all([task], range(1), tmp_path)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
     report.write(tmp_path, tmp_path / "out", ["recipe"], 1)
