@@ -82,8 +82,9 @@ def prefix_values(tree: Tree) -> dict[tuple[int, ...], float]:
 
 
 def best_values(tree: Tree) -> dict[tuple[int, ...], float]:
-    """V_max(prefix) = the largest gold reward of the tree's answers that begin with it: where the
-    consistency loss of FaRMA, R(y_i | y_<i) = max_v R(v | y_<=i), is zero."""
+    """V_max(prefix) = the largest gold reward of the tree's answers that begin with it: what
+    FaRMA's R(y_i | y_<i) = max_v R(v | y_<=i) asks for, if v is a token of the tree and R(EOS)
+    the gold reward."""
     best: dict[tuple[int, ...], float] = {}
     for answer, gold in zip(tree.answers, tree.gold.tolist(), strict=True):
         for end in range(1, len(answer) + 1):
