@@ -103,10 +103,12 @@ def farma(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Sco
     vocabulary, with the gradient through both terms, as the authors' code has it. Evaluation
     (`step=None`) adds the two.
 
-    The authors' runs start from a language model and its own output head; a head of zeros leaves
-    tokens that no answer has among the largest, and all prefixes alike. They take an epoch of each
-    loss in turn, first and last of Bradley-Terry, each with a new optimiser (here: one for both),
-    on prefixes of 11 tokens and more (`first=11`) of answers without EOS (here: with it).
+    The authors' runs start from a language model and its own output head. Bradley-Terry does not
+    fix the level of R(EOS): where a token that never follows has a larger R, as after a start from
+    zeros, the ends' rewards never reach the prefixes, and the loss is least with all prefixes
+    alike. They take an epoch of each loss in turn, first and last of Bradley-Terry, each with a new
+    optimiser (here: one for both), on prefixes of 11 tokens and more (`first=11`) of answers
+    without EOS (here: with it).
     """
     phase = None if step is None else (step // args.alternate) % 2
     if phase == 1:
