@@ -21,7 +21,7 @@ KL_LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 def load(folder: Path, task: str, seeds: list[int]) -> Raw:
     """The raw figures of a task. Raises `ValueError` where a unit of `seeds` is missing."""
-    kinds = [kind for group in GROUPS for kind in group]
+    kinds = [kind for group in GROUPS for kind in group if kind != "exact"]
     paths = {kind: [unit_path(folder, task, seed, kind) for seed in seeds] for kind in kinds}
     missing = [path.name for row in paths.values() for path in row if not path.exists()]
     if missing:

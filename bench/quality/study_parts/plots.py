@@ -74,8 +74,8 @@ def frontier_plot(summary: dict[str, Any], path: Path) -> None:
             if method.startswith("best-of-"):
                 axis.plot(row["kl"], row["gold"]["mean"], "k^", markersize=5)
                 axis.annotate(method, (row["kl"], row["gold"]["mean"]), fontsize="x-small")
-        if "optimum" in task:
-            optimum = task["optimum"]
+        if "exact_frontiers" in task:
+            optimum = task["exact_frontiers"]["optimum"]
             axis.plot(
                 [p["kl"] for p in optimum], [p["gold"] for p in optimum], "k-", label="optimum"
             )

@@ -69,22 +69,37 @@ def at_level(curve: Curve, base: Any, kl: float) -> dict[str, float] | None:
 
 
 def with_exact(exact: dict[str, Any], raw: figures.Raw) -> dict[str, Any]:
-    """The optimal policies' frontier, and accuracy against true prefix values."""
-    optimum = [
-        {"beta": p["beta"], "gold": float(np.mean(p["gold"])), "kl": float(np.mean(p["kl"]))}
-        for p in exact["frontier"]
-    ]
-    levels = np.interp(KL_LEVELS, [p["kl"] for p in optimum], [p["gold"] for p in optimum])
+    """The frontiers of the optimal policies and of those guided by the exact values of prefixes,
+    and accuracy against these values."""
+    frontiers = {
+        "optimum": exact["frontier"],
+        "guided by V": exact["guided_by_value"],
+        "guided by V_max": exact["guided_by_best"],
+    }
+    points = {
+        name: [
+            {"beta": p["beta"], "gold": float(np.mean(p["gold"])), "kl": float(np.mean(p["kl"]))}
+            for p in frontier
+        ]
+        for name, frontier in frontiers.items()
+    }
     return {
-        "optimum": optimum,
-        "optimum_at_equal_kl": {
-            str(kl): float(gold) for kl, gold in zip(KL_LEVELS, levels, strict=True)
-        },
+        "exact_frontiers": points,
+        "exact_at_equal_kl": {name: _gold_at_levels(row) for name, row in points.items()},
         "tree": {
             "mass": float(np.mean(exact["mass"])),
             "answers": float(np.mean(exact["answers"])),
         },
         "true_values": figures.true_value_accuracy(raw, exact["value_gaps"]),
+        "best_values": figures.true_value_accuracy(raw, exact["best_gaps"]),
+    }
+
+
+def _gold_at_levels(points: list[dict[str, float]]) -> dict[str, float | None]:
+    """Between neighbouring points; None beyond the end of the frontier."""
+    spent, gold = ([p[name] for p in points] for name in ("kl", "gold"))
+    return {
+        str(kl): float(np.interp(kl, spent, gold)) if kl <= spent[-1] else None for kl in KL_LEVELS
     }
 
 
@@ -151,9 +166,9 @@ def _equal_kl(task: dict[str, Any]) -> list[str]:
     for method, row in task["at_equal_kl"].items():
         cells = " | ".join(pm(v) for v in row.values())
         lines.append(f"| {method} | {cells} |")
-    if "optimum_at_equal_kl" in task:
-        cells = " | ".join(f"{v:+.2f}" for v in task["optimum_at_equal_kl"].values())
-        lines.append(f"| exact optimum | {cells} |")
+    for name, row in task.get("exact_at_equal_kl", {}).items():
+        cells = " | ".join("-" if gold is None else f"{gold:+.2f}" for gold in row.values())
+        lines.append(f"| exact: {name} | {cells} |")
     return lines
 
 
@@ -166,10 +181,11 @@ def _accuracy(task: dict[str, Any]) -> list[str]:
         else:
             cells = [f"{r['mean']:.3f}" for r in rows]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    for kind, rows in task.get("true_values", {}).items():
-        label = "true value against gold" if kind == "ceiling" else f"{kind}, of true values"
-        cells = [f"{r['mean']:.3f}" for r in rows]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for of, value in (("true_values", "V"), ("best_values", "V_max")):
+        for kind, rows in task.get(of, {}).items():
+            label = f"{value} against gold" if kind == "ceiling" else f"{kind}, of {value}"
+            cells = [f"{r['mean']:.3f}" for r in rows]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 

@@ -31,7 +31,7 @@ BEST_OF = (4, 16)
 TOP_K = (2, 5, 10)
 # One group after the other: some models are made with those of an earlier one.
 GROUPS: tuple[Kinds, ...] = (
-    ("partial", "full"),
+    ("exact", "partial", "full"),
     tuple(kind for kind in KINDS if kind not in ("partial", "full")),
     ("abc", "credit", "head", "cream", "select"),
     tuple(PENALTIES),
@@ -41,6 +41,9 @@ GROUPS: tuple[Kinds, ...] = (
 def run_unit(task: Task, kind: str, seed: int, folder: Path) -> None:
     """Train `kind`, measure its accuracy by prefix length, decode with it, write its file."""
     path, started = unit_path(folder, task.name, seed, kind), time.process_time()
+    if kind == "exact":
+        write_json(path, exact_values(task) | _seconds(started, started))
+        return
     if kind == "select":
         write_json(path, {"select": compare_selections(task, seed)} | _seconds(started, started))
         return
@@ -141,26 +144,22 @@ def _unguided(task: Task, rm: Any, seed: int) -> dict[str, Any]:
     return {"unguided": result}
 
 
-def run_all(tasks: list[Task], seeds: list[int], folder: Path, jobs: int = 1) -> None:
-    """Every unit whose file is missing, by `jobs` processes; the models of the two findings come
-    first."""
-    for task in tasks:
-        path = folder / task.name / "exact.json"
-        if task.enumerable and not path.exists():
-            write_json(path, exact_values(task))
-    run_groups(tasks, GROUPS, seeds, folder, jobs)
-
-
-def run_groups(
-    tasks: list[Task], groups: tuple[Kinds, ...], seeds: list[int], folder: Path, jobs: int
+def run_all(
+    tasks: list[Task],
+    seeds: list[int],
+    folder: Path,
+    jobs: int = 1,
+    groups: tuple[Kinds, ...] = GROUPS,
 ) -> None:
-    """The missing units of `groups`, each group once the one before it is complete."""
+    """Every unit whose file is missing, by `jobs` processes, each group once the one before it is
+    complete; the models of the two findings come first."""
     by_name = {task.name: task for task in tasks}
     for group in groups:
         units = [
-            (name, kind, seed)
-            for name, seed, kind in itertools.product(by_name, seeds, group)
-            if not unit_path(folder, name, seed, kind).exists()
+            (task.name, kind, seed)
+            for task, seed, kind in itertools.product(tasks, seeds, group)
+            if kind != "exact" or (task.enumerable and seed == seeds[0])
+            if not unit_path(folder, task.name, seed, kind).exists()
         ]
         if jobs == 1 or not units:
             for name, kind, seed in units:
@@ -196,4 +195,4 @@ def _reported(task: Task, kind: str, seed: int, folder: Path) -> None:
 
 
 def unit_path(folder: Path, task: str, seed: int, kind: str) -> Path:
-    return folder / task / f"seed{seed}_{kind}.json"
+    return folder / task / ("exact.json" if kind == "exact" else f"seed{seed}_{kind}.json")
