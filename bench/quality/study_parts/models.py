@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rgtg_fast.training import (
-    PairFeatures,
     PessimisticHead,
     PreferenceDataset,
     attention_labels,
@@ -65,20 +64,26 @@ def _trained(task: Task, kind: str, seed: int, folder: Path) -> Any:
         return model
     model = initial_model(task, "partial").eval()
     if kind == "head":
-        features = pair_features(task.lm, PreferenceDataset(pairs), batch_size=BATCH)
+        known = PreferenceDataset(pairs)
+        features = pair_features(task.lm, known, batch_size=BATCH)
         model.score.weight.data = fit_head(features, l2=HEAD_L2).weight[None]
+        whole = pair_features(task.lm, known, full=True, batch_size=BATCH)
+        reference = mean_feature(task, pairs[:REFERENCE])
+        doubtful = PessimisticHead.from_features(
+            whole, model.score.weight[0], 0.0, reference=reference
+        )
+        doubtful.save(_pessimistic(task, seed, folder))
         return model
-    features = pair_features(task.lm, PreferenceDataset(pairs), full=True, batch_size=BATCH)
-    model.score = pessimistic(task, other("head").score.weight[0], features, pairs, kind)
+    other("head")  # whose Σ has been kept
+    model.score = PessimisticHead.load(_pessimistic(task, seed, folder))
+    model.score.penalty = PENALTIES[kind]
     return model
 
 
-def pessimistic(
-    task: Task, weight: Tensor, features: PairFeatures, pairs: list[dict], kind: str
-) -> PessimisticHead:
-    return PessimisticHead.from_features(
-        features, weight, PENALTIES[kind], reference=mean_feature(task, pairs[:REFERENCE])
-    )
+def _pessimistic(task: Task, seed: int, folder: Path) -> Path:
+    path = folder / task.name / "models" / f"seed{seed}_pessimistic.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @torch.no_grad()

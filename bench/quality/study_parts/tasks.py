@@ -70,7 +70,7 @@ BETAS = {
     "GenARM": (0.06, 0.125, 0.25, 0.5, 1.0, 2.0),
     "ABC": _REWARD,
     "ABC credit": _REWARD,
-    "CREAM": _REWARD,
+    "CREAM": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     **dict.fromkeys(HEADS, (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
 }
 
@@ -97,7 +97,8 @@ def support_task(sizes: Sizes = SUPPORT_SIZES) -> Task:
         sizes=sizes,
         # Answers are five times as long as a recipe: a coarser grid around what is best.
         betas={name: grid[1:-1] for name, grid in BETAS.items()}
-        | dict.fromkeys(HEADS, (0.5, 1.0, 2.0, 4.0, 8.0)),
+        | dict.fromkeys(HEADS, (0.5, 1.0, 2.0, 4.0, 8.0))
+        | {"ABC credit": (2.0, 4.0, 8.0)},
         ks=(2, 5),
     )
 
