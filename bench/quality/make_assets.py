@@ -135,7 +135,6 @@ def main() -> None:
             learning_rate=1e-3,
             num_train_epochs=args.rm_epochs,
             per_device_train_batch_size=16,
-            train_sampling_strategy="group_by_length",
             seed=args.seed,
         )
         trainer.train()
