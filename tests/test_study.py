@@ -44,13 +44,16 @@ def test_every_recipe_of_the_grammar_is_parsed_without_a_slip(study):
     )
 
 
-def test_optimal_policies_and_prefix_values_of_a_tree_by_hand(study):
-    exact = study("exact")
-    tree = exact.Tree(
+def small_tree(study):
+    return study("exact").Tree(
         [(5, 1), (6, 7, 1), (6, 8, 1)],
         torch.tensor([0.5, 0.3, 0.2]).double(),
         torch.tensor([0.0, 1.0, -1.0]).double(),
     )
+
+
+def test_optimal_policies_and_prefix_values_of_a_tree_by_hand(study):
+    exact, tree = study("exact"), small_tree(study)
     assert exact.optimal_policy(tree, 0.0) == pytest.approx((0.1, 0.0))
     tilted = np.array([0.5, 0.3 * np.e**2, 0.2 / np.e**2])
     q = tilted / tilted.sum()
@@ -59,6 +62,33 @@ def test_optimal_policies_and_prefix_values_of_a_tree_by_hand(study):
     values = exact.prefix_values(tree)
     assert values[(6,)] == pytest.approx(0.2)
     assert values[(6, 8)] == pytest.approx(-1.0)
+
+
+def test_the_best_value_of_a_prefix_is_that_of_its_best_answer(study):
+    best = study("exact").best_values(small_tree(study))
+    assert best == {(5,): 0, (5, 1): 0, (6,): 1, (6, 7): 1, (6, 7, 1): 1, (6, 8): -1, (6, 8, 1): -1}
+
+
+def test_the_policy_guided_by_best_values_by_hand(study):
+    exact, tree = study("exact"), small_tree(study)
+    base, guided = exact.guided_frontier(tree, exact.best_values(tree), (0.0, 2.0))
+    assert base == pytest.approx((0.1, 0.0))
+    first = np.e**2 / (1 + np.e**2)  # both first tokens have probability 0.5
+    second = 0.6 * np.e**2 / (0.6 * np.e**2 + 0.4 / np.e**2)
+    q = np.array([1 - first, first * second, first * (1 - second)])
+    kl = (q * np.log(q / np.array([0.5, 0.3, 0.2]))).sum()
+    assert guided == pytest.approx((q[1] - q[2], kl))
+
+
+def test_guiding_by_soft_values_is_the_optimal_policy(study):
+    exact, tree, beta = study("exact"), small_tree(study), 1.5
+    whole = tree.probability.sum()
+    cut = exact.Tree(tree.answers, tree.probability * 0.9 / whole, tree.gold)  # mass is missing
+    exped = exact.Tree(tree.answers, cut.probability, (beta * tree.gold).exp())
+    soft = {prefix: np.log(v) / beta for prefix, v in exact.prefix_values(exped).items()}
+    assert exact.guided_frontier(cut, soft, (beta,)) == [
+        pytest.approx(exact.optimal_policy(cut, beta))
+    ]
 
 
 def test_gold_at_a_kl_lies_between_the_neighbours_of_the_frontier(study):
@@ -94,6 +124,12 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, tmp_path, monkeypatch)
     units.run_all([task], range(1), tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
     assert len(written) == 6  # five reward models and the exact values
+    exact = json.loads((tmp_path / "recipe" / "exact.json").read_text())
+    of_ends, best = (
+        np.array([v[-1] for v in exact[name]], dtype=float) for name in ("values", "best_values")
+    )
+    assert len(best) == 4 and np.allclose(of_ends, best, equal_nan=True)  # whole: both are gold
+    assert len(exact["guided_by_value"]) == len(exact["guided_by_best"]) == len(exact["frontier"])
     units.run_all([task], range(1), tmp_path)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
     report.write(tmp_path, tmp_path / "out", ["recipe"], 1)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -78,28 +81,79 @@ def prefix_values(tree: Tree) -> dict[tuple[int, ...], float]:
     return {prefix: reward[prefix] / mass[prefix] for prefix in mass}
 
 
+def best_values(tree: Tree) -> dict[tuple[int, ...], float]:
+    """V_max(prefix) = the largest gold reward of the tree's answers that begin with it: what
+    FaRMA's R(y_i | y_<i) = max_v R(v | y_<=i) asks for, if v is a token of the tree and R(EOS)
+    the gold reward."""
+    best: dict[tuple[int, ...], float] = {}
+    for answer, gold in zip(tree.answers, tree.gold.tolist(), strict=True):
+        for end in range(1, len(answer) + 1):
+            best[answer[:end]] = max(gold, best.get(answer[:end], gold))
+    return best
+
+
+def guided_frontier(
+    tree: Tree, values: dict[tuple[int, ...], float], betas: Sequence[float] = OPTIMAL_BETAS
+) -> list[tuple[float, float]]:
+    """Expected gold reward and KL from the base, at each β, of the ratio policy
+    π(v | y) exp(β values[y v]) / Z(y) at all tokens of the tree, its base normalised over it.
+
+    With values (1/β) log E[exp(β gold) | prefix] this is `optimal_policy`; E[gold | prefix] is
+    their limit at β -> 0, and `best_values` is that at β -> ∞.
+    """
+    mass: dict[tuple[int, ...], float] = defaultdict(float)
+    for answer, p in zip(tree.answers, tree.probability.tolist(), strict=True):
+        for end in range(len(answer) + 1):
+            mass[answer[:end]] += p
+    index = {prefix: i for i, prefix in enumerate(mass)}  # the empty prefix is 0, and pads paths
+    paths = np.zeros((len(tree.answers), max(map(len, tree.answers))), dtype=int)
+    for row, answer in enumerate(tree.answers):
+        paths[row, : len(answer)] = [index[answer[: end + 1]] for end in range(len(answer))]
+    nodes = list(mass)[1:]
+    parent = np.array([index[prefix[:-1]] for prefix in nodes])
+    base = np.log([mass[prefix] / mass[prefix[:-1]] for prefix in nodes])
+    reward, gold = np.array([values[prefix] for prefix in nodes]), tree.gold.numpy()
+    points = []
+    for beta in betas:
+        tilted, total = base + beta * reward, np.full(len(mass), -np.inf)
+        np.logaddexp.at(total, parent, tilted)
+        log_policy, log_ratio = (
+            np.append(0.0, x - total[parent])[paths].sum(1) for x in (tilted, tilted - base)
+        )
+        policy = np.exp(log_policy)
+        points.append((float(policy @ gold), float(policy @ log_ratio)))
+    return points
+
+
 def write_exact(task: Task, path: Path) -> None:
-    """`path`: the frontier of the optimal policies over the test prompts, the mass of the trees,
-    and the true values of both prefixes of the evaluation pairs at every length [n][T][2]."""
+    """`path`: over the test prompts, the frontier of the optimal policies, those of the ratio
+    policy guided by V and by V_max, and the mass of the trees; V and V_max of both prefixes of the
+    evaluation pairs at every length [n][T][2]."""
     trees = [enumerate_tree(task, prompt) for prompt in task.prompts["test"]]
-    frontier = []
-    for beta in OPTIMAL_BETAS:
-        points = torch.tensor([optimal_policy(tree, beta) for tree in trees])
-        frontier.append({"beta": beta, "gold": points[:, 0].tolist(), "kl": points[:, 1].tolist()})
     pairs = make_pairs(task, task.prompts["eval"], task.sizes.eval_pairs, EVAL_SEED, noisy=False)
-    prompts = {tuple(p["prompt_ids"]) for p in pairs}
-    known = {
-        ids: prefix_values(enumerate_tree(task, task.tokenizer.decode(ids))) for ids in prompts
-    }
-    values = [_pair_values(pair, known[tuple(pair["prompt_ids"])]) for pair in pairs]
+    asked = {tuple(p["prompt_ids"]) for p in pairs}
+    known = {ids: enumerate_tree(task, task.tokenizer.decode(ids)) for ids in asked}
     exact = {
-        "frontier": frontier,
+        "frontier": _frontier([[optimal_policy(t, b) for b in OPTIMAL_BETAS] for t in trees]),
+        "guided_by_value": _frontier([guided_frontier(t, prefix_values(t)) for t in trees]),
+        "guided_by_best": _frontier([guided_frontier(t, best_values(t)) for t in trees]),
         "mass": [tree.probability.sum().item() for tree in trees],
         "answers": [len(tree.answers) for tree in trees],
-        "values": values,
     }
+    for name, of in (("values", prefix_values), ("best_values", best_values)):
+        values = {ids: of(tree) for ids, tree in known.items()}
+        exact[name] = [_pair_values(pair, values[tuple(pair["prompt_ids"])]) for pair in pairs]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(exact))
+
+
+def _frontier(points: list[list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """Gold and KL [prompt][β] as one entry for each of OPTIMAL_BETAS."""
+    table = np.array(points)
+    return [
+        {"beta": beta, "gold": table[:, i, 0].tolist(), "kl": table[:, i, 1].tolist()}
+        for i, beta in enumerate(OPTIMAL_BETAS)
+    ]
 
 
 def _pair_values(
