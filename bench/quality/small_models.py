@@ -110,13 +110,13 @@ def train_lm(
         tempfile.mkdtemp(prefix="lm_"),
         num_train_epochs=epochs,
         per_device_train_batch_size=64,
-        train_sampling_strategy="group_by_length",
         learning_rate=4e-3,
         warmup_steps=40,
         seed=rng.randrange(2**31),
         **SCHEDULE,
     )
     Trainer(lm, args, data_collator=collate, train_dataset=rows).train()
+    lm.config.use_cache = True  # Trainer turns it off for good
     lm.eval()
 
 
