@@ -11,7 +11,6 @@ import numpy as np
 import small_models
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from study_parts.tasks import Task
 
@@ -65,17 +64,11 @@ def labelled(pairs: list[dict]) -> list[dict]:
 
 
 def initial_model(task: Task, kind: str) -> nn.Module:
-    """The language model's body with the head of this kind: zeros, but for GenARM's."""
-    if kind in ("full", "partial", "rad"):
-        return small_models.reward_model_on(task.lm)
-    if kind == "genarm":
+    """The language model itself for the kinds with a head over the vocabulary, as their authors
+    begin; a head of zeros on its body for the others."""
+    if kind in ("farma", "genarm"):
         return copy.deepcopy(task.lm)
-    config = copy.deepcopy(task.lm.config)
-    config.tie_word_embeddings = False
-    model = LlamaForCausalLM(config)
-    model.model.load_state_dict(task.lm.model.state_dict())
-    nn.init.zeros_(model.lm_head.weight)
-    return model
+    return small_models.reward_model_on(task.lm)
 
 
 def trainer_of(
