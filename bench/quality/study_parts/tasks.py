@@ -55,7 +55,7 @@ class Task:
     ks: tuple[int, ...] = (2, 5, 20)  # beside methods.K, at the best β of it
 
 
-SUPPORT_SIZES = Sizes(60, 150, 1000, 4000, 8, 32, 1, 1)
+SUPPORT_SIZES = Sizes(60, 150, 1000, 4000, 8, 32, 1, 2)
 RECIPE_SIZES = Sizes(60, 90, 72, 6000, 36, 64, 3, 4, corpus=12_000, lm_epochs=3)
 
 _REWARD = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)

@@ -99,6 +99,8 @@ def _over_beta(task: Task, name: str, guide: Any, seed: int) -> dict[str, Any]:
     tune, test = task.prompts["beta"], task.prompts["test"]
     # More draws make a sampled policy's mean sharper; a greedy one would say the same again.
     draws = 1 if greedy else task.sizes.draws
+    if name in SMALLER:
+        draws = max(draws // 2, 1)
     prompts = tune * draws + test * draws
     options: dict[str, Any] = {"greedy": greedy, "cumulative": name == "GenARM", "seed": seed}
     rows = [b for b in betas for _ in prompts]
