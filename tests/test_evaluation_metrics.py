@@ -152,9 +152,11 @@ def test_perplexity_is_per_token_with_eos(settings):
 def test_win_rates_say_how_they_came_about(settings):
     wins = [
         {"win": 1.0, "unread": 0, "swapped": False},
-        {"win": 0.5, "unread": 1, "swapped": True},
+        {"win": 0.5, "unread": 0, "swapped": True},
+        {"win": 0.5, "unread": 2, "swapped": False},
+        {"win": 0.0, "unread": 0, "swapped": False},
     ]
-    run = RunRows({0: [_row(0, 0.0), _row(1, 0.0)]}, {0: wins})
+    run = RunRows({0: [_row(i, 0.0) for i in range(4)]}, {0: wins})
     found = summarise(settings, {"a": RunRows(run.by_seed), "b": run})["b"]
-    assert found["win_rate"]["mean"] == 0.75
-    assert found["win_details"] == {"ties": 0.5, "swapped": 0.5, "unread": 1}
+    assert found["win_rate"]["mean"] == 0.5
+    assert found["win_details"] == {"ties": 0.25, "swapped": 0.25, "unread": 2}
