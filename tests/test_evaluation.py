@@ -42,7 +42,7 @@ calls = []
 def fails_in_its_sixth_pair(prompt, a, b):
     if len(calls) == 10:
         raise ValueError("enough")
-    calls.append((a, b))
+    calls.append((prompt, a, b))
     return 1.0
 
 
@@ -284,6 +284,35 @@ def test_the_report_says_where_the_judge_guides(tmp_path):
     report = (tmp_path / "out" / "report.md").read_text()
     assert "also the guide or selector of best: there, reward is the proxy" in report
     assert report.count("| ≤ 0.432") == 1 and report.count("| ≤ +0.432") == 1
+
+
+def test_min_p_leaves_the_likeliest_token_alone(tmp_path):
+    runs = [{"name": "min-p", "min_p": 0.999}, {"name": "greedy", "do_sample": False}]
+    path = config(tmp_path, runs=runs, limit=4, seeds=1, win_judge=None, plots=False)
+    main(["eval", "--config", path])
+    ours, greedy = (rows(tmp_path, f"{run['name']}.0.answers")[1] for run in runs)
+    for row, same in zip(ours, greedy, strict=True):
+        assert row["ids"] == same["ids"]
+        assert row["kl"] == pytest.approx(-row["logp"], abs=1e-5)
+        assert row["log_ratio"] == pytest.approx(-row["logp"], abs=1e-5)
+
+
+def test_one_prompt_again_and_again_is_answered_anew(tmp_path):
+    (tmp_path / "p.jsonl").write_text((ASSETS / "prompts.jsonl").read_text().split("\n")[0] + "\n")
+    text = (tmp_path / "p.jsonl").read_text() * 6
+    (tmp_path / "p.jsonl").write_text(text)
+    runs = [
+        {"name": "base"},
+        {"name": "pargs", "reward_model": GUIDE},
+        {"name": "best", "reward_model": GUIDE, "best_of": 2, "select_by": GUIDE},
+    ]
+    path = config(tmp_path, runs=runs, prompts=str(tmp_path / "p.jsonl"), batch_size=3, seeds=1)
+    main(["eval", "--config", path, "win_judge=", "plots=false"])
+    for name in ("base", "pargs"):
+        found = [row["text"] for row in rows(tmp_path, f"{name}.0.answers")[1]]
+        assert len(set(found)) >= 4 and found[:3] != found[3:]
+    best = rows(tmp_path, "best.0.answers")[1]
+    assert sum(row["text"] != row["others"][0]["text"] for row in best) >= 3
 
 
 def test_padding_with_eos_changes_no_answer(tmp_path):
