@@ -24,7 +24,7 @@ def read_yaml(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> di
         raise ValueError(f"no config file at {str(file)!r}; write one (YAML) or mend the path")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}; write `key: value` lines")

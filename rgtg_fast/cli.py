@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
 from rgtg_fast.backends import BACKENDS, OPS
@@ -55,31 +56,11 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"{name:10} {1e3 / rate:9.2f} ms/token  {speed['plain'] / rate:6.2f} x plain")
 
 
-def _train(args: argparse.Namespace) -> None:
-    from rgtg_fast.training.run import run
-
+def _by_config(args: argparse.Namespace) -> None:
     try:
-        run(args.config, args.overrides)
-    except ValueError as error:
-        raise SystemExit(f"train: {error}") from None
-
-
-def _eval(args: argparse.Namespace) -> None:
-    from rgtg_fast.evaluation import run
-
-    try:
-        run(args.config, args.overrides)
-    except ValueError as error:
-        raise SystemExit(f"eval: {error}") from None
-
-
-def _select_pairs(args: argparse.Namespace) -> None:
-    from rgtg_fast.training.select_pairs import run
-
-    try:
-        run(args.config, args.overrides)
-    except ValueError as error:
-        raise SystemExit(f"select-pairs: {error}") from None
+        import_module(args.module).run(args.config, args.overrides)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{args.command}: {error}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,22 +104,23 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="default: for an op the GPU if there is one, else cpu")
     bench.set_defaults(run=_bench)
 
-    train = commands.add_parser("train", help="train a reward model for partial sequences")
-    train.add_argument("--config", type=Path, required=True, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
-    train.set_defaults(run=_train)
-
-    evaluate = commands.add_parser("eval", help="compare ways to decode over a file of prompts")
-    evaluate.add_argument("--config", type=Path, required=True, help="YAML file")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
-    evaluate.set_defaults(run=_eval)
-
-    select = commands.add_parser(
-        "select-pairs", help="of many unlabelled pairs, those most worth a label"
-    )
-    select.add_argument("--config", type=Path, required=True, help="YAML file")
-    select.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
-    select.set_defaults(run=_select_pairs)
+    for command, module, help in (
+        ("train", "training.run", "train a reward model for partial sequences"),
+        ("eval", "evaluation", "compare ways to decode over a file of prompts"),
+        (
+            "select-pairs",
+            "training.select_pairs",
+            "of many unlabelled pairs, those most worth a label",
+        ),
+    ):
+        by_config = commands.add_parser(
+            command, help=help, description=f"{help}; `help(rgtg_fast.{module})` has the keys"
+        )
+        by_config.add_argument("--config", type=Path, required=True, help="YAML file")
+        by_config.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="instead of the file's"
+        )
+        by_config.set_defaults(run=_by_config, module=f"rgtg_fast.{module}", command=command)
     return top
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from tiny import gpt2_lm, gpt2_rm, tokenizer
+from test_evaluation_wins import endpoint
+from tiny import gpt2_rm, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rgtg_fast.cli import main
@@ -33,6 +34,16 @@ def gold(prompt, answer, finished):
 
 def shorter(prompt, a, b):
     return float(len(a) < len(b))
+
+
+calls = []
+
+
+def fails_in_its_sixth_pair(prompt, a, b):
+    if len(calls) == 10:
+        raise ValueError("enough")
+    calls.append((prompt, a, b))
+    return 1.0
 
 
 def config(folder, **changes):
@@ -243,6 +254,86 @@ def test_another_judge_rates_the_same_answers(copied, monkeypatch):
             assert answer["reward"] == len(answer["text"]) + 1000 * (answer["end"] is not None)
 
 
+def test_no_verdict_is_lost_where_the_win_judge_fails(copied):
+    path = config(copied, win_judge="test_evaluation:fails_in_its_sixth_pair", plots=False)
+    calls.clear()
+    with pytest.raises(SystemExit, match="enough"):
+        main(["eval", "--config", path])
+    asked = set(calls)
+    calls.clear()
+    with pytest.raises(SystemExit, match="enough"):
+        main(["eval", "--config", path])
+    assert len(calls) == 10 and not asked & set(calls)
+
+
+def test_the_key_of_an_endpoint_is_written_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "do-not-tell")
+    with endpoint(lambda body, count: (200, "A")) as (url, seen):
+        judge = {"url": url, "model": "m", "key_env": "MY_KEY"}
+        path = config(tmp_path, runs=RUNS[:2], limit=2, seeds=1, win_judge=judge, plots=False)
+        main(["eval", "--config", path])
+    assert seen[0][2]["Authorization"] == "Bearer do-not-tell"
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 5 and not any(b"do-not-tell" in file.read_bytes() for file in files)
+
+
+def test_the_report_says_where_the_judge_guides(tmp_path):
+    path = config(tmp_path, runs=[RUNS[0], RUNS[4]], limit=2, seeds=1, plots=False)
+    with pytest.warns(UserWarning, match="proxy rewards"):
+        main(["eval", "--config", path, f"judge={GUIDE}", "allow_same_judge=true"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "also the guide or selector of best: there, reward is the proxy" in report
+    assert report.count("| ≤ 0.432") == 1 and report.count("| ≤ +0.432") == 1
+
+
+def test_min_p_leaves_the_likeliest_token_alone(tmp_path):
+    runs = [{"name": "min-p", "min_p": 0.999}, {"name": "greedy", "do_sample": False}]
+    path = config(tmp_path, runs=runs, limit=4, seeds=1, win_judge=None, plots=False)
+    main(["eval", "--config", path])
+    ours, greedy = (rows(tmp_path, f"{run['name']}.0.answers")[1] for run in runs)
+    for row, same in zip(ours, greedy, strict=True):
+        assert row["ids"] == same["ids"]
+        assert row["kl"] == pytest.approx(-row["logp"], abs=1e-5)
+        assert row["log_ratio"] == pytest.approx(-row["logp"], abs=1e-5)
+
+
+def test_one_prompt_again_and_again_is_answered_anew(tmp_path):
+    (tmp_path / "p.jsonl").write_text((ASSETS / "prompts.jsonl").read_text().split("\n")[0] + "\n")
+    text = (tmp_path / "p.jsonl").read_text() * 6
+    (tmp_path / "p.jsonl").write_text(text)
+    runs = [
+        {"name": "base"},
+        {"name": "pargs", "reward_model": GUIDE},
+        {"name": "best", "reward_model": GUIDE, "best_of": 2, "select_by": GUIDE},
+    ]
+    path = config(tmp_path, runs=runs, prompts=str(tmp_path / "p.jsonl"), batch_size=3, seeds=1)
+    main(["eval", "--config", path, "win_judge=", "plots=false"])
+    for name in ("base", "pargs"):
+        found = [row["text"] for row in rows(tmp_path, f"{name}.0.answers")[1]]
+        assert len(set(found)) >= 4 and found[:3] != found[3:]
+    best = rows(tmp_path, "best.0.answers")[1]
+    assert sum(row["text"] != row["others"][0]["text"] for row in best) >= 3
+
+
+def test_padding_with_eos_changes_no_answer(tmp_path):
+    tok = AutoTokenizer.from_pretrained(ASSETS / "lm")
+    tok.pad_token = tok.eos_token
+    tok.save_pretrained(tmp_path / "tok")
+    found = {}
+    for name in (str(ASSETS / "lm"), str(tmp_path / "tok")):
+        path = config(tmp_path, runs=RUNS[2:4], limit=6, seeds=1, max_new_tokens=40)
+        main(["eval", "--config", path, f"tokenizer={name}", "win_judge=", "plots=false"])
+        found[name] = read(tmp_path)[1]
+    ours, other = found.values()
+    assert {a["end"] for line in ours for a in line["answers"].values()} == {1, None}
+    for line, same in zip(ours, other, strict=True):
+        for name, answer in line["answers"].items():
+            for key in ("text", "end"):
+                assert same["answers"][name][key] == answer[key]
+            for key in ("logp", "kl", "log_ratio", "reward"):
+                assert same["answers"][name][key] == pytest.approx(answer[key], abs=1e-4)
+
+
 def test_other_settings_keep_the_old_answers(copied):
     old, _ = rows(copied, "base.0.answers")
     main(["eval", "--config", config(copied, runs=RUNS[:1]), "max_new_tokens=2", "seeds=1"])
@@ -267,17 +358,6 @@ def test_a_file_killed_in_its_first_line_starts_anew(tmp_path):
     path.write_bytes(path.read_bytes()[:4])
     Rows(tmp_path, "a", {}).add([{"i": 0}])
     assert Rows(tmp_path, "a", {}).rows == [{"i": 0}]
-
-
-@torch.no_grad()
-def test_likelihoods_do_not_depend_on_padding():
-    lm = gpt2_lm()  # it has absolute positions
-    sequences = torch.tensor([[0, 0, 5, 6, 7, 0], [8, 9, 10, 11, 12, 13]])
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    live = torch.tensor([[True, False], [True, True]])
-    got = answers.base_logits(lm, sequences, mask, live)
-    torch.testing.assert_close(got[0, :1], lm(sequences[:1, 2:5]).logits[0, 1:2])
-    torch.testing.assert_close(got[1], lm(sequences[1:]).logits[0, 3:5])
 
 
 def test_answers_end_with_their_eos(loaded, tmp_path):
@@ -305,12 +385,14 @@ def test_guides_of_every_kind_answer(tmp_path, loaded):
         {"name": "genarm", "kind": "autoregressive", "reward_model": lm},
         {"name": "head", "kind": "head", "reward_model": str(tmp_path)},
         {"name": "text", "reward_model": str(tmp_path / "other"), "k": 3},
+        {"name": "both", "reward_model": GUIDE, "best_of": 2, "select_by": GUIDE},
     ]
     main(["eval", "--config", config(tmp_path, runs=runs), "limit=2", "max_new_tokens=2"])
     results, _ = read(tmp_path)
     for name in ("vocab", "genarm", "head", "text"):
         metrics = results["runs"][name]["metrics"]
         assert metrics["kl"]["mean"] > 0 and metrics["proxy"]["mean"] is not None
+    assert results["runs"]["both"]["metrics"]["kl"]["mean"] is None  # of its best: unknown
     # The base as its own guide, so that the reward of an answer is its log-probability.
     for row in rows(tmp_path, "genarm.0.answers")[1]:
         assert row["proxy"] == pytest.approx(row["logp"], abs=1e-4)

@@ -53,6 +53,11 @@ def test_intervals_are_those_of_scipy():
     assert got.se == pytest.approx(other.standard_error, rel=0.03)
 
 
+def test_resamples_equal_to_the_mean_lean_to_neither_side():
+    got = Bootstrap(20).interval(np.array([0.0, 1.0] * 10))
+    assert got.low + got.high == pytest.approx(1, abs=1e-6)
+
+
 def test_intervals_cover_the_mean_as_often_as_they_say():
     rng = np.random.default_rng(0)
     bootstrap = Bootstrap(40, resamples=400, confidence=0.9)
@@ -149,12 +154,48 @@ def test_perplexity_is_per_token_with_eos(settings):
     assert found["a"]["metrics"]["finished"]["mean"] == 0.5
 
 
+def test_every_measure_of_diversity_is_of_the_answers_ids(settings):
+    loop, other = [7, 7, 7, 7, 7, 8], [1, 2, 3, 4, 5, 6]
+    runs = {
+        "a": RunRows({0: [_row(0, 0.0, ids=loop), _row(1, 0.0, ids=other)]}),
+        "b": RunRows(
+            {
+                0: [_row(0, 0.0, ids=other), _row(1, 0.0, ids=other)],
+                1: [_row(0, 0.0, ids=other), _row(1, 0.0, ids=loop)],
+            }
+        ),
+    }
+    found = summarise(settings, runs)
+    measured = {name: value["mean"] for name, value in found["a"]["metrics"].items()}
+    for n, seen in ((2, 3 / 5), (3, 2 / 4), (4, 1 / 3)):  # of `loop`, before
+        assert measured[f"rep_{n}"] == pytest.approx(seen / 2)
+    assert measured["diversity"] == pytest.approx((1 + 2 / 5 * 2 / 4 * 2 / 3) / 2)
+    assert measured["distinct_2"] == pytest.approx(7 / 10)
+    b = found["b"]
+    assert b["metrics"]["distinct_2"]["mean"] == pytest.approx((5 / 10 + 7 / 10) / 2)
+    assert b["difference"]["distinct_2"]["mean"] == pytest.approx(-0.1)
+    # Left out: the first or the second prompt, of the run less of the baseline.
+    left = np.array([(1 + 2 / 5) / 2 - 1, 1 - 2 / 5])
+    assert b["difference"]["distinct_2"]["se"] == pytest.approx(left.std())
+
+
+def test_the_error_of_perplexity_is_that_of_its_logarithm_times_it(settings):
+    rows = [_row(i, 0.0, logp=-4.0 - 0.1 * i) for i in range(6)]
+    found = summarise(settings, {"a": RunRows({0: rows}), "b": RunRows({0: rows})})
+    nll, perplexity = (found["a"]["metrics"][m] for m in ("nll", "perplexity"))
+    assert perplexity["mean"] == pytest.approx(math.exp(nll["mean"]))
+    assert perplexity["low"] == pytest.approx(math.exp(nll["low"]))
+    assert perplexity["se"] == pytest.approx(perplexity["mean"] * nll["se"])
+
+
 def test_win_rates_say_how_they_came_about(settings):
     wins = [
         {"win": 1.0, "unread": 0, "swapped": False},
-        {"win": 0.5, "unread": 1, "swapped": True},
+        {"win": 0.5, "unread": 0, "swapped": True},
+        {"win": 0.5, "unread": 2, "swapped": False},
+        {"win": 0.0, "unread": 0, "swapped": False},
     ]
-    run = RunRows({0: [_row(0, 0.0), _row(1, 0.0)]}, {0: wins})
+    run = RunRows({0: [_row(i, 0.0) for i in range(4)]}, {0: wins})
     found = summarise(settings, {"a": RunRows(run.by_seed), "b": run})["b"]
-    assert found["win_rate"]["mean"] == 0.75
-    assert found["win_details"] == {"ties": 0.5, "swapped": 0.5, "unread": 1}
+    assert found["win_rate"]["mean"] == 0.5
+    assert found["win_details"] == {"ties": 0.25, "swapped": 0.25, "unread": 2}

@@ -1,6 +1,7 @@
 """Config file and prompts of `python -m rgtg_fast eval`: mistakes are said before models load."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,8 +11,9 @@ from tiny import gpt2_rm, tokenizer
 from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.evaluation import check_settings
+from rgtg_fast.evaluation.models import load_classifier
 from rgtg_fast.evaluation.prompts import load_prompts
-from rgtg_fast.evaluation.scoring import Classifier
+from rgtg_fast.evaluation.scoring import Classifier, FunctionJudge
 
 GUIDE, JUDGE = str(ASSETS / "rm_partial"), str(ASSETS / "rm_full")
 PARGS = {"name": "pargs", "reward_model": GUIDE}
@@ -88,6 +90,8 @@ def run(**values):
         ({"win_judge": {"url": "http://x", "model": "m", "template": "{a}{b}"}}, "lacks {prompt}"),
         ({"win_judge": {"url": "http://x", "model": "m", "key_env": "NO_K"}}, "has no NO_K"),
         ({"win_judge": {}}, "needs either function"),
+        ({"win_judge": {"url": "http://me:key@x/v1", "model": "m"}}, "must not hold a user, key"),
+        ({"win_judge": {"url": "http://x/v1?key=1", "model": "m"}}, "must not hold a user, key"),
     ],
 )
 def test_mistakes_in_the_config_are_named(values, message):
@@ -113,12 +117,16 @@ def test_a_copy_of_the_guide_is_the_guide(tmp_path):
 
 @pytest.fixture
 def no_models(monkeypatch):
-    """Loading weights fails the test."""
+    """Loading weights fails the test, and the hub has nothing."""
 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
+    def absent(name, file):
+        raise FileNotFoundError(f"{name}/{file} not found here")
+
     monkeypatch.setattr("rgtg_fast.evaluation.models._load", load)
+    monkeypatch.setattr("rgtg_fast.evaluation.models.hf_hub_download", absent)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +139,11 @@ def no_models(monkeypatch):
         ({"prompts": "none.jsonl"}, "no file at 'none.jsonl'"),
         ({"max_new_tokens": 250}, "250 makes .* but the model has 256 positions"),
         ({"device": "gpu"}, "device='gpu'; write auto"),
+        ({"model": "nowhere"}, "model: there is no folder 'nowhere'.*not found here"),
+        ({"judge": "nowhere"}, "judge: there is no folder 'nowhere'"),
+        (run(reward_model="nowhere"), "run r: reward_model: there is no folder 'nowhere'"),
+        (run(best_of=2, select_by="nowhere"), "run r: select_by: there is no folder 'nowhere'"),
+        ({"output_dir": str(ASSETS / "prompts.jsonl"), "runs": [{"name": "r"}]}, "directory"),
     ],
 )
 def test_the_command_line_ends_with_the_message(values, message, tmp_path, no_models):
@@ -154,6 +167,28 @@ def test_a_prompt_that_cannot_be_used_is_named_by_its_line(line, message, tmp_pa
     path.write_text('{"prompt": "hello"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         load_prompts(str(path), tokenizer())
+
+
+def test_a_prompts_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('{"prompt": "grün"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"p.jsonl is not UTF-8"):
+        load_prompts(str(path), tokenizer())
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_prompts(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "hello"}\r\n{"prompt": "world"}\r\n')
+    assert [p.text for p in load_prompts(str(path), tokenizer())] == ["hello", "world"]
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": [{"role": "system", "content": "a"}]}\n')
+    tok = tokenizer().__class__.from_pretrained(_saved(tmp_path))
+    tok.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"line 1: the chat template refuses it .no system role"):
+        load_prompts(str(path), tok)
 
 
 def test_a_file_without_prompts_is_an_error(tmp_path):
@@ -213,3 +248,22 @@ def test_a_text_too_long_for_the_judge_is_an_error(conversation):
     answer = {"text": "", "ids": [5] * 500, "end": None}
     with pytest.raises(ValueError, match="for the judge, which has 64 positions"):
         judge.score([prompt], [answer])
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_reward_that_is_no_number_is_an_error(value, conversation):
+    prompt, tok = conversation
+    judge = FunctionJudge(lambda prompt, answer, finished: value, "mine:f")
+    answer = {"text": "", "ids": [5], "end": None}
+    with pytest.raises(ValueError, match=f"mine:f gave {value} for an answer to the prompt"):
+        judge.score([prompt], [answer])
+    rm = gpt2_rm()
+    torch.nn.init.constant_(rm.score.weight, value)
+    with pytest.raises(ValueError, match="the classifier gave nan"):
+        Classifier(rm, tok, tok, batch_size=4).score([prompt], [answer])
+
+
+def test_a_reward_model_with_several_labels_is_an_error(tmp_path):
+    gpt2_rm(num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gives 3 labels; pass a model with one"):
+        load_classifier(str(tmp_path), check_settings(MINIMAL))

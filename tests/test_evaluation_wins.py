@@ -24,7 +24,7 @@ def wrong(prompt, a, b):
 
 
 def test_a_liking_for_the_first_position_wins_nothing():
-    found = compare(first, [("p", "aaa", "b"), ("p", "c", "dd")])
+    found = list(compare(first, [("p", "aaa", "b"), ("p", "c", "dd")]))
     assert [row["win"] for row in found] == [0.5, 0.5]
     assert all(row["swapped"] for row in found)
 
@@ -35,7 +35,8 @@ def test_a_real_preference_wins_in_both_positions():
 
 
 def test_equal_answers_are_a_tie_and_nobody_is_asked():
-    assert compare(wrong, [("p", "x", "x")]) == [{"win": 0.5, "unread": 0, "swapped": False}]
+    found = list(compare(wrong, [("p", "x", "x")]))
+    assert found == [{"win": 0.5, "unread": 0, "swapped": False}]
 
 
 def test_a_function_is_named_when_its_preference_is_out_of_range():
@@ -63,7 +64,8 @@ def test_verdicts_are_read_from_what_models_say(text, value):
 
 @contextlib.contextmanager
 def endpoint(answer):
-    """A server for /v1/chat/completions; `answer(body, headers)` gives (status, text)."""
+    """A server for /v1/chat/completions; `answer(body, count)` gives (status, text), text None for
+    a reply that breaks off, bytes for one that is sent as it is."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -71,10 +73,22 @@ def endpoint(answer):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, body, dict(self.headers)))
             status, text = answer(body, len(seen))
-            self.send_response(status)
-            self.end_headers()
+            with contextlib.suppress(OSError):  # a client that has given up
+                self.reply(status, text)
+
+        def do_GET(self):  # what a redirection becomes
+            seen.append((self.path, None, dict(self.headers)))
+            self.send_error(405)
+
+        def reply(self, status, text):
             reply = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-            self.wfile.write(json.dumps(reply).encode())
+            content = text if isinstance(text, bytes) else json.dumps(reply).encode()
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", text)
+            self.send_header("Content-Length", str(len(content) + (text is None)))
+            self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, *args):
             pass
@@ -100,8 +114,8 @@ def test_an_endpoint_is_asked_in_both_orders_with_template_and_key(monkeypatch):
     with endpoint(polite) as (url, seen):
         judge = WinJudge(url=url, model="m", template="{prompt}: {a}|{b}", key_env="MY_KEY")
         messages = [{"role": "user", "content": "hi"}]
-        found = compare(make_prefer(judge), [(messages, "thanks {b}", "no")], workers=2)
-    assert found[0]["win"] == 1.0
+        (found,) = compare(make_prefer(judge), [(messages, "thanks {b}", "no")], workers=2)
+    assert found["win"] == 1.0
     texts = sorted(body["messages"][0]["content"] for _, body, _ in seen)
     assert texts == ["user: hi: no|thanks {b}", "user: hi: thanks {b}|no"]
     path, body, headers = seen[0]
@@ -116,6 +130,61 @@ def test_a_busy_endpoint_is_asked_again(monkeypatch):
     assert len(seen) == 2
 
 
+def test_an_answer_cut_short_or_of_another_shape_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    replies = [b"{", b'{"choices": [{"message": {"content": ["A"]}}]}', b'{"error": 1}']
+
+    def reply(body, count):
+        return 200, replies[count - 1] if count <= 3 else "A"
+
+    with endpoint(reply) as (url, seen):
+        assert make_prefer(WinJudge(url=url, model="m"))("p", "x", "y") == 1.0
+    assert len(seen) == 4
+
+
+def test_a_connection_lost_in_mid_answer_is_tried_again(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with endpoint(lambda body, count: (200, None if count == 1 else "B")) as (url, seen):
+        assert make_prefer(WinJudge(url=url, model="m"))("p", "x", "y") == 0.0
+    assert len(seen) == 2
+
+
+def test_a_silent_endpoint_ends_with_an_error(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    release = threading.Event()
+    with endpoint(lambda body, count: (release.wait(30), (200, "A"))[1]) as (url, _):
+        judge = WinJudge(url=url, model="m", timeout=0.05, retries=2)
+        with pytest.raises(ValueError, match=r"failed \(TimeoutError.*What was judged is kept"):
+            make_prefer(judge)("p", "x", "y")
+        release.set()
+
+
+def test_the_key_does_not_follow_a_redirection(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "k1")
+    with (
+        endpoint(lambda body, count: (200, "A")) as (other, seen),
+        endpoint(lambda body, count: (302, other + "/x")) as (url, first),
+        pytest.raises(ValueError, match="failed"),
+    ):
+        judge = WinJudge(url=url, model="m", key_env="MY_KEY", retries=1)
+        make_prefer(judge)("p", "x", "y")
+    assert "Authorization" in first[0][2]
+    assert all("Authorization" not in headers for _, _, headers in seen) and seen
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verdicts_come_one_by_one_until_the_judge_fails(workers):
+    def until_third(prompt, a, b):
+        if prompt == 2:
+            raise ValueError("no more")
+        return 1.0
+
+    found = compare(until_third, [(i, "x", "y") for i in range(4)], workers)
+    assert [next(found)["win"], next(found)["win"]] == [0.5, 0.5]
+    with pytest.raises(ValueError, match="no more"):
+        next(found)
+
+
 def test_a_refusing_endpoint_is_named_with_what_it_said():
     with endpoint(lambda body, count: (401, "bad key")) as (url, seen):
         with pytest.raises(ValueError, match=r"/v1/chat/completions failed \(HTTP 401.*bad key"):
@@ -125,5 +194,5 @@ def test_a_refusing_endpoint_is_named_with_what_it_said():
 
 def test_an_unreadable_verdict_is_a_tie_and_counted():
     with endpoint(lambda body, count: (200, "cannot say")) as (url, _):
-        found = compare(make_prefer(WinJudge(url=url, model="m")), [("p", "x", "y")])
+        found = list(compare(make_prefer(WinJudge(url=url, model="m")), [("p", "x", "y")]))
     assert found == [{"win": 0.5, "unread": 2, "swapped": False}]

@@ -196,15 +196,16 @@ def test_reward_guided_is_generate(options, lm, rm):
 
 
 def test_reward_guided_returns_the_outputs_too(lm, rm):
-    out = lm.generate(
-        **tiny.prompts(5, 9),
-        max_new_tokens=NEW,
-        **DICT,
-        output_scores=True,
-        custom_generate=rgtg_fast.RewardGuided(rm, k=5, output_candidates=True),
+    asked = {**tiny.prompts(5, 9), "max_new_tokens": NEW, **DICT, "output_scores": True}
+    guide = rgtg_fast.RewardGuided(rm, k=5, output_candidates=True)
+    out = lm.generate(**asked, do_sample=False, custom_generate=guide)
+    same = rgtg_fast.generate(
+        lm, **asked, do_sample=False, reward_model=rm, k=5, output_candidates=True
     )
     assert isinstance(out, rgtg_fast.RewardGuidedOutput)
-    assert out.candidate_rewards.shape == (2, NEW, 5) and len(out.scores) == NEW
+    assert torch.equal(out.sequences, same.sequences)
+    assert torch.equal(out.candidate_rewards, same.candidate_rewards)
+    assert torch.equal(torch.stack(out.scores), torch.stack(same.scores))
 
 
 def test_reward_guided_is_reusable(lm, rm):
@@ -212,8 +213,13 @@ def test_reward_guided_is_reusable(lm, rm):
     first, again = (
         lm.generate(**tiny.prompts(5, 9), **GREEDY, custom_generate=guide) for _ in "ab"
     )
-    other = tiny.gpt2_lm().generate(**tiny.prompts(4, 3, 6), **GREEDY, custom_generate=guide)
-    assert first.tolist() == again.tolist() and other.shape == (3, 6 + NEW)
+    assert first.tolist() == again.tolist()
+    new = rgtg_fast.RewardGuided(rm, beta=2.0)
+    other, same = (
+        tiny.gpt2_lm().generate(**tiny.prompts(4, 3, 6), **GREEDY, custom_generate=either)
+        for either in (guide, new)
+    )
+    assert other.tolist() == same.tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

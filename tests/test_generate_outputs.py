@@ -224,8 +224,11 @@ def test_length_is_that_of_the_longest_row(lm, rm):
 
 def test_num_return_sequences_expands_every_output(lm, rm):
     out = guided(lm, rm, tiny.prompts(5, 9), do_sample=True, num_return_sequences=3, seed=0)
-    assert out.sequences.shape == (6, 9 + NEW)
-    assert out.rewards.shape == (6, NEW) and out.candidate_rewards.shape == (6, NEW, K)
+    assert out.sequences.shape == (6, 9 + NEW) and out.candidate_rewards.shape == (6, NEW, K)
+    for row, ids in enumerate(out.sequences):
+        whole = ids[None, 4:] if row < 3 else ids[None]  # the first prompt has four of padding
+        expected = tiny.full_reward(rm, whole)[0]
+        torch.testing.assert_close(out.rewards[row, -1], expected, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("eos_reward", ["hidden", "previous"])

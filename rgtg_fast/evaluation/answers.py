@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,9 +115,11 @@ class Answerer:
         start = inputs["input_ids"].shape[1]
         new = out.sequences[:, start:]
         live = self._live(new)
-        logits = base_logits(self.lm, out.sequences, inputs["attention_mask"], live)
-        logp = torch.log_softmax(logits, -1).gather(2, new[..., None])[..., 0]
-        kl, ratio = self._divergence(out, new, logits, logp)
+        if self.guide is None:
+            steps = [self._step(*step) for step in zip(out.logits, new.T, strict=True)]
+            logp, kl, ratio = (torch.stack(values, 1) for values in zip(*steps, strict=True))
+        else:
+            logp, kl, ratio = self._guided_steps(out, new)
         rewards = getattr(out, "rewards", None)
         answers = []
         for row in range(len(prompts)):
@@ -153,7 +154,7 @@ class Answerer:
             }
         with torch.random.fork_rng():
             torch.manual_seed(int(ops.split_seed(seed, first + 1)[first]))
-            return self.lm.generate(**options)
+            return self.lm.generate(**options, output_logits=True)
 
     def _guided(self, options: dict[str, Any], copies: list[int], seed: int) -> Any:
         run = self.run
@@ -179,25 +180,29 @@ class Answerer:
         ends = torch.isin(new, torch.tensor(self.eos, dtype=new.dtype, device=new.device))
         return (ends.int().cumsum(1) - ends.int()) == 0
 
-    def _divergence(
-        self, out: Any, new: Tensor, logits: Tensor, logp: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """KL of each step's policy from the base and log q - log p of the token drawn, [B, T]."""
-        if not self.run.do_sample:  # all of q is on the token taken, whatever it was taken by
-            return -logp, -logp
-        if self.guide is not None:
-            run = self.run
-            scores = out.candidate_logprobs.double() + run.beta * out.candidate_rewards.double()
-            logq = torch.log_softmax(scores / run.temperature, -1)
-            drawn = out.candidate_ids == new[..., None]
-            ratio = torch.where(drawn, logq - out.candidate_logprobs.double(), 0.0).sum(-1)
-            return out.kl, ratio
+    def _step(self, logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p, KL(q || p) and log q - log p, fp64 [B], at the base's logits [B, V] of a step, of
+        the `token` [B] drawn."""
+        base = torch.log_softmax(logits.double(), -1)
+        logp = base.gather(1, token[:, None])[:, 0]
+        if not self.run.do_sample:  # all of q is on the token taken
+            return logp, -logp, -logp
         if self._is_base():
-            return torch.zeros_like(logp), torch.zeros_like(logp)
-        warped = self._warp(logits)
-        logq, base = torch.log_softmax(warped, -1), torch.log_softmax(logits, -1)
+            return logp, torch.zeros_like(logp), torch.zeros_like(logp)
+        logq = torch.log_softmax(self._warp(logits).double(), -1)
         kl = torch.where(logq > -torch.inf, logq.exp() * (logq - base), 0.0).sum(-1)
-        return kl, logq.gather(2, new[..., None])[..., 0] - logp
+        return logp, kl, logq.gather(1, token[:, None])[:, 0] - logp
+
+    def _guided_steps(self, out: Any, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, [B, T], of the tokens `new` [B, T] that a guide chose among its candidates."""
+        run, drawn = self.run, out.candidate_ids == new[..., None]
+        candidates = out.candidate_logprobs.double()
+        logp = torch.where(drawn, candidates, 0.0).sum(-1)
+        if not run.do_sample:
+            return logp, -logp, -logp
+        scores = candidates + run.beta * out.candidate_rewards.double()
+        logq = torch.log_softmax(scores / run.temperature, -1)
+        return logp, out.kl, torch.where(drawn, logq - candidates, 0.0).sum(-1)
 
     def _is_base(self) -> bool:
         run = self.run
@@ -205,7 +210,7 @@ class Answerer:
         return run.do_sample and not warped
 
     def _warp(self, logits: Tensor) -> Tensor:
-        """What Hugging Face draws from, in its order of warpers: logits [B, T, V]."""
+        """What Hugging Face draws from, in its order of warpers: logits [B, V]."""
         run, warpers = self.run, LogitsProcessorList()
         if run.temperature != 1:
             warpers.append(TemperatureLogitsWarper(run.temperature))
@@ -215,21 +220,4 @@ class Answerer:
             warpers.append(TopPLogitsWarper(run.top_p))
         if run.min_p:
             warpers.append(MinPLogitsWarper(run.min_p))
-        flat = logits.flatten(0, 1)
-        return warpers(flat.new_zeros((len(flat), 1), dtype=torch.long), flat).view_as(logits)  # type: ignore[arg-type]
-
-
-def base_logits(lm: Any, sequences: Tensor, prompt_mask: Tensor, live: Tensor) -> Tensor:
-    """fp32 logits [B, T, V] of the base policy for the last T tokens of `sequences` [B, P + T].
-
-    `live` [B, T] tells the answers' tokens from what stands behind their end.
-    """
-    mask = torch.cat([prompt_mask, live.to(prompt_mask)], 1)
-    accepted = inspect.signature(lm.forward).parameters
-    options: dict[str, Any] = {}
-    if "position_ids" in accepted:
-        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = live.shape[1] + 1
-    logits = lm(input_ids=sequences, attention_mask=mask, use_cache=False, **options).logits
-    return logits[:, -live.shape[1] - 1 : -1].float()
+        return warpers(logits.new_zeros((len(logits), 1), dtype=torch.long), logits)  # type: ignore[arg-type]

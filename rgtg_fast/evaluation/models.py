@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 import rgtg_fast
 
@@ -55,8 +57,11 @@ def load_lm(settings: Settings, tokenizer: Any) -> Any:
 
 
 def load_classifier(name: str, settings: Settings) -> Any:
-    """A reward model with one label."""
-    return _load("SequenceClassification", name, settings).eval()
+    """A reward model with one label; raises `ValueError` for one with several."""
+    model = _load("SequenceClassification", name, settings).eval()
+    if model.config.num_labels != 1:
+        raise ValueError(f"{name!r} gives {model.config.num_labels} labels; pass a model with one")
+    return model
 
 
 def load_guide(run: Run, lm: Any, settings: Settings) -> Any:
@@ -80,6 +85,27 @@ def reward_tokenizer(run: Run, tokenizer: Any) -> Any:
         return None
     own = load_tokenizer(run.reward_model)
     return None if same_vocabulary(tokenizer, own) else own
+
+
+def check_found(key: str, name: str) -> None:
+    """Raises `ValueError` for a name that is neither a folder nor found on the hub."""
+    if Path(name).is_dir():
+        return
+    error: OSError | None = None
+    for file in CONFIGS:
+        try:
+            hf_hub_download(name, file)
+            return
+        except RemoteEntryNotFoundError as absent:  # an adapter has the other file
+            error = absent
+        except OSError as failed:
+            error = failed
+            break
+    said = str(error).strip().split("\n")[0]
+    raise ValueError(
+        f"{key}: there is no folder {name!r}, and the hub gave nothing of that name ({said}); mend "
+        "the path or the name"
+    )
 
 
 def check_guide(run: Run) -> None:

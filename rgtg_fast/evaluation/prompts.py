@@ -27,8 +27,12 @@ def load_prompts(path: str, tokenizer: Any, limit: int | None = None) -> list[Pr
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"prompts: no file at {path!r}; pass a JSONL file")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it so") from None
     prompts: list[Prompt] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if limit is not None and len(prompts) == limit:
@@ -53,7 +57,10 @@ def _prompt(line: str, tokenizer: Any, where: str) -> Prompt:
                 f"{where} is a conversation but the tokenizer has no chat template; pass "
                 "tokenizer: with one, or prompts of plain text"
             )
-        text = tokenizer.apply_chat_template(source, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(source, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like, and whatever jinja does
+            raise ValueError(f"{where}: the chat template refuses it ({error})") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .settings import Settings
+from .settings import Settings, judged_by_guide
 
 COLUMNS = {
     "reward": "reward",
@@ -14,6 +14,7 @@ COLUMNS = {
     "distinct_2": "distinct-2",
     "rep_4": "rep-4",
     "length": "tokens",
+    "finished": "finished",
     "win_rate": "win rate",
 }
 _DIFFERENCES = ("reward", "kl", "nll", "distinct_2", "rep_4", "length")
@@ -28,15 +29,12 @@ def markdown(settings: Settings, results: dict[str, Any]) -> str:
     lines = [
         "# Evaluation",
         "",
-        f"{n} prompts, {seeds} seed{'s' if seeds > 1 else ''}, {level} intervals over prompts; "
+        f"{_count(n, 'prompt')}, {_count(seeds, 'seed')}, {level} intervals over prompts; "
         f"reward by `{settings.judge}`.",
         "",
         _row(["run", *(COLUMNS[c] for c in shown)]),
         _row(["---"] * (len(shown) + 1)),
-        *(
-            _row([name, *(_cell(_get(run, c)) + _note(run, c) for c in shown)])
-            for name, run in runs.items()
-        ),
+        *(_row([name, *(_of(run, c, _get(run, c)) for c in shown)]) for name, run in runs.items()),
         "",
     ]
     if len(runs) > 1:
@@ -47,7 +45,7 @@ def markdown(settings: Settings, results: dict[str, Any]) -> str:
             _row(["run", *(names[c] for c in _DIFFERENCES)]),
             _row(["---"] * (len(_DIFFERENCES) + 1)),
             *(
-                _row([name, *(_cell(run["difference"][c], "+") for c in _DIFFERENCES)])
+                _row([name, *(_of(run, c, run["difference"][c], "+") for c in _DIFFERENCES)])
                 for name, run in runs.items()
                 if name != settings.baseline
             ),
@@ -59,23 +57,42 @@ def markdown(settings: Settings, results: dict[str, Any]) -> str:
 
 
 def _notes(settings: Settings, runs: dict[str, Any]) -> list[str]:
+    """What each column is. A judge that guides is named first: its rewards mean something else."""
+    guided = [run.name for run in settings.runs if judged_by_guide(settings, run)]
     notes = [
-        "- KL: sum over the answer's tokens of the exact KL of each step's policy from the base; "
-        "greedy runs: -log p of the answer, as their policy is certain. ≤ marks best-of-n's bound "
-        "log n - (n - 1)/n.",
+        f"- **`{settings.judge}` is also the guide or selector of {', '.join(guided)}: there, "
+        "reward is the proxy reward.**"
+    ] * bool(guided)
+    notes += [
+        "- Values are means over seeds for each prompt, then over prompts; intervals are the BCa "
+        "bootstrap's over prompts.",
+        "- reward: of the whole answer, EOS included where it finished.",
+        "- KL: sum over the answer's tokens, EOS included, of the exact KL of each step's policy "
+        "from the base; greedy runs: -log p of the answer, as their policy is certain. ≤ marks "
+        "best-of-n's bound log n - (n - 1)/n.",
         "- perplexity: exp of the mean over answers of the nats per token under the base, EOS "
-        "included. distinct-n over all answers of a seed, intervals by the jackknife; rep-n within "
-        "an answer. Both count token ids.",
+        "included.",
+        "- distinct-n: different n-grams / n-grams over all answers of a seed, intervals by the "
+        "jackknife. rep-n: 1 - different / all n-grams within an answer. Both, and tokens, count "
+        "token ids without EOS. finished: the share that ended with EOS within "
+        f"{settings.max_new_tokens} tokens.",
     ]
     judged = {name: run["win_details"] for name, run in runs.items() if "win_details" in run}
     if judged:
         said = "; ".join(
             f"{name}: ties {d['ties']:.0%}, verdict follows the position {d['swapped']:.0%}"
-            + (f", {d['unread']} unread" if d["unread"] else "")
+            + (f", {d['unread']} unread, which count as ties" if d["unread"] else "")
             for name, d in judged.items()
         )
-        notes.append(f"- win rate over {settings.baseline}, each pair in both orders; {said}.")
+        notes.append(
+            f"- win rate over {settings.baseline}: mean of the preferences in both orders, ties "
+            f"1/2; {said}."
+        )
     return notes
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n > 1 else ''}"
 
 
 def _get(run: dict[str, Any], column: str) -> dict[str, Any] | None:
@@ -83,8 +100,10 @@ def _get(run: dict[str, Any], column: str) -> dict[str, Any] | None:
     return found if found and found["mean"] is not None else None
 
 
-def _note(run: dict[str, Any], column: str) -> str:
-    return " ≤" if column == "kl" and run["kl_is"] == "bound" else ""
+def _of(run: dict[str, Any], column: str, value: dict[str, Any] | None, sign: str = "") -> str:
+    if column == "kl" and run["kl_is"] == "bound" and value and value["mean"] is not None:
+        return "≤ " + _cell({"mean": value["mean"], "low": None}, sign)
+    return _cell(value, sign)
 
 
 def _cell(value: dict[str, Any] | None, sign: str = "") -> str:
@@ -145,7 +164,7 @@ def _frontier(axes: Any, settings: Settings, runs: dict[str, Any]) -> None:
             elinewidth=0.8,
             label=label,
         )
-    axes.set_xlabel("KL from the base, nats per answer")
+    axes.set_xlabel("KL from the base, nats per answer (of best-of-n: its bound)")
     axes.set_ylabel("mean reward by the judge")
     if groups:
         axes.legend(frameon=False, fontsize="small")

@@ -86,8 +86,7 @@ def run(config: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[s
         "runs": summarise(settings, done),
     }
     for spec in settings.runs:
-        bound = spec.best_of > 1 and results["runs"][spec.name]["metrics"]["kl"]["mean"] is not None
-        results["runs"][spec.name]["kl_is"] = "bound" if bound else "exact"
+        results["runs"][spec.name]["kl_is"] = "bound" if spec.best_of > 1 else "exact"
     text = report.markdown(settings, results)
     (evaluation.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (evaluation.folder / "report.md").write_text(text, encoding="utf-8")
@@ -102,14 +101,18 @@ def run(config: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[s
 def prepare(settings: Settings, console: Console) -> Evaluation:
     """Everything that can be wrong before models are loaded."""
     models.device_of(settings)
+    models.check_found("model", settings.model)
     for spec in settings.runs:
         if spec.reward_model is not None:
+            models.check_found(f"run {spec.name}: reward_model", spec.reward_model)
             models.check_guide(spec)
         if spec.select_by is not None:
+            models.check_found(f"run {spec.name}: select_by", spec.select_by)
             models.check_classifier(f"run {spec.name}: select_by", spec.select_by)
     if is_function(settings.judge):
         load_function("judge", settings.judge)
     else:
+        models.check_found("judge", settings.judge)
         models.check_classifier("judge", settings.judge)
     tokenizer = models.load_tokenizer(settings.tokenizer or settings.model)
     prompts = load_prompts(settings.prompts, tokenizer, settings.limit)
@@ -249,7 +252,7 @@ def compare_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
     bar = evaluation.progress.add_task(
         "win rate", total=len(others) * len(prompts) * len(settings.seeds)
     )
-    asked: Any = {k: getattr(judge, k) for k in ("url", "model", "template")}
+    asked: Any = {k: getattr(judge, k) for k in ("url", "model", "template", "max_tokens")}
     if judge.function is not None:
         asked = models.identity(judge.function)
     workers = judge.workers if judge.url else 1
@@ -273,10 +276,9 @@ def compare_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
                     strict=True,
                 )
             ]
-            for at in range(len(file.rows), len(pairs), _JUDGED_AT_ONCE):
-                found = compare(prefer, pairs[at : at + _JUDGED_AT_ONCE], workers)
-                file.add(found)
-                evaluation.progress.advance(bar, len(found))
+            for found in compare(prefer, pairs[len(file.rows) :], workers):
+                file.add([found])
+                evaluation.progress.advance(bar)
             wins[seed] = file.rows
         done[spec.name].wins = wins
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ class Classifier:
 
     Where its vocabulary is that of the language model, it sees the answer's own token ids and EOS
     behind a finished one. Otherwise it gets the text (a conversation through its own chat
-    template), with its own EOS behind a finished plain answer.
+    template), with its own EOS behind a finished plain answer. A public forward reads the last
+    token that is no padding: EOS changes nothing for a model whose padding is EOS.
     """
 
     def __init__(self, model: Any, tokenizer: Any, lm_tokenizer: Any, batch_size: int) -> None:
@@ -41,6 +43,7 @@ class Classifier:
             chosen = order[at : at + self.batch_size]
             for i, reward in zip(chosen, self._forward([rows[i] for i in chosen]), strict=True):
                 rewards[i] = reward
+        _check_finite("the classifier", prompts, rewards)
         return rewards
 
     def _ids(self, prompt: Prompt, answer: Row) -> list[int]:
@@ -84,8 +87,15 @@ class FunctionJudge:
         rewards = []
         for prompt, answer in zip(prompts, answers, strict=True):
             finished = answer["end"] is not None
-            reward = float(self.function(prompt.source, answer["text"], finished))
-            if reward != reward:
-                raise ValueError(f"judge {self.name} gave NaN for the prompt {prompt.source!r}")
-            rewards.append(reward)
+            rewards.append(float(self.function(prompt.source, answer["text"], finished)))
+        _check_finite(self.name, prompts, rewards)
         return rewards
+
+
+def _check_finite(judge: str, prompts: Sequence[Prompt], rewards: Sequence[float]) -> None:
+    for prompt, reward in zip(prompts, rewards, strict=True):
+        if not math.isfinite(reward):
+            raise ValueError(
+                f"judge: {judge} gave {reward} for an answer to the prompt {prompt.source!r}; it "
+                "must give a finite number"
+            )

@@ -28,10 +28,16 @@ _UNGUIDED = ("top_k", "top_p", "min_p")
 class Run:
     """One way to decode. Without `reward_model` the base policy answers, else it is guided.
 
-    `kind` says what the reward model is: a `classifier` with one label, FaRMA's `vocab` head,
-    GenARM's `autoregressive` model, or a `head` fitted on the base's hidden states. `top_k`,
-    `top_p` and `min_p` are for unguided runs. `best_of` takes the best of so many answers by the
-    classifier `select_by`.
+    Args:
+        name: in the report and in file names; a grid's runs get their values behind it.
+        reward_model: folder or hub name of the guide.
+        kind: what the guide is: a `classifier` with one label, FaRMA's `vocab` head, GenARM's
+            `autoregressive` model, or a `head` fitted on the base's hidden states.
+        k, beta, eos_reward, reward_method: as in `rgtg_fast.generate`; guided runs only.
+        temperature: of the guided policy, or of the base.
+        do_sample: false takes the likeliest token of either; one seed is then enough.
+        top_k, top_p, min_p: cut the base's distribution, 0, 1 and 0 do not; unguided runs only.
+        best_of: so many sampled answers, of which the classifier `select_by` takes the best.
     """
 
     name: str
@@ -54,8 +60,19 @@ class Run:
 class WinJudge:
     """Who prefers one of two answers: `function` (`module:name`), or an OpenAI-compatible endpoint.
 
-    `url` is the base with its version (`http://host:8000/v1`), `key_env` the environment variable
-    that holds the API key, `template` a text with {prompt}, {a} and {b} (None: a built-in one).
+    Verdicts are kept, each as it comes. A function is asked again once its own file has changed.
+
+    Args:
+        function: called with (prompt, a, b); gives the preference for a, 0 to 1.
+        url: of the endpoint, with its version (`http://host:8000/v1`).
+        model: as the endpoint calls it.
+        template: a text with {prompt}, {a} and {b} (None: `wins.TEMPLATE`). The reply must name A,
+            B, or C for a tie.
+        key_env: the environment variable that holds the API key, which is written nowhere.
+        timeout: seconds for a reply.
+        retries: how often to try in all, with growing pauses, where the endpoint is busy or away.
+        workers: pairs asked about at a time.
+        max_tokens: of the reply; a judge that reasons first needs hundreds.
     """
 
     function: str | None = None
@@ -64,18 +81,35 @@ class WinJudge:
     template: str | None = None
     key_env: str | None = None
     timeout: float = 60.0
-    retries: int = 3
+    retries: int = 6
     workers: int = 4
     max_tokens: int = 16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an evaluation does. `model`, `prompts`, `judge`, `output_dir` and `runs` are needed.
+    """What an evaluation does.
 
-    `judge` is the folder or hub name of a one-label classifier that is not the guide, or a function
-    `module:name` called with (prompt, answer, finished). `baseline` names the run that the others
-    are compared with (default: the first). `limit` takes the first so many prompts.
+    Args:
+        model: the base policy, folder or hub name. Sampling defaults in its folder are dropped.
+        prompts: JSONL file, `{"prompt": text or messages}` a line.
+        judge: a one-label classifier that is not the guide, folder or hub name, or a function
+            `module:name` called with (prompt, answer, finished) for a number. Functions are called
+            anew each time, classifiers' rewards are kept.
+        output_dir: folder of the report, the figures, the texts, and rows/ to go on from.
+        runs: ways to decode; lists of values make a run of each.
+        baseline: name of the run that the others are compared with (default: the first).
+        seeds: how many (0, 1, ..), or which.
+        tokenizer: of the base, where its folder has none.
+        max_new_tokens: per answer, the EOS token included.
+        batch_size: answers generated or judged at a time; at least the `best_of` of one prompt.
+        limit: takes the first so many prompts.
+        dtype: of all models: float32, bfloat16 or float16.
+        device: auto (a GPU where there is one), cpu or cuda.
+        allow_same_judge: lets a guide or selector judge itself; the report then says so.
+        win_judge: `module:function`, or a mapping, see `WinJudge`.
+        resamples, confidence: of the bootstrap intervals.
+        plots: whether to draw.
     """
 
     model: str
@@ -198,7 +232,8 @@ def _grid(entry: dict[str, Any]) -> list[Run]:
     runs = []
     for chosen in itertools.product(*lists.values()):
         point = dict(zip(lists, chosen, strict=True))
-        parts = [f"{key}={os.path.basename(str(value))}" for key, value in point.items()]
+        shown = {key: os.path.basename(str(value).rstrip("/")) for key, value in point.items()}
+        parts = [f"{key}={value}" for key, value in shown.items()]
         values = entry | point | {"name": " ".join([name, *parts])}
         where = f"run {values['name']}: "
         runs.append(Run(**{k: typed(where + k, v, RUN_FIELDS[k]) for k, v in values.items()}))
@@ -259,6 +294,8 @@ def _win_judge(value: Any) -> WinJudge | None:
     else:
         if not judge.model or not str(judge.url).startswith(("http://", "https://")):
             raise ValueError("win_judge needs model and a url that begins with http:// or https://")
+        if {"@", "?"} & set(str(judge.url)):  # it is written to the results
+            raise ValueError("win_judge: url must not hold a user, key or query; set key_env")
         for part in ("{prompt}", "{a}", "{b}"):
             if judge.template is not None and part not in judge.template:
                 raise ValueError(f"win_judge: template lacks {part}")
@@ -311,19 +348,27 @@ def _same(a: str, b: str) -> bool:
     return all(filecmp.cmp(*pair, shallow=False) for pair in zip(one, other, strict=True))
 
 
+def judged_by_guide(settings: Settings, run: Run) -> str | None:
+    """The key under which the judge is also the run's guide or selector; None where it is not."""
+    for key in ("reward_model", "select_by"):
+        name = getattr(run, key)
+        if name is not None and _same(name, settings.judge):
+            return key
+    return None
+
+
 def _check_judge(settings: Settings) -> None:
     for run in settings.runs:
-        for key in ("reward_model", "select_by"):
-            guide = getattr(run, key)
-            if guide is None or not _same(guide, settings.judge):
-                continue
-            said = (
-                f"judge={settings.judge!r} is also the {key} of run {run.name}: it would rate its "
-                "own choices"
+        key = judged_by_guide(settings, run)
+        if key is None:
+            continue
+        said = (
+            f"judge={settings.judge!r} is also the {key} of run {run.name}: it would rate its own "
+            "choices"
+        )
+        if not settings.allow_same_judge:
+            raise ValueError(
+                f"{said}; pass another judge, or allow_same_judge: true to see the proxy reward"
             )
-            if not settings.allow_same_judge:
-                raise ValueError(
-                    f"{said}; pass another judge, or allow_same_judge: true to see the proxy reward"
-                )
-            warnings.warn(f"{said}; its rewards are proxy rewards", UserWarning, stacklevel=3)
-            return
+        warnings.warn(f"{said}; its rewards are proxy rewards", UserWarning, stacklevel=3)
+        return

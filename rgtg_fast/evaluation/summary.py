@@ -105,7 +105,7 @@ def _win_rate(wins: dict[int, list[dict[str, Any]]], bootstrap: Bootstrap) -> di
     return {
         "win_rate": bootstrap.interval(values.mean(0)),
         "win_details": {
-            "ties": float(np.mean(values == 0.5)),
+            "ties": float(np.mean([row["win"] == 0.5 and not row["swapped"] for row in rows])),
             "swapped": float(np.mean([row["swapped"] for row in rows])),
             "unread": sum(row["unread"] for row in rows),
         },

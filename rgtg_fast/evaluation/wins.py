@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,8 +50,8 @@ def make_prefer(judge: WinJudge) -> Prefer:
 
 def compare(
     prefer: Prefer, pairs: list[tuple[Any, str, str]], workers: int = 1
-) -> list[dict[str, Any]]:
-    """`win` of a over b for each (prompt, a, b), asked in both positions.
+) -> Iterator[dict[str, Any]]:
+    """`win` of a over b for each (prompt, a, b) in turn, asked in both positions.
 
     win = (p(a, b) + 1 - p(b, a)) / 2, which a mere liking for a position leaves at 1/2; `swapped`
     says that the verdict changed sides with the positions. Equal answers are a tie and not asked
@@ -70,9 +71,10 @@ def compare(
         }
 
     if workers == 1:
-        return [ask(pair) for pair in pairs]
+        yield from map(ask, pairs)
+        return
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(ask, pairs))
+        yield from pool.map(ask, pairs)
 
 
 def conversation_text(prompt: Any) -> str:
@@ -88,9 +90,7 @@ class _Endpoint:
     def __init__(self, judge: WinJudge) -> None:
         self.judge = judge
         self.url = f"{str(judge.url).rstrip('/')}/chat/completions"
-        self.headers = {"Content-Type": "application/json"}
-        if judge.key_env:
-            self.headers["Authorization"] = f"Bearer {os.environ[judge.key_env]}"
+        self.key = os.environ[judge.key_env] if judge.key_env else None
 
     def __call__(self, prompt: Any, a: str, b: str) -> float | None:
         text = self.judge.template or TEMPLATE
@@ -110,15 +110,27 @@ class _Endpoint:
         for attempt in range(self.judge.retries):
             if attempt:
                 time.sleep(min(2.0**attempt / 4, 8))
-            request = urllib.request.Request(self.url, body, self.headers)
+            request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+            if self.key:  # not passed on where a redirection leads elsewhere
+                request.add_unredirected_header("Authorization", f"Bearer {self.key}")
             try:
                 with urllib.request.urlopen(request, timeout=self.judge.timeout) as answer:
-                    return json.load(answer)["choices"][0]["message"]["content"] or ""
+                    content = json.load(answer)["choices"][0]["message"]["content"]
+                if content is None or isinstance(content, str):  # None: only thought so far
+                    return content or ""
+                said = f"its message is {type(content).__name__}, not text"
             except urllib.error.HTTPError as error:
                 said = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
                 if error.code < 500 and error.code not in (408, 409, 429):
                     break
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+                KeyError,
+                IndexError,
+                TypeError,
+            ) as error:
                 said = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"win_judge: {self.url} failed ({said}); check url, model and key_env. What was judged "

@@ -13,7 +13,7 @@ from .. import ops
 from ..attention import attention_configs
 from .expand import ExpandScorer
 from .probe import probe
-from .reward_model import as_reward_model
+from .reward_model import RewardModel, as_reward_model
 
 _PROBED = 32  # tokens: eager attention on a probe past a window of thousands would not be cheap
 
@@ -32,14 +32,15 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
             config["_attn_implementation_internal"] = name
 
 
-def last_attention(model: nn.Module, out: Any) -> Tensor:
-    """Weights [N, heads, n, S] of the last layer in the output of a forward with
+def last_attention(rm: RewardModel, out: Any) -> Tensor:
+    """Weights [N, heads, n, S] of the last layer below the head, in the output of a forward with
     `output_attentions=True`. Raises `ValueError` where the model gives none."""
-    layers = [weights for weights in getattr(out, "attentions", None) or () if weights is not None]
+    layers = getattr(out, "attentions", None) or ()
+    layers = [w for w in (layers if rm.layer < 0 else layers[: rm.layer]) if w is not None]
     if not layers or layers[-1].dim() != 4:
         raise ValueError(
-            f"{type(model).__name__} gives no attention weights [N, heads, n, S] with "
-            "output_attentions=True; attention-based credit needs a transformer with eager "
+            f"{type(rm.model).__name__} gives no attention weights [N, heads, n, S] below its head "
+            "with output_attentions=True; attention-based credit needs a transformer with eager "
             "attention"
         )
     return layers[-1]
@@ -68,10 +69,11 @@ class AttentionCreditScorer(ExpandScorer):
     shrink with t unless β is small.
 
     Each candidate has its own copy of the cached prefix (k times the memory of "tree"), and
-    attention is computed eagerly; there is no CUDA graph.
+    attention is computed eagerly; there is no CUDA graph. EOS is scored as a token like any other.
 
     Args:
-        model: a causal reward model, as for `generate`, or a `RewardHead`.
+        model: a causal reward model, as for `generate`, or a `RewardHead`, whose attention is that
+            of the layer it reads.
         share: β, 0 to 1.
         backend: of the ops.
 
@@ -125,6 +127,6 @@ class AttentionCreditScorer(ExpandScorer):
         self.position = self.position + 1
         self.answer += 1
         rewards = self.rm.rewards(hidden.view(*ids.shape, -1), self.backend)
-        weights = last_attention(self.rm.model, out)[:, :, -1].float().mean(1)[:, -self.answer :]
+        weights = last_attention(self.rm, out)[:, :, -1].float().mean(1)[:, -self.answer :]
         credit = (weights[:, -1] / weights.sum(-1)).view(ids.shape).to(rewards.device)
         return ((1 - self.share + self.share * credit) * rewards).to(ids.device)

@@ -8,6 +8,8 @@ state, so that a trained head's blind directions hide nothing.
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,10 +136,23 @@ def _disagreement(got: Tensor, truth: Tensor, noise: float, dtype: torch.dtype) 
 
 
 def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
-    """Whether head(base(ids)) at the last token is what the public forward gives."""
+    """Whether head(base(ids)) at the last token is what the public forward gives. True where there
+    is nothing to compare with; a public forward that fails is told of."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
-        logits = rm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    except Exception:  # a module without a public reward has nothing to compare with
+        inspect.signature(rm.model.forward).bind(**inputs)
+    except TypeError:  # a holder of base and head without a forward of its own
+        return True
+    try:
+        logits = getattr(rm.model(**inputs), "logits", None)
+    except Exception as failed:  # one that wants pairs or labels may raise anything
+        warnings.warn(
+            f"the forward of {type(rm.model).__name__} failed with {_brief(failed)}, so nothing "
+            "tells whether its head on the last hidden state is its reward; it is taken to be",
+            stacklevel=2,
+        )
+        return True
+    if logits is None:
         return True
     if logits.shape == (1, ids.shape[1], 1):  # token classification: a reward at every position
         logits = logits[:, -1]
@@ -146,7 +161,7 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
     try:
         hidden, _ = rm.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         every = rm.rewards(hidden, "reference")[0]
-    except Exception:  # an encoder's head may need more than one hidden state
+    except Exception:  # an encoder's head may need more; the public forward, which works, is right
         return False
     if every[-1].isnan() and logits.isnan().all():  # broken weights, not another structure
         return True

@@ -106,7 +106,7 @@ def attention_labels(
                 output_attentions=True,
                 use_cache=False,
             )
-            weights = last_attention(rm.model, out)  # [N, heads, L, L]
+            weights = last_attention(rm, out)  # [N, heads, L, L]
             index = torch.arange(len(hidden), device=hidden.device)
             last = (batch["attention_mask"].sum(-1) - 1).to(hidden.device)
             reward = rm.rewards(hidden[index, last][:, None])[:, 0]
