@@ -59,6 +59,30 @@ class Evaluation:
             "seed": seed,
         }
 
+    def rewards_key(self, run: Run, seed: int) -> dict[str, Any]:
+        """What the rewards of a run's answers depend on."""
+        return {
+            "judge": models.identity(self.settings.judge),
+            "answers": self.answers_key(run, seed),
+        }
+
+    def wins_key(self, run: Run, seed: int) -> dict[str, Any]:
+        """What a run's wins over the baseline depend on; there is a `win_judge`."""
+        judge: Any = self.settings.win_judge
+        asked: Any = {k: getattr(judge, k) for k in ("url", "model", "template", "max_tokens")}
+        if judge.function is not None:
+            asked = models.identity(judge.function)
+        return {
+            "judge": asked,
+            "answers": self.answers_key(run, seed),
+            "baseline": self.answers_key(self.baseline, seed),
+        }
+
+    @property
+    def baseline(self) -> Run:
+        """The run that the others are compared with."""
+        return next(run for run in self.settings.runs if run.name == self.settings.baseline)
+
     def rows(self, kind: str, run: Run, seed: int, key: dict[str, Any]) -> Rows:
         """The file of a run's rows."""
         return Rows(self.folder / "rows", f"{run.name.replace(' ', '_')}.{seed}.{kind}", key)
@@ -208,16 +232,14 @@ def judge_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
         judge = FunctionJudge(load_function("judge", settings.judge), settings.judge)
     for spec in settings.runs:
         for seed in seeds[spec.name]:
-            key = {
-                "judge": models.identity(settings.judge),
-                "answers": evaluation.answers_key(spec, seed),
-            }
             rows = done[spec.name].by_seed[seed]
             if function:  # quick, and nothing tells when its code has changed
                 for at in range(0, len(rows), _JUDGED_AT_ONCE):
                     _rate(judge, prompts, rows, at)
             else:
-                file = evaluation.rows("rewards", spec, seed, key)
+                file = evaluation.rows(
+                    "rewards", spec, seed, evaluation.rewards_key(spec, seed)
+                )
                 for row, kept in zip(rows, file.rows, strict=False):
                     row["reward"] = kept["reward"]
                 for at in range(len(file.rows), len(rows), _JUDGED_AT_ONCE):
@@ -248,23 +270,14 @@ def compare_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
     assert judge is not None
     prefer = make_prefer(judge)
     others = [spec for spec in settings.runs if spec.name != settings.baseline]
-    base = next(spec for spec in settings.runs if spec.name == settings.baseline)
     bar = evaluation.progress.add_task(
         "win rate", total=len(others) * len(prompts) * len(settings.seeds)
     )
-    asked: Any = {k: getattr(judge, k) for k in ("url", "model", "template", "max_tokens")}
-    if judge.function is not None:
-        asked = models.identity(judge.function)
     workers = judge.workers if judge.url else 1
     for spec in others:
         wins = {}
         for seed in settings.seeds:
-            key = {
-                "judge": asked,
-                "answers": evaluation.answers_key(spec, seed),
-                "baseline": evaluation.answers_key(base, seed),
-            }
-            file = evaluation.rows("wins", spec, seed, key)
+            file = evaluation.rows("wins", spec, seed, evaluation.wins_key(spec, seed))
             evaluation.progress.update(
                 bar, advance=len(file.rows), description=f"wins: {spec.name}"
             )
