@@ -76,7 +76,9 @@ def test_labelled_texts_train_rad(folder):
     rows = [{"text": "thank you", "label": 1}, {"text": "no", "label": 0}] * 4
     path = folder / "labelled.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics, out = train(folder, "loss_type=rad", f"train={path}", f"eval={path}", "max_steps=2")
+    metrics, out = train(
+        folder, "loss_type=rad", f"train={path}", f"eval={path}", "max_steps=2", "leaks=allow"
+    )
     assert set(metrics["eval"]) == {"full", "deciles"}
     assert "squared error" in (out / "README.md").read_text()
 

@@ -95,7 +95,13 @@ def test_rad_is_the_weighted_squared_error_of_every_prefix(tmp_path, weights):
 def test_rad_learns_and_reports_its_error_by_length(tmp_path):
     rows = [{"text": "thank you", "label": 1.0}, {"text": "no, hello", "label": 0.0}] * 8
     trained = trainer(
-        tmp_path, train=rows, evaluate=rows, loss_type="rad", max_steps=30, learning_rate=3e-3
+        tmp_path,
+        train=rows,
+        evaluate=rows,
+        loss_type="rad",
+        max_steps=30,
+        learning_rate=3e-3,
+        leaks="allow",
     )
     before = trained.evaluate()
     trained.train()

@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .data import EOS_RULES, INVALID, LEAKS, OVERLONG, one_of
 from .objectives import OBJECTIVES
 
-WEIGHTS = ("uniform", "linear")
-EXTENSIONS = ("hold", "eos")
+CHOICES = {
+    "weights": ("uniform", "linear"),
+    "extension": ("hold", "eos"),
+    "overlong": OVERLONG,
+    "invalid": INVALID,
+    "leaks": LEAKS,
+    "eos": EOS_RULES,
+}
 
 
 @dataclass
@@ -72,14 +79,14 @@ class PrefixRewardConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("loss_type", self.loss_type, tuple(OBJECTIVES))
+        one_of("loss_type", self.loss_type, tuple(OBJECTIVES))
         scalar_labels = OBJECTIVES[self.loss_type].data == "labelled"
         if self.weights is None:
             self.weights = "linear" if scalar_labels else "uniform"
         if self.eos is None:
             self.eos = "keep" if scalar_labels else "append"
-        _one_of("weights", self.weights, WEIGHTS)
-        _one_of("extension", self.extension, EXTENSIONS)
+        for name, allowed in CHOICES.items():
+            one_of(name, getattr(self, name), allowed)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pairs; leave it False")
         for name, least in (("first", 1), ("alternate", 1)):
@@ -111,8 +118,3 @@ class PrefixRewardConfig(TrainingArguments):
                 "and are one option (label_smoothing = 1 - consistency); drop one of them"
             )
         self.label_smoothing = 1 - rate
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}; pass one of {', '.join(map(repr, allowed))}")

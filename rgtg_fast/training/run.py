@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import transformers
 
 from .card import write_card
 from .config import PrefixRewardConfig
-from .data import PreferenceDataset, remove_leaks
-from .formats import load_rows
+from .data import remove_leaks
 from .head_only import fit_head, pair_features
 from .metrics import label_report, plot_report, prefix_report
 from .objectives import OBJECTIVES
@@ -75,19 +73,11 @@ def load_model(settings: Settings, args: PrefixRewardConfig) -> Any:
 
 def make_datasets(settings: Settings, args: PrefixRewardConfig, tokenizer: Any) -> tuple[Any, Any]:
     """Train and eval set, leaks looked for."""
-    if settings.eval or not settings.hold_out:
-        train = make_dataset(settings.train, args, tokenizer, "train")
-        evaluate = make_dataset(settings.eval, args, tokenizer, "eval")
-    else:
-        rows, _ = load_rows(settings.train, "train", args.seed)
-        if settings.hold_out >= len(rows):
-            raise ValueError(
-                f"hold_out={settings.hold_out} leaves nothing of {len(rows)} rows to train on"
-            )
-        random.Random(args.seed).shuffle(rows)
-        train = make_dataset(rows[settings.hold_out :], args, tokenizer, "train")
-        evaluate = make_dataset(rows[: settings.hold_out], args, tokenizer, "eval")
-    if isinstance(train, PreferenceDataset) and isinstance(evaluate, PreferenceDataset):
+    train: Any = make_dataset(settings.train, args, tokenizer, "train")
+    if settings.hold_out:
+        return train, train.take_out(settings.hold_out, args.seed)
+    evaluate = make_dataset(settings.eval, args, tokenizer, "eval")
+    if evaluate is not None:
         remove_leaks(train, evaluate, args.leaks)
     return train, evaluate
 

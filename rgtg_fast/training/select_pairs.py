@@ -132,7 +132,7 @@ def _pairs(
     source: str, settings: SelectSettings, tokenizer: Any
 ) -> tuple[list[Row], PreferenceDataset]:
     """The raw rows, and the pairs of them as token ids."""
-    raw, _ = load_rows(source)
+    raw = load_rows(source).rows
     pairs = []
     for number, row in enumerate(raw):
         if "responses" in row:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .collate import LabelledCollator, PairCollator
 from .config import PrefixRewardConfig
-from .data import LabelledDataset, PreferenceDataset, remove_leaks
+from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
 from .forward import TrainedParts, call_inside, check_causal
 from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored
@@ -91,15 +91,12 @@ class PrefixRewardTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         train_dataset = make_dataset(train_dataset, args, processing_class, "train")
         eval_dataset = make_dataset(eval_dataset, args, processing_class, "eval")
-        if isinstance(train_dataset, PreferenceDataset) and isinstance(
-            eval_dataset, PreferenceDataset
-        ):
+        if train_dataset is not None and eval_dataset is not None:
             remove_leaks(train_dataset, eval_dataset, args.leaks)
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
             if data is not None:
-                logger.info(f"{name}: {data.report}")
-                if data.report.overlong:
-                    logger.warning(f"{name}: {data.report}")
+                whole = data.report.kept == data.report.rows and not data.report.overlong
+                (logger.info if whole else logger.warning)(f"{name}: {data.report}")
         pairs = objective.data == "pairs"
         super().__init__(
             model=model,
@@ -223,9 +220,9 @@ def last_gap(rewards: Tensor, answer_mask: Tensor) -> Tensor:
 
 def make_dataset(
     source: Any, args: PrefixRewardConfig, tokenizer: Any, split: str
-) -> PreferenceDataset | LabelledDataset | None:
+) -> TokenRows | None:
     """The dataset of `source` for this configuration; one that is ready is returned as it is."""
-    if source is None or isinstance(source, (PreferenceDataset, LabelledDataset)):
+    if source is None or isinstance(source, TokenRows):
         return source
     if isinstance(source, dict) or not isinstance(source, (str, Iterable)):
         raise ValueError(
@@ -237,11 +234,11 @@ def make_dataset(
         "overlong": args.overlong,
         "invalid": args.invalid,
         "eos": args.eos,
+        "min_answer_tokens": args.first,
         "seed": args.seed,
     }
-    if OBJECTIVES[args.loss_type].data == "labelled":
-        return LabelledDataset(source, tokenizer, **options)
-    return PreferenceDataset(source, tokenizer, min_answer_tokens=args.first, **options)
+    labelled = OBJECTIVES[args.loss_type].data == "labelled"
+    return (LabelledDataset if labelled else PreferenceDataset)(source, tokenizer, **options)
 
 
 def make_collator(args: PrefixRewardConfig, tokenizer: Any, model: Any) -> Any:
