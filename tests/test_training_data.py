@@ -296,22 +296,22 @@ def test_a_folder_with_splits_gives_the_one_asked_for(tmp_path):
         PreferenceDataset(tmp_path, tokenizer())
 
 
-def test_the_collator_pads_right_and_masks_the_prompt():
+def test_the_collator_pads_right_and_marks_the_answers():
     rows = [
         {"prompt_ids": [5, 6], "chosen_ids": [7, 8, EOS], "rejected_ids": [9]},
         {"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [8, EOS], "margin": 0.5},
     ]
-    batch = PairCollator(PAD)(rows)
+    batch = PairCollator(PAD, margin=0.25)(rows)
     assert batch["input_ids"].tolist() == [
         [[5, 6, 7, 8, EOS], [5, 6, 9, PAD, PAD]],
         [[5, 7, PAD, PAD, PAD], [5, 8, EOS, PAD, PAD]],
     ]
     assert batch["answer_mask"].tolist() == [
-        [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]],
-        [[0, 1, 0, 0, 0], [0, 1, 1, 0, 0]],
+        [[1, 1, 1], [1, 0, 0]],
+        [[1, 0, 0], [1, 1, 0]],
     ]
     assert torch.equal(batch["attention_mask"].sum(-1), torch.tensor([[5, 3], [2, 3]]))
-    assert batch["start"].tolist() == [2, 1] and batch["margin"].tolist() == [0.0, 0.5]
+    assert batch["start"].tolist() == [2, 1] and batch["margin"].tolist() == [0.25, 0.5]
 
 
 def test_the_published_padding_puts_eos_behind_the_shorter_answer():
@@ -319,7 +319,7 @@ def test_the_published_padding_puts_eos_behind_the_shorter_answer():
     batch = PairCollator(PAD, fill_eos=EOS)(rows)
     assert batch["input_ids"][0, 1].tolist() == [5, 6, 9, EOS, EOS]
     assert batch["attention_mask"][0, 1].tolist() == [1] * 5
-    assert batch["answer_mask"][0, 1].tolist() == [0, 0, 1, 0, 0]
+    assert batch["answer_mask"][0, 1].tolist() == [1, 0, 0]
 
 
 def test_labelled_texts_are_read_and_labels_checked():

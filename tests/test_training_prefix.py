@@ -113,8 +113,9 @@ def test_training_learns_and_evaluates_by_prefix_length(tmp_path):
     assert history[-1]["loss"] < history[0]["loss"] and "accuracy" in history[-1]
 
 
-def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
-    rows = PreferenceDataset(id_pairs(8))
+@pytest.mark.parametrize("count", [8, 7])  # the last of 4 batches has one pair of two
+def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path, count):
+    rows = PreferenceDataset(id_pairs(count))
     weights = []
     for size, pieces in ((8, 1), (2, 4)):
         model = gpt2_rm(initializer_range=0.1).double()
@@ -127,10 +128,44 @@ def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
             gradient_accumulation_steps=pieces,
             optim="sgd",
             max_grad_norm=0.0,
+            centering=0.1,
         )
         trained.train()
         weights.append(dict(model.named_parameters()))
     close(*weights, 1e-12)
+
+
+def test_rows_that_the_model_has_no_positions_or_embeddings_for_are_refused(tmp_path):
+    long = [row | {"prompt_ids": [5] * 20} for row in id_pairs(4)]
+    with pytest.raises(
+        ValueError, match=r"train has a row of 2. tokens and the model takes 16; set"
+    ):
+        trainer(tmp_path, gpt2_rm(n_positions=16), long)
+    strange = [*id_pairs(3), {"prompt_ids": [5], "chosen_ids": [9], "rejected_ids": [10_000]}]
+    with pytest.raises(ValueError, match="eval holds token id 10000 and the model has"):
+        trainer(tmp_path, gpt2_rm(), id_pairs(4, seed=3), strange)
+
+
+def test_margin_smoothing_and_centering_are_those_of_the_loss(tmp_path):
+    rows = [{**row, "margin": 0.5} if n else row for n, row in enumerate(id_pairs(3))]
+    model = gpt2_rm(initializer_range=0.2).double()
+    options = {"margin": 0.25, "label_smoothing": 0.1, "centering": 0.3}
+    loss, _ = step(trainer(tmp_path, model, rows, **options), rows)
+    rewards = [
+        [
+            model(torch.tensor([row["prompt_ids"] + row[side][:i]])).logits[0, 0]
+            for i in range(1, max(len(row["chosen_ids"]), len(row["rejected_ids"])) + 1)
+        ]
+        for row in rows
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+    per_pair = []
+    for n, (chosen, rejected) in enumerate(zip(rewards[::2], rewards[1::2], strict=True)):
+        r, s = torch.stack(chosen), torch.stack(rejected)
+        gap = r - s - (0.5 if n else 0.25)
+        losses = -0.9 * F.logsigmoid(gap) - 0.1 * F.logsigmoid(-gap) + 0.3 * (r + s) ** 2
+        per_pair.append(losses.mean())
+    torch.testing.assert_close(loss, torch.stack(per_pair).mean().detach())
 
 
 @pytest.mark.parametrize(
@@ -141,6 +176,14 @@ def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
         ({"first": 0}, "first=0"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"overlong": "cut"}, "overlong='cut'"),
+        ({"invalid": "keep"}, "invalid='keep'"),
+        ({"leaks": "maybe"}, "leaks='maybe'"),
+        ({"eos": "always"}, "eos='always'"),
+        ({"max_length": 1}, "max_length=1; pass at least 2"),
+        ({"loss_type": "full", "extension": "eos"}, "extension='eos' has no part in .*'full'"),
+        ({"loss_type": "genarm", "weights": "linear"}, "weights='linear' has no part in"),
+        ({"loss_type": "rad", "margin": 1.0}, "margin=1.0 has no part in loss_type='rad'"),
     ],
 )
 def test_options_out_of_range_are_named(tmp_path, changes, message):
