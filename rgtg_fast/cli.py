@@ -123,7 +123,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="default: for an op the GPU if there is one, else cpu")
     bench.set_defaults(run=_bench)
 
-    train = commands.add_parser("train", help="train a reward model for partial sequences")
+    train = commands.add_parser(
+        "train",
+        help="train a reward model for partial sequences",
+        epilog="Keys: model, train, eval or hold_out, output_dir, loss_type, tokenizer, dtype, "
+        "lora, frozen, l2, resume, and every field of rgtg_fast.training.PrefixRewardConfig, which "
+        "has those of transformers.TrainingArguments; an example is in help(rgtg_fast.training).",
+    )
     train.add_argument("--config", type=Path, required=True, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the file's")
     train.set_defaults(run=_train)

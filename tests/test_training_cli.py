@@ -1,11 +1,13 @@
 """`python -m rgtg_fast train`: from a config file to a folder that generate can use."""
 
 import json
+import textwrap
 
 import pytest
 import torch
 import transformers
-from tiny import gpt2_lm, gpt2_rm, llama_lm, prompts, tokenizer
+import yaml
+from tiny import gpt2_lm, gpt2_rm, tokenizer
 from training import text_pairs
 
 import rgtg_fast
@@ -47,6 +49,19 @@ def train(folder, *overrides, model="rm", evaluate=True):
     return json.loads((folder / "out" / "metrics.json").read_text()), folder / "out"
 
 
+def fenced(text, language):
+    return text.split(f"```{language}\n")[1].split("```")[0]
+
+
+def run_card(out, capsys):
+    """What the Python code of the model card makes as `out`."""
+    names = {}
+    exec(fenced((out / "README.md").read_text(), "python"), names)
+    tok = transformers.AutoTokenizer.from_pretrained(out)
+    assert tok.decode(names["out"][0]) in capsys.readouterr().out
+    return names["out"]
+
+
 def test_a_run_writes_model_metrics_plot_and_card(folder, capsys):
     metrics, out = train(folder)
     assert "train: 48 of 48 rows kept" in capsys.readouterr().out
@@ -56,20 +71,53 @@ def test_a_run_writes_model_metrics_plot_and_card(folder, capsys):
     assert (out / "accuracy_by_prefix.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "README.md").read_text()
     assert "accuracy_by_prefix.png" in card and "48 of 48 rows" in card
-    rm = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-    tok = transformers.AutoTokenizer.from_pretrained(out)
-    assert tok.eos_token == "<eos>"
-    rgtg_fast.generate(llama_lm(), **prompts(4), reward_model=rm, k=3, max_new_tokens=2)
+    assert run_card(out, capsys).shape[1] > 1
+    assert transformers.AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+
+
+def test_the_settings_in_the_card_are_those_of_the_run(folder):
+    lora = "lora={r: 2, target_modules: all-linear}"
+    _, out = train(folder, lora, "max_steps=1", "learning_rate=1e-5", "first=2", "margin=0.5")
+    text = (out / "README.md").read_text()
+    assert check_settings(yaml.safe_load(fenced(text, "yaml"))) == read_settings(
+        folder / "cfg.yaml", [lora, "max_steps=1", "learning_rate=1e-5", "first=2", "margin=0.5"]
+    )
+
+
+LORA = "lora={r: 2, target_modules: all-linear}"
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "scorer"), [("farma", "VocabRewardScorer"), ("genarm", "AutoregressiveScorer")]
+    ("overrides", "model", "guide"),
+    [
+        (["loss_type=farma"], "lm", "VocabRewardScorer(rm)"),
+        (["loss_type=genarm"], "lm", "AutoregressiveScorer(rm)"),
+        (["loss_type=genarm", LORA], "lm", "AutoregressiveScorer(rm)"),
+        (["loss_type=full"], "lm", "reward_model=rm,"),
+        ([LORA], "lm", "reward_model=rm,"),
+        (["frozen=true"], "lm", "RewardHead(lm, weight)"),
+        (["loss_type=rad", "train={}", "eval=null"], "rm", "reward_model=rm,"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )
-def test_models_over_the_vocabulary_say_how_they_guide(folder, loss_type, scorer):
-    metrics, out = train(folder, f"loss_type={loss_type}", "max_steps=2", model="lm")
-    assert metrics["loss_type"] == loss_type and 0 <= metrics["eval"]["full"]["accuracy"] <= 1
-    assert scorer in (out / "README.md").read_text()
-    transformers.AutoModelForCausalLM.from_pretrained(out)
+def test_what_the_card_says_runs_as_written(folder, capsys, overrides, model, guide):
+    labelled = folder / "labelled.jsonl"
+    labelled.write_text('{"text": "thank you", "label": 1}\n{"text": "no", "label": 0}\n')
+    overrides = [o.replace("train={}", f"train={labelled}") for o in overrides]
+    _, out = train(folder, *overrides, "max_steps=2", model=model)
+    assert guide in fenced((out / "README.md").read_text(), "python")
+    assert run_card(out, capsys).shape[1] > 1
+
+
+def test_the_example_of_the_package_runs_as_written(folder, monkeypatch, capsys):
+    """With local files in place of the hub's."""
+    monkeypatch.chdir(folder)
+    (folder / "pairs.jsonl").write_text((folder / "train.jsonl").read_text())
+    (folder / "held_out.jsonl").write_text((folder / "eval.jsonl").read_text())
+    doc = textwrap.dedent(rgtg_fast.training.__doc__.split("::\n")[1].split("It is a ")[0])
+    code = doc.replace('"gpt2"', repr(str(folder / "lm")))
+    exec(code.replace('"rm", ', '"out", num_train_epochs=1, use_cpu=True, '), {})
+    assert "eval_accuracy_decile_50" in capsys.readouterr().out
 
 
 def test_labelled_texts_train_rad(folder):
@@ -89,7 +137,6 @@ def test_a_frozen_model_gets_a_head_only(folder):
     from safetensors.torch import load_file
 
     assert load_file(out / "reward_head.safetensors")["weight"].shape == (32,)
-    assert "RewardHead" in (out / "README.md").read_text()
 
 
 def test_training_rows_are_held_out_and_adapters_saved(folder):
@@ -97,7 +144,6 @@ def test_training_rows_are_held_out_and_adapters_saved(folder):
     metrics, out = train(folder, "hold_out=12", lora, "max_steps=2", evaluate=False)
     assert metrics["data"]["train"]["kept"] == 36 and metrics["data"]["eval"]["kept"] == 12
     assert (out / "adapter_model.safetensors").exists()
-    assert "AutoPeftModelForSequenceClassification" in (out / "README.md").read_text()
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(folder):
@@ -142,6 +188,33 @@ def test_a_named_set_starts_at_the_authors_first_prefix():
 def test_the_command_line_ends_with_the_message(tmp_path):
     with pytest.raises(SystemExit, match="train: no config file"):
         main(["train", "--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=./nowhere", "model='./nowhere' cannot be loaded by AutoTokenizer"),
+        ("tokenizer=./nowhere", "tokenizer='./nowhere' cannot be loaded"),
+        ("train=no/pairs.csv", "no data at 'no/pairs.csv'"),
+        ("train=.", "save_to_disk did not write"),
+        ("lora={rank: 3}", "lora: .*unexpected keyword argument 'rank'"),
+        ("resume=true", "resume=true but .* holds no checkpoint"),
+        ("resume=nowhere", "resume='nowhere' is no folder"),
+        ("output_dir=cfg.yaml", "output_dir='cfg.yaml' is a file"),
+        ("max_steps=null", "max_steps: None is no int"),
+        ("learning_rate=[1]", r"learning_rate: \[1\] is no float"),
+        ("frozen=true margin=1.0", "margin has no part in the fit of a frozen"),
+        ("frozen=true resume=true", "frozen: true fits a head only"),
+        ("eval=eval.jsonl hold_out=3", "hold_out and eval are both given"),
+        ("hold_out=48 eval=null", "48 rows to hold out leave nothing of 48 rows"),
+        ("max_length=4", "48 with an empty answer after the cut at max_length"),
+        ("eval=train.jsonl", "48 of 48 training rows are in the eval set too"),
+    ],
+)
+def test_foreseeable_mistakes_end_with_one_line(folder, monkeypatch, override, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match=f"train: .*{message}"):
+        train(folder, *override.split(" ") if "{" not in override else [override])
 
 
 def test_accuracy_counts_each_prefix_length_once_it_differs():

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_utils import get_last_checkpoint
 
 from .card import write_card
-from .config import PrefixRewardConfig
+from .config import USED_BY, PrefixRewardConfig
 from .data import remove_leaks
 from .head_only import fit_head, pair_features
 from .metrics import label_report, plot_report, prefix_report
 from .objectives import OBJECTIVES
-from .settings import Settings, read_settings
-from .trainer import PrefixRewardTrainer, make_dataset
+from .settings import Settings, load_pretrained, load_tokenizer, read_settings
+from .trainer import PrefixRewardTrainer, check_fit, make_dataset
 
 
 def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -30,14 +32,15 @@ def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any
     settings = read_settings(config, overrides)
     args = PrefixRewardConfig(**settings.args)
     transformers.set_seed(args.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
+    out = Path(str(args.output_dir))
+    _check_target(settings, args, out)
+    tokenizer = load_tokenizer(settings)
     train, evaluate = make_datasets(settings, args, tokenizer)
     if args.process_index == 0:
         for name, data in (("train", train), ("eval", evaluate)):
             if data is not None:
                 print(f"{name}: {data.report}", flush=True)
     model = load_model(settings, args)
-    out = Path(str(args.output_dir))
     metrics: dict[str, Any] = {"loss_type": args.loss_type, "frozen": settings.frozen}
     if settings.frozen:
         out.mkdir(parents=True, exist_ok=True)
@@ -59,16 +62,33 @@ def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any
     return metrics
 
 
+def _check_target(settings: Settings, args: PrefixRewardConfig, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"output_dir={str(out)!r} is a file; name a folder")
+    if settings.resume is True and (not out.is_dir() or get_last_checkpoint(str(out)) is None):
+        raise ValueError(
+            f"resume=true but {str(out)!r} holds no checkpoint to go on from; leave resume out, "
+            "and set save_steps to less than the run's steps"
+        )
+    if isinstance(settings.resume, str) and not Path(settings.resume).is_dir():
+        raise ValueError(f"resume={settings.resume!r} is no folder; name a checkpoint's, or true")
+    if settings.frozen:
+        for name in ("weights", "extension", "margin", "centering"):
+            if getattr(args, name) not in (None, USED_BY[name][0]):
+                raise ValueError(f"{name} has no part in the fit of a frozen model's head; drop it")
+
+
 def load_model(settings: Settings, args: PrefixRewardConfig) -> Any:
     """The model that the objective trains; a missing scalar head starts at random."""
     dtype = getattr(torch, settings.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype={settings.dtype!r}; write float32, bfloat16 or float16")
     if settings.frozen or OBJECTIVES[args.loss_type].head == "vocab":
-        return transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    return transformers.AutoModelForSequenceClassification.from_pretrained(
-        settings.model, num_labels=1, dtype=dtype
-    )
+        return load_pretrained(
+            transformers.AutoModelForCausalLM, "model", settings.model, dtype=dtype
+        )
+    auto = transformers.AutoModelForSequenceClassification
+    return load_pretrained(auto, "model", settings.model, num_labels=1, dtype=dtype)
 
 
 def make_datasets(settings: Settings, args: PrefixRewardConfig, tokenizer: Any) -> tuple[Any, Any]:
@@ -90,7 +110,10 @@ def _trainer(
         from peft import LoraConfig
 
         task = "CAUSAL_LM" if OBJECTIVES[args.loss_type].head == "vocab" else "SEQ_CLS"
-        peft_config = LoraConfig(**{"task_type": task} | settings.lora)
+        try:
+            peft_config = LoraConfig(**{"task_type": task} | settings.lora)
+        except TypeError as error:
+            raise ValueError(f"lora: {error}; write options of peft.LoraConfig") from None
     return PrefixRewardTrainer(
         model,
         args,
@@ -123,6 +146,11 @@ def _fit_frozen(
 ) -> dict[str, Any]:
     from safetensors.torch import save_file
 
+    for name, data in (("train", train), ("eval", eval)):
+        if data is not None:
+            check_fit(data, model.config.get_text_config(), name)
+            if any("margin" in row for row in data.rows):
+                raise ValueError(f"{name} has margins, which have no part in the fit of a head")
     model = model.to(args.device)
     options: dict[str, Any] = {"first": args.first, "full": args.loss_type == "full"}
     size = args.per_device_train_batch_size
@@ -155,10 +183,20 @@ def _head_report(weight: torch.Tensor, features: Any) -> dict[str, Any]:
     return prefix_report(margins, torch.stack([lengths, lengths, equal], dim=1))
 
 
+def _known(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _known(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_known(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(
     metrics: dict[str, Any], settings: Settings, args: PrefixRewardConfig, model: Any, out: Path
 ) -> None:
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    text = json.dumps(_known(metrics), indent=2, allow_nan=False)
+    (out / "metrics.json").write_text(text + "\n")
     plotted = OBJECTIVES[args.loss_type].data == "pairs" and "eval" in metrics
     if plotted:
         plot_report(
