@@ -149,9 +149,14 @@ def test_training_rows_are_held_out_and_adapters_saved(folder):
 def test_a_run_goes_on_from_its_last_checkpoint(folder):
     options = ("lr_scheduler_type=constant", "save_steps=2", "logging_steps=1")
     train(folder, "max_steps=4", *options)
+    cut = folder / "out" / "checkpoint-5"  # killed while it wrote
+    cut.mkdir()
+    (cut / "trainer_state.json").write_text('{"global_step": 5, ')
     metrics, out = train(folder, "max_steps=6", "resume=true", *options)
     assert metrics["steps"] == 6 and (out / "checkpoint-6").exists()
     assert [entry["step"] for entry in metrics["history"]] == [1, 2, 3, 4, 5, 6]
+    mean = sum(entry["loss"] for entry in metrics["history"]) / 6
+    assert metrics["train_loss"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,13 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     assert settings.args["margin"] == 0.1 and settings.args["max_steps"] == 7
 
 
+def test_a_strategy_that_yaml_reads_as_false_is_no(tmp_path):
+    path = tmp_path / "cfg.yaml"
+    path.write_text("model: m\ntrain: t\noutput_dir: o\nsave_strategy: no\n")
+    args = read_settings(path, ["eval_strategy=no", "bf16=no"]).args
+    assert args["save_strategy"] == args["eval_strategy"] == "no" and args["bf16"] is False
+
+
 def test_a_named_set_starts_at_the_authors_first_prefix():
     assert check_settings(MINIMAL | {"train": "tldr:x.jsonl"}).args["first"] == 2
     assert check_settings(MINIMAL | {"train": "tldr", "first": 1}).args["first"] == 1
@@ -198,7 +210,7 @@ def test_the_command_line_ends_with_the_message(tmp_path):
         ("train=no/pairs.csv", "no data at 'no/pairs.csv'"),
         ("train=.", "save_to_disk did not write"),
         ("lora={rank: 3}", "lora: .*unexpected keyword argument 'rank'"),
-        ("resume=true", "resume=true but .* holds no checkpoint"),
+        ("resume=true", "holds no whole checkpoint to go on from"),
         ("resume=nowhere", "resume='nowhere' is no folder"),
         ("output_dir=cfg.yaml", "output_dir='cfg.yaml' is a file"),
         ("max_steps=null", "max_steps: None is no int"),

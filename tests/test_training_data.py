@@ -43,6 +43,14 @@ def test_jsonl_gives_prompt_and_answers_with_eos_at_the_end():
     assert row["rejected_ids"].count(EOS) == 1
 
 
+def test_a_prompt_keeps_its_own_ids_where_the_answer_would_grow_into_them():
+    rows = [{"prompt": "say hel", "chosen": "lo", "rejected": "p"}]
+    row = PreferenceDataset(rows, tokenizer(), eos="keep")[0]
+    alone = [tokenizer()(t)["input_ids"] for t in ("say hel", "lo")]
+    assert [row["prompt_ids"], row["chosen_ids"]] == alone
+    assert tokenizer()("say hello")["input_ids"] != alone[0] + alone[1]
+
+
 def test_eos_is_kept_as_it_is_where_that_is_asked_for():
     rows = [{"prompt": "a", "chosen": " b<eos>", "rejected": " c"}]
     kept = PreferenceDataset(rows, tokenizer(), eos="keep")[0]

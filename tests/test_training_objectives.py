@@ -70,19 +70,20 @@ def test_genarm_compares_scaled_sums_of_log_probs(tmp_path):
     torch.testing.assert_close(loss, -F.logsigmoid(torch.stack(gaps)).mean().detach())
 
 
-@pytest.mark.parametrize("weights", ["linear", "uniform"])
-def test_rad_is_the_weighted_squared_error_of_every_prefix(tmp_path, weights):
+@pytest.mark.parametrize(("weights", "first"), [("linear", 1), ("uniform", 1), ("uniform", 3)])
+def test_rad_is_the_weighted_squared_error_of_every_prefix(tmp_path, weights, first):
     rows = [
         {"prompt_ids": [5, 6] if n else [], "answer_ids": list(range(7, 10 + n)), "label": 0.2 * n}
         for n in range(4)
     ]
     model = gpt2_rm(initializer_range=0.2).double()
     data = LabelledDataset(rows)
-    loss, _ = step(trainer(tmp_path, model, data, loss_type="rad", weights=weights), data.rows)
+    options = {"loss_type": "rad", "weights": weights, "first": first}
+    loss, _ = step(trainer(tmp_path, model, data, **options), data.rows)
     per_text = []
     for row in rows:
         total, norm = 0.0, 0.0
-        for i in range(1, len(row["answer_ids"]) + 1):
+        for i in range(first, len(row["answer_ids"]) + 1):
             ids = torch.tensor([row["prompt_ids"] + row["answer_ids"][:i]])
             weight = i if weights == "linear" else 1
             total = total + weight * (model(ids).logits[0, 0] - row["label"]) ** 2

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 from .card import write_card
 from .config import USED_BY, PrefixRewardConfig
@@ -19,7 +18,7 @@ from .head_only import fit_head, pair_features
 from .metrics import label_report, plot_report, prefix_report
 from .objectives import OBJECTIVES
 from .settings import Settings, load_pretrained, load_tokenizer, read_settings
-from .trainer import PrefixRewardTrainer, check_fit, make_dataset
+from .trainer import PrefixRewardTrainer, check_fit, last_checkpoint, make_dataset
 
 
 def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -65,11 +64,8 @@ def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any
 def _check_target(settings: Settings, args: PrefixRewardConfig, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"output_dir={str(out)!r} is a file; name a folder")
-    if settings.resume is True and (not out.is_dir() or get_last_checkpoint(str(out)) is None):
-        raise ValueError(
-            f"resume=true but {str(out)!r} holds no checkpoint to go on from; leave resume out, "
-            "and set save_steps to less than the run's steps"
-        )
+    if settings.resume is True:
+        last_checkpoint(str(out))
     if isinstance(settings.resume, str) and not Path(settings.resume).is_dir():
         raise ValueError(f"resume={settings.resume!r} is no folder; name a checkpoint's, or true")
     if settings.frozen:
@@ -127,11 +123,12 @@ def _trainer(
 def _train(trainer: PrefixRewardTrainer, settings: Settings) -> dict[str, Any]:
     done = trainer.train(resume_from_checkpoint=settings.resume or None)
     trainer.save_model()
+    history = [h for h in trainer.state.log_history if "loss" in h]
     metrics: dict[str, Any] = {
         "steps": done.global_step,
-        "train_loss": done.training_loss,
+        "train_loss": _mean_loss(history, done.training_loss),
         "train_seconds": done.metrics["train_runtime"],
-        "history": [h for h in trainer.state.log_history if "loss" in h],
+        "history": history,
     }
     if trainer.eval_dataset is not None:
         predicted = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
@@ -139,6 +136,16 @@ def _train(trainer: PrefixRewardTrainer, settings: Settings) -> dict[str, Any]:
         metrics["eval"] = report(predicted.predictions, predicted.label_ids)
         metrics["eval_loss"] = (predicted.metrics or {})["test_loss"]
     return metrics
+
+
+def _mean_loss(history: list[dict[str, Any]], short: float) -> float:
+    """Mean over all steps that were logged; `short` where the run was too short for a log. The
+    Trainer's own figure has only the steps since a run was resumed, divided by all."""
+    if not history:
+        return short
+    before = [0, *(entry["step"] for entry in history)]
+    steps = [entry["step"] - at for entry, at in zip(history, before, strict=False)]
+    return sum(e["loss"] * n for e, n in zip(history, steps, strict=True)) / sum(steps)
 
 
 def _fit_frozen(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -89,12 +93,14 @@ class PrefixRewardTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-        train_dataset = make_dataset(train_dataset, args, processing_class, "train")
-        eval_dataset = make_dataset(eval_dataset, args, processing_class, "eval")
+        sources = {"train": train_dataset, "eval": eval_dataset}
+        train_dataset, eval_dataset = (
+            make_dataset(source, args, processing_class, name) for name, source in sources.items()
+        )
         if train_dataset is not None and eval_dataset is not None:
             remove_leaks(train_dataset, eval_dataset, args.leaks)
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
-            if data is not None:
+            if data is not sources[name]:
                 whole = data.report.kept == data.report.rows and not data.report.overlong
                 (logger.info if whole else logger.warning)(f"{name}: {data.report}")
         pairs = objective.data == "pairs"
@@ -120,6 +126,12 @@ class PrefixRewardTrainer(Trainer):
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
             if data is not None:
                 check_fit(data, parts.rm.text_config, name)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer; `resume_from_checkpoint=True` takes the last whole checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -234,6 +246,24 @@ def check_fit(data: TokenRows, config: Any, name: str) -> None:
             f"{name} holds token id {data.largest_id()} and the model has {config.vocab_size} "
             "embeddings; use the model's own tokenizer, or resize its embeddings"
         )
+
+
+def last_checkpoint(folder: str) -> str:
+    """The last checkpoint in `folder` that was written to its end, which the Trainer's state marks:
+    a run may have been killed while it wrote one.
+
+    Raises `ValueError` where there is none.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append((json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"], path))
+    if not found:
+        raise ValueError(
+            f"{folder!r} holds no whole checkpoint to go on from; start without resuming, and set "
+            "save_steps to less than the steps of the run"
+        )
+    return str(max(found)[1])
 
 
 def disable_dropout(model: nn.Module) -> None:
