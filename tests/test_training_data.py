@@ -44,9 +44,9 @@ def test_jsonl_gives_prompt_and_answers_with_eos_at_the_end():
 
 
 def test_a_prompt_keeps_its_own_ids_where_the_answer_would_grow_into_them():
-    rows = [{"prompt": "say hel", "chosen": "lo", "rejected": "p"}]
+    rows = [{"prompt": "say h", "chosen": "ello", "rejected": "ow"}]
     row = PreferenceDataset(rows, tokenizer(), eos="keep")[0]
-    alone = [tokenizer()(t)["input_ids"] for t in ("say hel", "lo")]
+    alone = [tokenizer()(t)["input_ids"] for t in ("say h", "ello")]
     assert [row["prompt_ids"], row["chosen_ids"]] == alone
     assert tokenizer()("say hello")["input_ids"] != alone[0] + alone[1]
 
@@ -147,6 +147,8 @@ def test_overlong_answers_are_cut_counted_and_get_no_eos():
     assert data[0]["chosen_ids"] == [7, 8, 9] and data[0]["rejected_ids"] == [8, EOS]
     assert (data.report.overlong, data.report.truncated_answers) == (1, 1)
     assert "overlong 1" in str(data.report)
+    whole = PreferenceDataset(rows, max_length=6)
+    assert whole[0]["chosen_ids"] == [7, 8, 9, EOS] and whole.report.overlong == 0
 
 
 def test_overlong_rows_are_dropped_or_refused_only_when_asked_for():

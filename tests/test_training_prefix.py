@@ -52,6 +52,26 @@ def test_loss_and_gradient_equal_the_exploded_rows(tmp_path, make, tolerance, ex
     close(gradients, {n: p.grad for n, p in model.named_parameters()}, tolerance)
 
 
+@pytest.mark.parametrize("extension", ["hold", "eos"])
+def test_evaluation_has_the_margin_of_every_prefix(tmp_path, extension):
+    rows = [*id_pairs(4), {"prompt_ids": [5], "chosen_ids": [6, 7, 8], "rejected_ids": [6, 7]}]
+    model = gpt2_rm(initializer_range=0.2)
+    trained = trainer(tmp_path, model, rows[:1], extension=extension)
+    predicted = trained.predict(PreferenceDataset(rows))
+    for row, margins, label in zip(
+        rows, predicted.predictions, predicted.label_ids.tolist(), strict=True
+    ):
+        answers = [row["chosen_ids"], row["rejected_ids"]]
+        assert label[:2] == [len(answer) for answer in answers]
+        if extension == "eos":
+            answers = [answer + [EOS] * (max(label[:2]) - len(answer)) for answer in answers]
+        for i in range(1, max(label[:2]) + 1):
+            texts = [torch.tensor([row["prompt_ids"] + answer[:i]]) for answer in answers]
+            margin = model(texts[0]).logits.item() - model(texts[1]).logits.item()
+            assert margins[i - 1] == pytest.approx(margin, abs=1e-4)
+    assert label[2] == 2  # the last pair's answers begin alike
+
+
 def test_linear_weights_from_the_second_prefix_on_equal_the_exploded_rows(tmp_path):
     rows = id_pairs(4, seed=1)
     model = gpt2_rm(initializer_range=0.2).double()
