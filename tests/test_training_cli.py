@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from tiny import gpt2_lm, gpt2_rm, tokenizer
-from training import text_pairs
+from training import text_pairs, trainer
 
 import rgtg_fast
 from rgtg_fast.cli import main
+from rgtg_fast.training import PreferenceDataset, fit_head, pair_features
 from rgtg_fast.training.metrics import prefix_report
 from rgtg_fast.training.settings import check_settings, read_settings
 
@@ -134,9 +136,30 @@ def test_labelled_texts_train_rad(folder):
 def test_a_frozen_model_gets_a_head_only(folder):
     metrics, out = train(folder, "frozen=true", "l2=0.01", model="lm")
     assert metrics["eval"]["mean"]["accuracy"] > 0.8
-    from safetensors.torch import load_file
-
     assert load_file(out / "reward_head.safetensors")["weight"].shape == (32,)
+
+
+@pytest.mark.parametrize("loss_type", ["prefix", "full"])
+def test_the_report_of_a_head_is_that_of_a_classifier_with_it(folder, loss_type):
+    options = (f"loss_type={loss_type}", "label_smoothing=0.1", "l2=0.01")
+    metrics, out = train(folder, "frozen=true", *options, model="lm")
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "lm")
+    data = [PreferenceDataset(folder / f"{n}.jsonl", tokenizer()) for n in ("train", "eval")]
+    features = pair_features(lm, data[0], full=loss_type == "full")
+    fit = fit_head(features, l2=0.01, label_smoothing=0.1)
+    weight = load_file(out / "reward_head.safetensors")["weight"]
+    torch.testing.assert_close(weight, fit.weight, rtol=1e-3, atol=1e-3)
+    rm = gpt2_rm(initializer_range=0.1)
+    rm.load_state_dict(lm.transformer.state_dict(prefix="transformer."), strict=False)
+    rm.score.weight.data = weight[None]
+    predicted = trainer(folder, rm, data[1]).predict(data[1])
+    expected = prefix_report(predicted.predictions, predicted.label_ids)
+    for kind in ("full", "mean"):
+        assert metrics["eval"][kind] == pytest.approx(expected[kind])
+    for kind in ("deciles", "lengths"):
+        for key, value in expected[kind].items():
+            assert metrics["eval"][kind][key]["pairs"] == value["pairs"]
+            assert metrics["eval"][kind][key]["accuracy"] == pytest.approx(value["accuracy"])
 
 
 def test_training_rows_are_held_out_and_adapters_saved(folder):
@@ -237,3 +260,13 @@ def test_accuracy_counts_each_prefix_length_once_it_differs():
     assert report["mean"]["accuracy"] == 0.5  # both of 2, and 0 of 1
     assert report["lengths"]["1"]["pairs"] == 1 and report["lengths"]["2"]["accuracy"] == 1.0
     assert report["deciles"]["10"]["pairs"] == 1
+
+
+def test_accuracy_rounds_deciles_up_and_halves_ties():
+    margins = torch.tensor([[-1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, -1.0, -1.0]])
+    labels = torch.tensor([[3, 2, 0], [3, 3, 0], [1, 3, 0]])
+    report = prefix_report(margins, labels)
+    right = {"30": 2 / 3, "40": 2 / 3, "60": 2 / 3, "70": 0.5, "100": 0.5}
+    assert {k: report["deciles"][k]["accuracy"] for k in right} == pytest.approx(right)
+    assert report["full"]["ci95"] == pytest.approx(1.96 * 0.5 / 3**0.5)
+    assert prefix_report(margins[:1], labels[:1])["full"]["pairs"] == 1

@@ -166,6 +166,19 @@ def test_a_fitted_head_is_the_optimum_and_generalises():
     assert theta.grad.abs().max() < 1e-4
 
 
+def test_smoothed_labels_are_in_the_fit():
+    features = pair_features(
+        gpt2_rm(initializer_range=0.2).transformer, PreferenceDataset(id_pairs(20)), first=2
+    )
+    fit = fit_head(features, l2=1e-2, label_smoothing=0.2)
+    gap = features.differences @ fit.weight
+    losses = -0.8 * F.logsigmoid(gap) - 0.2 * F.logsigmoid(-gap)
+    assert fit.loss == pytest.approx(float((losses * features.weight).sum()), rel=1e-5)
+    assert features.length.min() == 2 and features.weight.sum() == pytest.approx(1)
+    per_pair = torch.zeros(20).index_add(0, features.pair, features.weight)
+    torch.testing.assert_close(per_pair, torch.full((20,), 1 / 20))
+
+
 def test_full_features_are_those_of_the_whole_answers():
     rows = id_pairs(5)
     model = gpt2_rm(initializer_range=0.2)
