@@ -103,15 +103,15 @@ def test_margins_of_the_rows_are_taken_from_the_difference(tmp_path):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_model_that_looks_ahead_is_refused(tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
+@pytest.mark.parametrize("loss_type", ["prefix", "genarm"])
+def test_a_model_that_looks_ahead_is_refused(tmp_path, loss_type):
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = BertForSequenceClassification(
-        BertConfig(vocab_size=320, intermediate_size=16, num_labels=1, **shape)
-    )
+    auto = BertForSequenceClassification if loss_type == "prefix" else BertForMaskedLM
+    bert = auto(BertConfig(vocab_size=320, intermediate_size=16, num_labels=1, **shape))
     with pytest.raises(ValueError, match="looks ahead"):
-        trainer(tmp_path, bert, id_pairs(4))
+        trainer(tmp_path, bert, id_pairs(4), loss_type=loss_type)
 
 
 def test_a_language_model_is_refused_where_a_scalar_head_is_wanted(tmp_path):
