@@ -231,7 +231,6 @@ def test_the_command_line_ends_with_the_message(tmp_path):
         ("model=./nowhere", "model='./nowhere' cannot be loaded by AutoTokenizer"),
         ("tokenizer=./nowhere", "tokenizer='./nowhere' cannot be loaded"),
         ("train=no/pairs.csv", "no data at 'no/pairs.csv'"),
-        ("train=.", "save_to_disk did not write"),
         ("lora={rank: 3}", "lora: .*unexpected keyword argument 'rank'"),
         ("resume=true", "holds no whole checkpoint to go on from"),
         ("resume=nowhere", "resume='nowhere' is no folder"),

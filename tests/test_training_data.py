@@ -137,6 +137,9 @@ def test_hh_is_split_at_the_last_assistant_turn():
     assert row["prompt"].endswith("Human: It is 4711.\n\nAssistant:")
     assert row["chosen"].startswith(" Thank you. It left")
     assert row["rejected"] == " Just wait."
+    other = {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: C\n\nAssistant: D"}
+    prompt = "\n\nHuman: C\n\nAssistant:"  # the rejected's, as the authors have it
+    assert hh_row(other) == {"prompt": prompt, "chosen": " B", "rejected": " D"}
     assert len(PreferenceDataset(f"hh:{DATA / 'hh.jsonl'}", tokenizer())) == 2
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EOS, gpt2_rm, llama_rm
+from tiny import EOS, PAD, gpt2_rm, llama_rm
 from training import close, config, id_pairs, step, trainer
 
 from rgtg_fast.training import PreferenceDataset
@@ -54,7 +54,7 @@ def test_loss_and_gradient_equal_the_exploded_rows(tmp_path, make, tolerance, ex
 
 @pytest.mark.parametrize("extension", ["hold", "eos"])
 def test_evaluation_has_the_margin_of_every_prefix(tmp_path, extension):
-    rows = [*id_pairs(4), {"prompt_ids": [5], "chosen_ids": [6, 7, 8], "rejected_ids": [6, 7]}]
+    rows = [*id_pairs(4), {"prompt_ids": [5], "chosen_ids": [6, 7, PAD], "rejected_ids": [6, 7]}]
     model = gpt2_rm(initializer_range=0.2)
     trained = trainer(tmp_path, model, rows[:1], extension=extension)
     predicted = trained.predict(PreferenceDataset(rows))
@@ -67,7 +67,9 @@ def test_evaluation_has_the_margin_of_every_prefix(tmp_path, extension):
             answers = [answer + [EOS] * (max(label[:2]) - len(answer)) for answer in answers]
         for i in range(1, max(label[:2]) + 1):
             texts = [torch.tensor([row["prompt_ids"] + answer[:i]]) for answer in answers]
-            margin = model(texts[0]).logits.item() - model(texts[1]).logits.item()
+            # Not the public forward, which looks for the last token that is no padding.
+            hidden = [model.transformer(ids).last_hidden_state[0, -1] for ids in texts]
+            margin = model.score(hidden[0] - hidden[1]).item()
             assert margins[i - 1] == pytest.approx(margin, abs=1e-4)
     assert label[2] == 2  # the last pair's answers begin alike
 

@@ -208,8 +208,9 @@ class PrefixRewardTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Loss; rewards [N, 2, T] as [N, 2T] or [N, T]; labels [N, 3] (lengths, equal tokens) or
-        [N, 2] (target, length), with targets of prefixes [N, 2 + T]."""
+        """Loss; for pairs r(chosen) - r(rejected) [N, T] of all prefixes and labels [N, 3] (lengths
+        and the number of tokens with which both begin); for texts rewards [N, T] and labels [N, 2]
+        (target, length), with targets of the prefixes [N, 2 + T]."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             scored = self.score(model, inputs, None)
@@ -222,15 +223,14 @@ class PrefixRewardTrainer(Trainer):
             if "targets" in inputs:
                 labels = torch.cat([labels, inputs["targets"].float()], dim=1)
             return loss, rewards.float(), labels
-        held = rewards
-        if self.args.extension == "hold" or self.args.loss_type != "prefix":
+        if self.args.extension == "hold":
             at = torch.arange(rewards.shape[-1], device=rewards.device)
-            held = rewards.gather(-1, torch.minimum(at, lengths[..., None] - 1))
+            rewards = rewards.gather(-1, torch.minimum(at, lengths[..., None] - 1))
         mask = inputs["answer_mask"]
         ids = answer_columns(inputs["input_ids"], inputs["start"], mask.shape[-1])
         equal = ((ids[:, 0] != ids[:, 1]) | (mask[:, 0] != mask[:, 1])).long().argmax(-1)
         labels = torch.cat([lengths, equal[:, None]], dim=1)
-        return loss, (held[:, 0] - held[:, 1]).float(), labels
+        return loss, (rewards[:, 0] - rewards[:, 1]).float(), labels
 
 
 def check_fit(data: TokenRows, config: Any, name: str) -> None:
