@@ -1,5 +1,7 @@
 """The shipped models: they load, are small, were trained without the held-out prompts."""
 
+import copy
+import importlib
 import json
 import random
 from pathlib import Path
@@ -93,7 +95,20 @@ def test_partial_reward_model_judges_prefixes_better(judged, length):
 
 
 def test_recorded_metrics_say_the_same(metrics):
-    partial, full = metrics["rm_partial"]["prefix"], metrics["rm_full"]["prefix"]
-    for length in ("16", "24"):
+    partial, full = metrics["rm_partial"]["lengths"], metrics["rm_full"]["lengths"]
+    for length in ("16", "32"):
         gap = partial[length]["accuracy"] - full[length]["accuracy"]
         assert gap > partial[length]["ci95"]
+
+
+def test_metrics_outside_the_shipped_intervals_are_named(metrics, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench" / "quality"))
+    outside = importlib.import_module("make_assets").outside
+    assert outside(metrics, metrics) == []
+    other = copy.deepcopy(metrics)
+    other["lm"]["gold"] += 0.9 * metrics["lm"]["gold_ci95"]
+    other["lm"]["eval_loss"] += 1.1 * metrics["lm"]["eval_loss_ci95"]
+    decile = other["rm_full"]["deciles"]["50"]
+    decile["accuracy"] -= 1.1 * decile["ci95"]
+    named = [line.split(":")[0] for line in outside(other, metrics)]
+    assert named == ["lm.eval_loss", "rm_full.deciles.50.accuracy"]

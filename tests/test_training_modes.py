@@ -1,11 +1,11 @@
-"""LoRA, bf16 and gradient checkpointing."""
+"""LoRA, bf16, gradient checkpointing, and what is left as it was."""
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import gpt2_lm, gpt2_rm, llama_lm, llama_rm, prompts
 from training import close, id_pairs, step, text_pairs, trainer
-from transformers import OPTConfig, OPTForSequenceClassification
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForSequenceClassification
 
 import rgtg_fast
 from rgtg_fast.scorers import VocabRewardScorer
@@ -127,6 +127,13 @@ def test_dropout_that_is_no_module_is_off_and_that_of_adapters_is_kept(tmp_path)
     adapter = lora(lora_dropout=0.5, init_lora_weights=False)
     noisy = trainer(tmp_path, llama_rm(), rows, peft_config=adapter)
     assert step(noisy, rows)[0] != step(noisy, rows)[0]
+
+
+def test_the_saved_config_keeps_the_cache_that_the_model_came_with(tmp_path):
+    trained = trainer(tmp_path, loss_type="genarm", max_steps=1)
+    trained.train()
+    trained.save_model()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.use_cache
 
 
 def test_batches_can_be_of_like_length_in_the_order_of_the_epoch(tmp_path):

@@ -33,14 +33,16 @@ def test_farma_first_compares_the_last_tokens_logits(tmp_path):
     torch.testing.assert_close(loss, -F.logsigmoid(torch.stack(gaps)).mean().detach())
 
 
-def test_farma_then_ties_each_tokens_logit_to_the_best_next_one(tmp_path):
+@pytest.mark.parametrize("first", [1, 3])
+def test_farma_then_ties_each_tokens_logit_to_the_best_next_one(tmp_path, first):
     rows, model = id_pairs(4), lm()
-    loss, gradients = step(trainer(tmp_path, model, rows, loss_type="farma"), rows, at=1)
+    trained = trainer(tmp_path, model, rows, loss_type="farma", first=first, invalid="drop")
+    loss, gradients = step(trained, rows, at=1)
     errors = []
     for row in rows:
         ids, start = row["prompt_ids"] + row["chosen_ids"], len(row["prompt_ids"])
         logits = logits_of(model, ids)
-        for i in range(start, len(ids) - 1):  # the last token has no next one
+        for i in range(start + first - 1, len(ids) - 1):  # the last token has no next one
             errors.append((logits[i - 1, ids[i]] - logits[i].max()) ** 2)
     expected = torch.stack(errors).mean()
     model.zero_grad()

@@ -1,7 +1,7 @@
 """The quality study: what reward models for partial sequences buy, on two tasks with exact rewards.
 
-    python bench/quality/study.py run       # resumable; 35 minutes of one core
-    python bench/quality/study.py report    # JSON, Markdown and plots in bench/results
+    python bench/quality/study.py run --jobs 2    # resumable; some 95 minutes of one core
+    python bench/quality/study.py report          # JSON, Markdown and plots in bench/results
 
 See `bench/quality/README.md` for what is compared and how.
 """
@@ -25,8 +25,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/study"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--task", choices=("recipe", "support"), action="append")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--threads", type=int, default=1, help="of one process")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
@@ -43,7 +44,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     make = {"recipe": lambda: tasks.recipe_task(args.folder), "support": tasks.support_task}
     chosen = [make[name]() for name in args.task or make]
-    units.run_all(chosen, range(args.seeds), args.folder)
+    units.run_all(chosen, args.seeds, args.folder, args.jobs)
 
 
 if __name__ == "__main__":

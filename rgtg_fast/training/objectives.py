@@ -98,8 +98,16 @@ def farma(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Sco
     """FaRMA (arXiv 2502.04517): R(y_i | y_<i) is row y_i of a head over the vocabulary.
 
     Blocks of `alternate` steps take turns: Bradley-Terry on the last token's R, and the mean over
-    the chosen answer's proper prefixes of (R(y_i | y_<i) - max_v R(v | y_<=i))², with the gradient
-    through both terms as the authors' code has it. Evaluation (`step=None`) adds the two.
+    the chosen answer's proper prefixes of (R(y_i | y_<i) - max_v R(v | y_<=i))², v over the whole
+    vocabulary, with the gradient through both terms, as the authors' code has it. Evaluation
+    (`step=None`) adds the two.
+
+    The authors' runs start from a language model and its own output head. Bradley-Terry does not
+    fix the level of R(EOS): where a token that never follows has a larger R, as after a start from
+    zeros, the ends' rewards never reach the prefixes, and the loss is least with all prefixes
+    alike. They take an epoch of each loss in turn, first and last of Bradley-Terry, each with a new
+    optimiser (here: one for both), on prefixes of 11 tokens and more (`first=11`) of answers
+    without EOS (here: with it).
     """
     phase = None if step is None else (step // args.alternate) % 2
     if phase == 1:

@@ -104,6 +104,8 @@ class PrefixRewardTrainer(Trainer):
                 whole = data.report.kept == data.report.rows and not data.report.overlong
                 (logger.info if whole else logger.warning)(f"{name}: {data.report}")
         pairs = objective.data == "pairs"
+        config = getattr(model, "config", None)
+        cached = getattr(config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -114,6 +116,10 @@ class PrefixRewardTrainer(Trainer):
             compute_metrics=compute_metrics or (pair_metrics if pairs else label_metrics),
             **kwargs,
         )
+        if cached is not None:
+            # Trainer turns it off in the config that is saved with the model; the forwards here
+            # ask for no cache themselves.
+            config.use_cache = cached  # type: ignore[union-attr]
         self.model_accepts_loss_kwargs = False
         self._parts: TrainedParts | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}

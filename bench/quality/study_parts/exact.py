@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from study_parts.tasks import Task
-from study_parts.training import make_pairs
+from study_parts.training import eval_pairs
 
 LEAST = 1e-6  # prefixes less likely than this are left out
 OPTIMAL_BETAS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-EVAL_SEED = 7
 
 
 @dataclass
@@ -78,37 +79,101 @@ def prefix_values(tree: Tree) -> dict[tuple[int, ...], float]:
     return {prefix: reward[prefix] / mass[prefix] for prefix in mass}
 
 
-def write_exact(task: Task, path: Path) -> None:
-    """`path`: the frontier of the optimal policies over the test prompts, the mass of the trees,
-    and the true values of both prefixes of the evaluation pairs at every length [n][T][2]."""
-    trees = [enumerate_tree(task, prompt) for prompt in task.prompts["test"]]
-    frontier = []
-    for beta in OPTIMAL_BETAS:
-        points = torch.tensor([optimal_policy(tree, beta) for tree in trees])
-        frontier.append({"beta": beta, "gold": points[:, 0].tolist(), "kl": points[:, 1].tolist()})
-    pairs = make_pairs(task, task.prompts["eval"], task.sizes.eval_pairs, EVAL_SEED, noisy=False)
-    prompts = {tuple(p["prompt_ids"]) for p in pairs}
-    known = {
-        ids: prefix_values(enumerate_tree(task, task.tokenizer.decode(ids))) for ids in prompts
-    }
-    values = [_pair_values(pair, known[tuple(pair["prompt_ids"])]) for pair in pairs]
-    exact = {
-        "frontier": frontier,
-        "mass": [tree.probability.sum().item() for tree in trees],
-        "answers": [len(tree.answers) for tree in trees],
-        "values": values,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(exact))
+def best_values(tree: Tree) -> dict[tuple[int, ...], float]:
+    """V_max(prefix) = the largest gold reward of the tree's answers that begin with it: what
+    FaRMA's R(y_i | y_<i) = max_v R(v | y_<=i) asks for, if v is a token of the tree and R(EOS)
+    the gold reward."""
+    best: dict[tuple[int, ...], float] = {}
+    for answer, gold in zip(tree.answers, tree.gold.tolist(), strict=True):
+        for end in range(1, len(answer) + 1):
+            best[answer[:end]] = max(gold, best.get(answer[:end], gold))
+    return best
 
 
-def _pair_values(
-    pair: dict, known: dict[tuple[int, ...], float]
-) -> list[tuple[float | None, float | None]]:
-    """V of both prefixes at every length, the shorter answer held at its end; None: not in the
-    tree."""
-    sides = [pair["chosen_ids"], pair["rejected_ids"]]
+def guided_frontier(
+    tree: Tree, values: dict[tuple[int, ...], float], betas: Sequence[float] = OPTIMAL_BETAS
+) -> list[tuple[float, float]]:
+    """Expected gold reward and KL from the base, at each β, of the ratio policy
+    π(v | y) exp(β values[y v]) / Z(y) at all tokens of the tree, its base normalised over it.
+
+    With values (1/β) log E[exp(β gold) | prefix] this is `optimal_policy`; E[gold | prefix] is
+    their limit at β -> 0, and `best_values` is that at β -> ∞.
+    """
+    mass: dict[tuple[int, ...], float] = defaultdict(float)
+    for answer, p in zip(tree.answers, tree.probability.tolist(), strict=True):
+        for end in range(len(answer) + 1):
+            mass[answer[:end]] += p
+    index = {prefix: i for i, prefix in enumerate(mass)}  # the empty prefix is 0, and pads paths
+    paths = np.zeros((len(tree.answers), max(map(len, tree.answers))), dtype=int)
+    for row, answer in enumerate(tree.answers):
+        paths[row, : len(answer)] = [index[answer[: end + 1]] for end in range(len(answer))]
+    nodes = list(mass)[1:]
+    parent = np.array([index[prefix[:-1]] for prefix in nodes])
+    base = np.log([mass[prefix] / mass[prefix[:-1]] for prefix in nodes])
+    reward, gold = np.array([values[prefix] for prefix in nodes]), tree.gold.numpy()
+    points = []
+    for beta in betas:
+        tilted, total = base + beta * reward, np.full(len(mass), -np.inf)
+        np.logaddexp.at(total, parent, tilted)
+        log_policy, log_ratio = (
+            np.append(0.0, x - total[parent])[paths].sum(1) for x in (tilted, tilted - base)
+        )
+        policy = np.exp(log_policy)
+        points.append((float(policy @ gold), float(policy @ log_ratio)))
+    return points
+
+
+def exact_values(task: Task) -> dict[str, Any]:
+    """Over the test prompts, the frontiers of the optimal policies and of the ratio policy guided
+    by V and by V_max; the trees' mass; and what V, and V_max, of the two prefixes of each
+    evaluation pair differ by at each decile of the longer answer's length [10][P][n], the shorter
+    answer held at its end; None: not in the tree."""
+    test, held_out = task.prompts["test"], task.prompts["eval"]
+    pairs, count = eval_pairs(task), task.sizes.eval_pairs
+    mass, answers, optima = {}, {}, {}
+    guided: dict[str, dict] = {"value": {}, "best": {}}
+    gaps: dict[str, dict] = {"value": {}, "best": {}}
+    for prompt in dict.fromkeys([*test, *held_out]):
+        tree = enumerate_tree(task, prompt)
+        mass[prompt], answers[prompt] = tree.probability.sum().item(), len(tree.answers)
+        if prompt in test:
+            optima[prompt] = [optimal_policy(tree, beta) for beta in OPTIMAL_BETAS]
+        for name, known in (("value", prefix_values(tree)), ("best", best_values(tree))):
+            if prompt in test:
+                guided[name][prompt] = guided_frontier(tree, known)
+            if prompt in held_out:
+                first = held_out.index(prompt) * count
+                part = pairs[first : first + count]
+                gaps[name][prompt] = [_value_gaps(pair, known) for pair in part]
+    return {
+        "frontier": _frontier([optima[prompt] for prompt in test]),
+        "mass": list(mass.values()),
+        "answers": list(answers.values()),
+        **{f"guided_by_{name}": _frontier([of[p] for p in test]) for name, of in guided.items()},
+        **{
+            f"{name}_gaps": [[[row[d] for row in of[p]] for p in held_out] for d in range(10)]
+            for name, of in gaps.items()
+        },
+    }
+
+
+def _frontier(points: list[list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """Gold and KL [prompt][β] as one entry for each of OPTIMAL_BETAS."""
+    table = np.array(points)
     return [
-        tuple(known.get(tuple(side[:end])) for side in sides)  # type: ignore[misc]
-        for end in range(1, max(map(len, sides)) + 1)
+        {"beta": beta, "gold": table[:, i, 0].tolist(), "kl": table[:, i, 1].tolist()}
+        for i, beta in enumerate(OPTIMAL_BETAS)
     ]
+
+
+def _value_gaps(pair: dict, known: dict[tuple[int, ...], float]) -> list[float | None]:
+    """V(prefix of the chosen answer) - V(prefix of the rejected one) at each decile."""
+    sides = [pair["chosen_ids"], pair["rejected_ids"]]
+    longest = max(map(len, sides))
+    gaps: list[float | None] = []
+    for decile in range(1, 11):
+        end = math.ceil(longest * decile / 10)
+        chosen, rejected = (known.get(tuple(side[:end])) for side in sides)
+        missing = chosen is None or rejected is None
+        gaps.append(None if missing else round(chosen - rejected, 6))
+    return gaps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import warnings
@@ -10,45 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from study_parts.methods import KIND, K, forward_tokens
+from study_parts.methods import KIND, SMALLER, K, forward_tokens
 from study_parts.training import KINDS
-from study_parts.units import BEST_OF, TOP_K, unit_path
+from study_parts.units import BEST_OF, GROUPS, TOP_K, unit_path
 
 Raw = dict[str, list[dict[str, Any]]]  # kind -> raw figures by seed
 KL_LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def load(folder: Path, task: str, seeds: int) -> Raw:
-    """The raw figures of a task, of the seeds that are there.
-
-    Raises `ValueError` where the base and the two compared reward models have not all `seeds`.
-    """
-    raw: Raw = {}
-    for kind in KINDS:
-        paths = [unit_path(folder, task, seed, kind) for seed in range(seeds)]
-        there = list(itertools.takewhile(Path.exists, paths))
-        if there:
-            raw[kind] = [json.loads(p.read_text()) for p in there]
-    if any(len(raw.get(kind, [])) < seeds for kind in ("full", "partial")):
-        raise ValueError(f"{task}: {folder} has not all seeds of full and partial; run the study")
-    return raw
+def load(folder: Path, task: str, seeds: list[int]) -> Raw:
+    """The raw figures of a task. Raises `ValueError` where a unit of `seeds` is missing."""
+    kinds = [kind for group in GROUPS for kind in group if kind != "exact"]
+    paths = {kind: [unit_path(folder, task, seed, kind) for seed in seeds] for kind in kinds}
+    missing = [path.name for row in paths.values() for path in row if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"{task}: {folder} lacks {len(missing)} files, such as {missing[0]}; run the study"
+        )
+    return {kind: [json.loads(path.read_text()) for path in row] for kind, row in paths.items()}
 
 
 def crossed(values: Any) -> dict[str, float]:
-    """Mean and standard error of values [seeds, prompts] where both are samples: the variances of
-    the seeds' means and of the prompts' means are added, which counts the noise of a single value
-    in both and so errs on the wide side. NaN: not there."""
+    """Mean, standard error and half-width of the 95 % interval of values [seeds, prompts] where
+    both are samples: the variances of the seeds' means and of the prompts' means are added, which
+    counts the noise of a single value in both and so errs on the wide side. The interval is
+    Student's with Satterthwaite's degrees of freedom: few seeds make it wider. NaN: not there."""
     values = np.asarray(values, dtype=float)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         mean, by_prompt, by_seed = np.nanmean(values), np.nanmean(values, 0), np.nanmean(values, 1)
-    by_prompt = by_prompt[~np.isnan(by_prompt)]
-    variance = 0.0
-    for means in (by_prompt, by_seed):
+    variance = doubt = 0.0
+    for means in (by_prompt[~np.isnan(by_prompt)], by_seed):
         if len(means) > 1:
-            variance += float(means.var(ddof=1)) / len(means)
-    return {"mean": float(mean), "se": math.sqrt(variance)}
+            part = float(means.var(ddof=1)) / len(means)
+            variance += part
+            doubt += part**2 / (len(means) - 1)
+    se = math.sqrt(variance)
+    wide = float(stats.t.ppf(0.975, variance**2 / doubt)) if doubt > 0 else 1.96
+    return {"mean": float(mean), "se": se, "ci95": wide * se}
 
 
 def per_prompt(values: list[float], prompts: int) -> Any:
@@ -61,7 +61,7 @@ class Curve:
     `best` [S]: the index of the β that won on the other prompts."""
 
     def __init__(self, name: str, raw: Raw, prompts: int) -> None:
-        rows = [unit["methods"][name] for unit in raw[KIND[name]]]
+        rows = [unit["methods"][name] for unit in raw[(KIND | SMALLER)[name]]]
         self.name = name
         self.betas = [float(b) for b in rows[0]["test"]]
         self.best = [self.betas.index(float(row["best"])) for row in rows]
@@ -110,36 +110,43 @@ def base_gold(raw: Raw, prompts: int) -> Any:
     return np.stack([per_prompt(unit["unguided"]["base"]["gold"], prompts) for unit in raw["full"]])
 
 
+def right(unit: dict[str, Any]) -> Any:
+    """By decile and prompt, the share of its pairs that are ordered right, a tie counting half
+    [10, P]. Pairs whose prefixes are still the same are left out, so that a prompt may be NaN."""
+    gap = np.array(unit["margins"], dtype=float)
+    return _mean_of_pairs(np.where(gap == 0, 0.5, gap > 0), np.isnan(gap))
+
+
+def _mean_of_pairs(values: Any, missing: Any) -> Any:
+    counts = (~missing).sum(-1)
+    return np.where(missing, 0.0, values).sum(-1) / np.where(counts, counts, np.nan)
+
+
 def accuracy(raw: Raw) -> dict[str, Any]:
-    """By kind, the share of right orders at each decile, and partial - full, paired."""
-    right = {k: np.array([u["right"] for u in units], dtype=float) for k, units in raw.items()}
+    """By kind, the share of right orders at each decile, and partial - full, paired. Pairs of the
+    same prompt are not independent, so prompts are the sample."""
+    rights = {k: np.array([right(unit) for unit in raw[k]]) for k in KINDS}
     table: dict[str, Any] = {
-        kind: [crossed(values[:, d]) for d in range(10)] for kind, values in right.items()
+        kind: [crossed(values[:, d]) for d in range(10)] for kind, values in rights.items()
     }
-    table["partial - full"] = [
-        crossed(right["partial"][:, d] - right["full"][:, d]) for d in range(10)
-    ]
+    gap = rights["partial"] - rights["full"]
+    table["partial - full"] = [crossed(gap[:, d]) for d in range(10)]
     return table
 
 
-def true_value_accuracy(raw: Raw, values: list[list[list[float | None]]]) -> dict[str, Any]:
+def true_value_accuracy(raw: Raw, value_gaps: list) -> dict[str, Any]:
     """How often the prefix with the larger true value V = E[gold | prefix] gets the larger reward,
     by decile; and how often V itself orders prefixes as the whole answers' gold is ordered, the
     most that any prefix reward can reach."""
-    gaps = {kind: np.array([u["margins"] for u in units]) for kind, units in raw.items()}
-    kinds: dict[str, list] = {kind: [] for kind in gaps}
-    ceiling = []
-    for decile in range(1, 11):
-        at = np.array([math.ceil(len(v) * decile / 10) - 1 for v in values])
-        pairs = [v[i] for v, i in zip(values, at, strict=True)]
-        order = np.array([np.nan if None in p else np.sign(round(p[0] - p[1], 6)) for p in pairs])
-        order[order == 0] = np.nan
-        known = ~np.isnan(order)
-        ceiling.append(crossed((order > 0)[None, known]))
-        for kind, gap in gaps.items():
-            sign = np.sign(gap[:, np.arange(len(at)), at])
-            kinds[kind].append(crossed(np.where(sign == 0, 0.5, sign == order)[:, known]))
-    return {**kinds, "ceiling": ceiling}
+    order = np.sign(np.array(value_gaps, dtype=float))  # [10, P, n]
+    order[order == 0] = np.nan
+    table = {}
+    for kind in KINDS:
+        sign = np.sign(np.array([unit["margins"] for unit in raw[kind]], dtype=float))
+        values = np.where(sign == 0, 0.5, sign == order)
+        table[kind] = _mean_of_pairs(values, np.isnan(sign) | np.isnan(order))
+    table["ceiling"] = _mean_of_pairs(order > 0, np.isnan(order))[None]
+    return {kind: [crossed(values[:, d]) for d in range(10)] for kind, values in table.items()}
 
 
 def method_table(raw: Raw, curves: dict[str, Curve], base: Any, prompts: int) -> dict[str, Any]:

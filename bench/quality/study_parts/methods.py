@@ -6,11 +6,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
 import rgtg_fast
-from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
+from rgtg_fast.scorers import (
+    AttentionCreditScorer,
+    AutoregressiveScorer,
+    RewardHead,
+    VocabRewardScorer,
+)
+from study_parts.models import PENALTIES
 from study_parts.tasks import Task
 
 K = 10
@@ -24,6 +30,15 @@ KIND = {
     "RAD": "rad",
     "GenARM": "genarm",
 }
+SMALLER = {
+    "ABC": "abc",
+    "ABC credit": "credit",
+    "head": "head",
+    "pessimistic, mild": "mild",
+    "pessimistic, strong": "strong",
+    "CREAM": "cream",
+}
+CREDIT_SHARE = 0.5
 SHARED = ("FaRMA", "GenARM")  # one reward forward of one token serves all candidates
 
 
@@ -41,11 +56,15 @@ class Answers:
         return Answers(*(values[rows] for values in asdict(self).values()))
 
 
-def guide_of(kind: str, model: nn.Module) -> Any:
+def guide_of(task: Task, kind: str, model: Any) -> Any:
     """What `rgtg_fast.generate` takes as the reward model of this kind."""
     if kind == "farma":
         return VocabRewardScorer(model)
-    return AutoregressiveScorer(model) if kind == "genarm" else model
+    if kind == "genarm":
+        return AutoregressiveScorer(model)
+    if kind == "credit":
+        return AttentionCreditScorer(model, CREDIT_SHARE)
+    return RewardHead(task.lm, model.score) if kind in ("head", *PENALTIES) else model
 
 
 def judge(task: Task, prompts: list[str], ids: Tensor) -> tuple[list[float], list[int]]:

@@ -38,7 +38,7 @@ def accuracy_plot(summary: dict[str, Any], path: Path) -> None:
         for kind, colour in RM_COLOURS.items():
             if rows := task["accuracy"].get(kind):
                 style = "-" if kind in ("full", "partial") else ":"
-                mean, band = [r["mean"] for r in rows], [1.96 * r["se"] for r in rows]
+                mean, band = [r["mean"] for r in rows], [r["ci95"] for r in rows]
                 axis.errorbar(deciles, mean, band, fmt=style, color=colour, capsize=2, label=kind)
         if "true_values" in task:
             rows = [r["mean"] for r in task["true_values"]["ceiling"]]
@@ -74,8 +74,8 @@ def frontier_plot(summary: dict[str, Any], path: Path) -> None:
             if method.startswith("best-of-"):
                 axis.plot(row["kl"], row["gold"]["mean"], "k^", markersize=5)
                 axis.annotate(method, (row["kl"], row["gold"]["mean"]), fontsize="x-small")
-        if "optimum" in task:
-            optimum = task["optimum"]
+        if "exact_frontiers" in task:
+            optimum = task["exact_frontiers"]["optimum"]
             axis.plot(
                 [p["kl"] for p in optimum], [p["gold"] for p in optimum], "k-", label="optimum"
             )
@@ -92,7 +92,7 @@ def cost_plot(summary: dict[str, Any], path: Path) -> None:
     for axis, name, task in panels:
         for method, row in task["methods"].items():
             tokens = sum(row["forward_tokens"].values())
-            gold, band = row["gold"]["mean"], 1.96 * row["gold"]["se"]
+            gold, band = row["gold"]["mean"], row["gold"]["ci95"]
             axis.errorbar(tokens, gold, band, fmt="o", color=COLOURS.get(method, "k"), capsize=2)
             axis.annotate(
                 method, (tokens, gold), (4, 3), textcoords="offset points", fontsize="x-small"
@@ -117,7 +117,7 @@ def beta_plot(summary: dict[str, Any], path: Path) -> None:
                     continue
                 style = ":" if method.endswith("-G") else "-"
                 mean = [p[key]["mean"] for p in points]
-                band = [1.96 * p[key]["se"] for p in points]
+                band = [p[key]["ci95"] for p in points]
                 axes[row][column].errorbar(
                     betas, mean, band, fmt=style, color=COLOURS[method], capsize=2, label=method
                 )

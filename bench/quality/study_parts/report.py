@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import transformers
 
-from study_parts import figures, findings, plots
+from study_parts import figures, findings, plots, smaller
 from study_parts.figures import KL_LEVELS, Curve, crossed
-from study_parts.methods import KIND
-from study_parts.training import KINDS
-from study_parts.units import BEST_OF
+from study_parts.methods import KIND, SMALLER
+from study_parts.units import BEST_OF, rounded
 
 PLOTS = {
     "accuracy": plots.accuracy_plot,
@@ -25,21 +24,17 @@ PLOTS = {
 }
 
 
-def summarise(folder: Path, task: str, seeds: int) -> dict[str, Any]:
+def summarise(folder: Path, task: str, seeds: list[int]) -> dict[str, Any]:
     """All figures of one task."""
     raw = figures.load(folder, task, seeds)
     prompts = len(raw["full"][0]["unguided"]["base"]["gold"]) // max(BEST_OF)
     base = figures.base_gold(raw, prompts)
-    curves = {name: Curve(name, raw, prompts) for name, kind in KIND.items() if kind in raw}
+    every = {name: Curve(name, raw, prompts) for name in (*KIND, *SMALLER)}
+    curves = {name: every[name] for name in KIND}
     accuracy = figures.accuracy(raw)
     summary: dict[str, Any] = {
         "seeds": seeds,
         "test_prompts": prompts,
-        "fewer_seeds": {
-            name: len(raw[kind])
-            for name, kind in [*KIND.items(), *((k, k) for k in KINDS)]
-            if kind in raw and len(raw[kind]) < seeds
-        },
         "accuracy": accuracy,
         "methods": figures.method_table(raw, curves, base, prompts),
         "over_beta": {name: figures.over_beta(curve) for name, curve in curves.items()},
@@ -49,6 +44,7 @@ def summarise(folder: Path, task: str, seeds: int) -> dict[str, Any]:
             for name, curve in curves.items()
             if not name.endswith("-G")
         },
+        "smaller": smaller.figures_of(raw, every, base),
         "cpu_seconds": {
             kind: np.mean([[u["seconds"]["train"], u["seconds"]["decode"]] for u in units], 0)
             .round(1)
@@ -73,26 +69,41 @@ def at_level(curve: Curve, base: Any, kl: float) -> dict[str, float] | None:
 
 
 def with_exact(exact: dict[str, Any], raw: figures.Raw) -> dict[str, Any]:
-    """The optimal policies' frontier, and accuracy against true prefix values."""
-    optimum = [
-        {"beta": p["beta"], "gold": float(np.mean(p["gold"])), "kl": float(np.mean(p["kl"]))}
-        for p in exact["frontier"]
-    ]
-    levels = np.interp(KL_LEVELS, [p["kl"] for p in optimum], [p["gold"] for p in optimum])
+    """The frontiers of the optimal policies and of those guided by the exact values of prefixes,
+    and accuracy against these values."""
+    frontiers = {
+        "optimum": exact["frontier"],
+        "guided by V": exact["guided_by_value"],
+        "guided by V_max": exact["guided_by_best"],
+    }
+    points = {
+        name: [
+            {"beta": p["beta"], "gold": float(np.mean(p["gold"])), "kl": float(np.mean(p["kl"]))}
+            for p in frontier
+        ]
+        for name, frontier in frontiers.items()
+    }
     return {
-        "optimum": optimum,
-        "optimum_at_equal_kl": {
-            str(kl): float(gold) for kl, gold in zip(KL_LEVELS, levels, strict=True)
-        },
+        "exact_frontiers": points,
+        "exact_at_equal_kl": {name: _gold_at_levels(row) for name, row in points.items()},
         "tree": {
             "mass": float(np.mean(exact["mass"])),
             "answers": float(np.mean(exact["answers"])),
         },
-        "true_values": figures.true_value_accuracy(raw, exact["values"]),
+        "true_values": figures.true_value_accuracy(raw, exact["value_gaps"]),
+        "best_values": figures.true_value_accuracy(raw, exact["best_gaps"]),
     }
 
 
-def write(folder: Path, results: Path, tasks: list[str], seeds: int) -> dict[str, Any]:
+def _gold_at_levels(points: list[dict[str, float]]) -> dict[str, float | None]:
+    """Between neighbouring points; None beyond the end of the frontier."""
+    spent, gold = ([p[name] for p in points] for name in ("kl", "gold"))
+    return {
+        str(kl): float(np.interp(kl, spent, gold)) if kl <= spent[-1] else None for kl in KL_LEVELS
+    }
+
+
+def write(folder: Path, results: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
     """`study.json`, `study.md` and `study_*.png` in `results`; prints the verdicts."""
     summary = {task: summarise(folder, task, seeds) for task in tasks if (folder / task).exists()}
     results.mkdir(parents=True, exist_ok=True)
@@ -110,28 +121,15 @@ def write(folder: Path, results: Path, tasks: list[str], seeds: int) -> dict[str
     return summary
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def pm(row: dict[str, float] | None, digits: int = 2) -> str:
     """Mean and 95 % half-width."""
-    return "-" if row is None else f"{row['mean']:+.{digits}f} ± {1.96 * row['se']:.{digits}f}"
-
-
-def labelled(task: dict[str, Any], name: str) -> str:
-    """`name`, with the number of its seeds where it has fewer than the task."""
-    fewer = task["fewer_seeds"].get(name)
-    return name if fewer is None else f"{name} (seeds: {fewer})"
+    return "-" if row is None else f"{row['mean']:+.{digits}f} ± {row['ci95']:.{digits}f}"
 
 
 def markdown(name: str, task: dict[str, Any]) -> list[str]:
     """The report of one task: verdicts, then the tables behind them (± are 95 % half-widths)."""
-    lines = [f"### Task `{name}`: {task['seeds']} seeds, {task['test_prompts']} test prompts", ""]
+    seeds = ", ".join(map(str, task["seeds"]))
+    lines = [f"### Task `{name}`: seeds {seeds}, {task['test_prompts']} test prompts", ""]
     lines += [*_verdicts(task["findings"]), ""]
     lines.append("| method | β by seed | gold | over base | KL | LM + RM tokens |")
     lines.append("| --- | --- | --- | --- | --- | --- |")
@@ -139,10 +137,12 @@ def markdown(name: str, task: dict[str, Any]) -> list[str]:
         betas = ", ".join(f"{b:g}" for b in row.get("betas", [])) or "-"
         cost = row["forward_tokens"]
         lines.append(
-            f"| {labelled(task, method)} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} "
+            f"| {method} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} "
             f"| {row['kl']:.2f} | {cost['lm']:.0f} + {cost['rm']:.0f} |"
         )
-    return [*lines, "", *_equal_kl(task), "", *_accuracy(task), "", *_over_k(task), ""]
+    for part in (_equal_kl, _accuracy, _over_k):
+        lines += ["", *part(task)]
+    return [*lines, "", *smaller.markdown(task["smaller"]), ""]
 
 
 def _verdicts(found: dict[str, Any]) -> list[str]:
@@ -165,10 +165,10 @@ def _equal_kl(task: dict[str, Any]) -> list[str]:
     lines.append("| --- |" + " --- |" * len(KL_LEVELS))
     for method, row in task["at_equal_kl"].items():
         cells = " | ".join(pm(v) for v in row.values())
-        lines.append(f"| {labelled(task, method)} | {cells} |")
-    if "optimum_at_equal_kl" in task:
-        cells = " | ".join(f"{v:+.2f}" for v in task["optimum_at_equal_kl"].values())
-        lines.append(f"| exact optimum | {cells} |")
+        lines.append(f"| {method} | {cells} |")
+    for name, row in task.get("exact_at_equal_kl", {}).items():
+        cells = " | ".join("-" if gold is None else f"{gold:+.2f}" for gold in row.values())
+        lines.append(f"| exact: {name} | {cells} |")
     return lines
 
 
@@ -177,14 +177,15 @@ def _accuracy(task: dict[str, Any]) -> list[str]:
     lines.append("| --- |" + " --- |" * 10)
     for kind, rows in task["accuracy"].items():
         if kind == "partial - full":
-            cells = [f"{r['mean']:+.3f} ± {1.96 * r['se']:.3f}" for r in rows]
+            cells = [f"{r['mean']:+.3f} ± {r['ci95']:.3f}" for r in rows]
         else:
             cells = [f"{r['mean']:.3f}" for r in rows]
-        lines.append(f"| {labelled(task, kind)} | {' | '.join(cells)} |")
-    for kind, rows in task.get("true_values", {}).items():
-        label = "true value against gold" if kind == "ceiling" else f"{kind}, of true values"
-        cells = [f"{r['mean']:.3f}" for r in rows]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    for of, value in (("true_values", "V"), ("best_values", "V_max")):
+        for kind, rows in task.get(of, {}).items():
+            label = f"{value} against gold" if kind == "ceiling" else f"{kind}, of {value}"
+            cells = [f"{r['mean']:.3f}" for r in rows]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 

@@ -1,44 +1,56 @@
-"""Preference pairs, and the five reward models, all through `rgtg_fast.training`."""
+"""Preference pairs, and reward models trained on them, all through `rgtg_fast.training`."""
 
 from __future__ import annotations
 
 import copy
-import math
+import itertools
 import random
-import tempfile
 from typing import Any
 
-import make_assets
 import numpy as np
+import small_models
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
-from rgtg_fast.training import PrefixRewardConfig, PrefixRewardTrainer
 from study_parts.tasks import Task
 
 KINDS = ("full", "partial", "farma", "rad", "genarm")
+# Those of the smaller methods are trained by the losses of these.
 LOSS = {"full": "full", "partial": "prefix", "farma": "farma", "rad": "rad", "genarm": "genarm"}
+EVAL_SEED = 7
 
 
-def make_pairs(task: Task, prompts: list[str], count: int, seed: int, noisy: bool) -> list[dict]:
-    """`count` pairs of grammar replies as token ids, EOS included. The winner is drawn by
-    Bradley-Terry from the gold rewards (`noisy`), or is the better one (ties are left out)."""
+def make_pairs(task: Task, prompts: list[str], count: int, seed: int) -> list[dict]:
+    """`count` pairs of grammar replies as token ids, EOS included, the winner drawn by
+    Bradley-Terry from the gold rewards."""
     rng = random.Random(seed)
+    endless = iter(lambda: rng.choice(prompts), None)
+    pairs = small_models.make_pairs(
+        task.tokenizer, endless, task.sample_reply, task.gold, rng, noisy=True
+    )
+    return list(itertools.islice(pairs, count))
+
+
+def training_pairs(task: Task, seed: int) -> list[dict]:
+    """The pairs of this seed, the same for all reward models."""
+    return make_pairs(task, task.prompts["train"], task.sizes.pairs, 1000 + seed)
+
+
+def eval_pairs(task: Task) -> list[dict]:
+    """For accuracy: as many pairs of each prompt of the `eval` split, one prompt after the other.
+    The winner has the larger gold reward."""
+    rng = random.Random(EVAL_SEED)
     pairs: list[dict] = []
-    while len(pairs) < count:
-        prompt = rng.choice(prompts)
-        texts = [task.sample_reply(prompt, rng) for _ in range(2)]
-        gold = [task.gold(prompt, text, True) for text in texts]
-        if texts[0] == texts[1] or not all(texts) or (not noisy and gold[0] == gold[1]):
-            continue
-        second = 1 / (1 + math.exp(gold[0] - gold[1]))
-        won = int(rng.random() < second) if noisy else int(gold[1] > gold[0])
-        prompt_ids, *ids = task.tokenizer([prompt, *texts])["input_ids"]
-        ids = [[*answer, task.tokenizer.eos_token_id] for answer in ids]
-        pairs.append(
-            {"prompt_ids": prompt_ids, "chosen_ids": ids[won], "rejected_ids": ids[1 - won]}
+    for prompt in task.prompts["eval"]:
+        endless = small_models.make_pairs(
+            task.tokenizer,
+            itertools.repeat(prompt),
+            task.sample_reply,
+            task.gold,
+            rng,
+            noisy=False,
         )
+        pairs += itertools.islice(endless, task.sizes.eval_pairs)
     return pairs
 
 
@@ -52,76 +64,55 @@ def labelled(pairs: list[dict]) -> list[dict]:
 
 
 def initial_model(task: Task, kind: str) -> nn.Module:
-    """The language model's body with the head of this kind: zeros, but for GenARM's."""
-    if kind in ("full", "partial", "rad"):
-        return make_assets.make_reward_model(task.lm)
-    if kind == "genarm":
+    """The language model itself for the kinds with a head over the vocabulary, as their authors
+    begin; a head of zeros on its body for the others."""
+    if kind in ("farma", "genarm"):
         return copy.deepcopy(task.lm)
-    config = copy.deepcopy(task.lm.config)
-    config.tie_word_embeddings = False
-    model = LlamaForCausalLM(config)
-    model.model.load_state_dict(task.lm.model.state_dict())
-    nn.init.zeros_(model.lm_head.weight)
-    return model
+    return small_models.reward_model_on(task.lm)
 
 
-def trainer_of(task: Task, kind: str, model: nn.Module, data: Any, seed: int) -> Any:
+def trainer_of(
+    task: Task, kind: str, model: nn.Module, data: Any, seed: int, **options: Any
+) -> Any:
     sizes = task.sizes
     rows = sizes.batch * (2 if kind == "rad" else 1)
-    config = PrefixRewardConfig(
-        tempfile.mkdtemp(prefix="study_"),
+    return small_models.reward_trainer(
+        model,
+        task.tokenizer,
+        data,
         loss_type=LOSS[kind],
         learning_rate=task.learning_rate,
         per_device_train_batch_size=rows,
-        per_device_eval_batch_size=128,
         # FaRMA's steps alternate between its two losses: twice as many for as many of each.
         num_train_epochs=sizes.epochs * (2 if kind == "farma" else 1),
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
         seed=seed,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=50,
-        disable_tqdm=True,
-        use_cpu=True,
+        **options,
     )
-    return PrefixRewardTrainer(model, config, train_dataset=data, processing_class=task.tokenizer)
 
 
-def train(task: Task, kind: str, seed: int) -> nn.Module:
-    """A reward model of this kind on this seed's pairs (the same for all kinds)."""
+def train(task: Task, kind: str, data: list[dict], seed: int, **options: Any) -> nn.Module:
+    """A reward model trained by the loss of this kind; `options` of `PrefixRewardConfig`."""
     torch.manual_seed(seed)
-    pairs = make_pairs(task, task.prompts["train"], task.sizes.pairs, 1000 + seed, noisy=True)
     model = initial_model(task, kind)
-    data = labelled(pairs) if kind == "rad" else pairs
-    trainer_of(task, kind, model, data, seed).train()
+    trainer_of(task, kind, model, data, seed, **options).train()
     return model.eval()
 
 
-def margins(task: Task, kind: str, model: nn.Module, pairs: list[dict]) -> tuple[Any, Any]:
-    """r(chosen prefix) - r(rejected prefix) [n, T] of `pairs`, and their labels [n, 3]: the two
-    lengths and the number of tokens both begin with (as `rgtg_fast.training.metrics` takes them).
+def margins(task: Task, kind: str, model: nn.Module, pairs: list[dict]) -> list[list]:
+    """r(chosen prefix) - r(rejected prefix) of `pairs` at each decile of the longer answer's
+    length, [10][n]; None where the two prefixes are still the same.
 
-    RAD's rewards are read by the trainer of pairs: the model is a classifier all the same.
+    Classifiers of any training are read by the trainer of pairs.
     """
-    reader = trainer_of(task, "partial" if kind == "rad" else kind, model, pairs, 0)
+    reader = trainer_of(task, kind if kind in ("farma", "genarm") else "partial", model, pairs, 0)
     predicted = reader.predict(reader.train_dataset)
     model.eval()
-    return np.asarray(predicted.predictions), np.asarray(predicted.label_ids)
-
-
-def right_by_decile(margin: Any, labels: Any) -> list[list[float | None]]:
-    """[10][n]: 1, 0 or 0.5 (a tie) for each pair at each decile of the longer answer's length; None
-    where the two prefixes are still the same."""
+    margin, labels = np.asarray(predicted.predictions), np.asarray(predicted.label_ids)
     longest, equal = labels[:, :2].max(1).astype(int), labels[:, 2]
     rows = np.arange(len(margin))
     out: list[list[float | None]] = []
     for decile in range(1, 11):
         at = np.ceil(longest * decile / 10).astype(int)
         gap = margin[rows, at - 1]
-        right = np.where(gap == 0, 0.5, gap > 0)
-        out.append([float(r) if a > e else None for r, a, e in zip(right, at, equal, strict=True)])
+        out.append([float(g) if a > e else None for g, a, e in zip(gap, at, equal, strict=True)])
     return out

@@ -9,47 +9,86 @@ import itertools
 import json
 import math
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from study_parts import methods
-from study_parts.exact import write_exact
-from study_parts.methods import KIND, Answers
+from study_parts.exact import exact_values
+from study_parts.methods import KIND, SMALLER, Answers
+from study_parts.models import PENALTIES, model_of
+from study_parts.selection import compare_selections
 from study_parts.tasks import Task
-from study_parts.training import KINDS, make_pairs, margins, right_by_decile, train
+from study_parts.training import KINDS, eval_pairs, margins
 
+Kinds = tuple[str, ...]
 BEST_OF = (4, 16)
 TOP_K = (2, 5, 10)
-EVAL_SEED = 7
+# One group after the other: some models are made with those of an earlier one.
+GROUPS: tuple[Kinds, ...] = (
+    ("exact", "partial", "full"),
+    tuple(kind for kind in KINDS if kind not in ("partial", "full")),
+    ("abc", "credit", "head", "cream", "select"),
+    tuple(PENALTIES),
+)
 
 
-def run_unit(task: Task, kind: str, seed: int, path: Path) -> None:
-    """Train `kind`, measure its accuracy by prefix length, decode with it, write `path`."""
-    started = time.process_time()
-    model = train(task, kind, seed)
+def run_unit(task: Task, kind: str, seed: int, folder: Path) -> None:
+    """Train `kind`, measure its accuracy by prefix length, decode with it, write its file."""
+    path, started = unit_path(folder, task.name, seed, kind), time.process_time()
+    if kind == "exact":
+        write_json(path, exact_values(task) | _seconds(started, started))
+        return
+    if kind == "select":
+        write_json(path, {"select": compare_selections(task, seed)} | _seconds(started, started))
+        return
+    model = model_of(task, kind, seed, folder)
     trained = time.process_time()
-    pairs = make_pairs(task, task.prompts["eval"], task.sizes.eval_pairs, EVAL_SEED, noisy=False)
-    margin, labels = margins(task, kind, model, pairs)
-    raw: dict[str, Any] = {"right": right_by_decile(margin, labels)}
-    if task.enumerable:
-        raw["margins"] = [[round(float(v), 4) for v in row] for row in margin]
-    guide = methods.guide_of(kind, model)
+    raw: dict[str, Any] = {}
+    if kind != "credit":  # the reward of a prefix is not its own there
+        by_decile = margins(task, kind, model, eval_pairs(task))
+        count = task.sizes.eval_pairs
+        raw["margins"] = [
+            [row[i : i + count] for i in range(0, len(row), count)] for row in by_decile
+        ]
+    guide = methods.guide_of(task, kind, model)
     raw["methods"] = {
-        name: _over_beta(task, name, guide, seed) for name, of in KIND.items() if of == kind
+        name: _over_beta(task, name, guide, seed)
+        for name, of in (KIND | SMALLER).items()
+        if of == kind
     }
     if kind == "full":
         raw |= _unguided(task, model, seed)
-    raw["seconds"] = {
-        "train": round(trained - started, 2),
-        "decode": round(time.process_time() - trained, 2),
-    }
+    if kind == "cream":
+        raw["consistency"] = model.config.consistency
+    write_json(path, raw | _seconds(started, trained))
+
+
+def _seconds(started: float, trained: float) -> dict[str, Any]:
+    rest = time.process_time() - trained
+    return {"seconds": {"train": round(trained - started, 2), "decode": round(rest, 2)}}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of the file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(_rounded(raw)))
+    partial.write_text(json.dumps(rounded(value), separators=(",", ":")))
     partial.rename(path)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {str(key): rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _over_beta(task: Task, name: str, guide: Any, seed: int) -> dict[str, Any]:
@@ -60,6 +99,8 @@ def _over_beta(task: Task, name: str, guide: Any, seed: int) -> dict[str, Any]:
     tune, test = task.prompts["beta"], task.prompts["test"]
     # More draws make a sampled policy's mean sharper; a greedy one would say the same again.
     draws = 1 if greedy else task.sizes.draws
+    if name in SMALLER:
+        draws = max(draws // 2, 1)
     prompts = tune * draws + test * draws
     options: dict[str, Any] = {"greedy": greedy, "cumulative": name == "GenARM", "seed": seed}
     rows = [b for b in betas for _ in prompts]
@@ -105,28 +146,55 @@ def _unguided(task: Task, rm: Any, seed: int) -> dict[str, Any]:
     return {"unguided": result}
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {str(k): _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+def run_all(
+    tasks: list[Task],
+    seeds: list[int],
+    folder: Path,
+    jobs: int = 1,
+    groups: tuple[Kinds, ...] = GROUPS,
+) -> None:
+    """Every unit whose file is missing, by `jobs` processes, each group once the one before it is
+    complete; the models of the two findings come first."""
+    by_name = {task.name: task for task in tasks}
+    for group in groups:
+        units = [
+            (task.name, kind, seed)
+            for task, seed, kind in itertools.product(tasks, seeds, group)
+            if kind != "exact" or (task.enumerable and seed == seeds[0])
+            if not unit_path(folder, task.name, seed, kind).exists()
+        ]
+        if jobs == 1 or not units:
+            for name, kind, seed in units:
+                _reported(by_name[name], kind, seed, folder)
+            continue
+        with ProcessPoolExecutor(
+            jobs,
+            mp_context=get_context("spawn"),
+            initializer=_begin,
+            initargs=(by_name, folder, torch.get_num_threads()),
+        ) as pool:
+            list(pool.map(_run_here, units))
 
 
-def run_all(tasks: list[Task], seeds: range, folder: Path) -> None:
-    """Every unit whose file is missing; the models of the two findings come first."""
-    for task in tasks:
-        if task.enumerable and not (folder / task.name / "exact.json").exists():
-            write_exact(task, folder / task.name / "exact.json")
-    rest = tuple(kind for kind in KINDS if kind not in ("partial", "full"))
-    for group, task in itertools.product((("partial", "full"), rest), tasks):
-        for seed, kind in itertools.product(seeds, group):
-            path = unit_path(folder, task.name, seed, kind)
-            if not path.exists():
-                run_unit(task, kind, seed, path)
-                took = json.loads(path.read_text())["seconds"]
-                print(f"{task.name}, seed {seed}, {kind}: {took}", flush=True)
+_here: dict[str, Any] = {}  # of a worker process
+
+
+def _begin(tasks: dict[str, Task], folder: Path, threads: int) -> None:
+    disable_progress_bar()
+    torch.set_num_threads(threads)
+    _here.update(tasks=tasks, folder=folder)
+
+
+def _run_here(unit: tuple[str, str, int]) -> None:
+    name, kind, seed = unit
+    _reported(_here["tasks"][name], kind, seed, _here["folder"])
+
+
+def _reported(task: Task, kind: str, seed: int, folder: Path) -> None:
+    run_unit(task, kind, seed, folder)
+    took = json.loads(unit_path(folder, task.name, seed, kind).read_text())["seconds"]
+    print(f"{task.name}, seed {seed}, {kind}: {took}", flush=True)
 
 
 def unit_path(folder: Path, task: str, seed: int, kind: str) -> Path:
-    return folder / task / f"seed{seed}_{kind}.json"
+    return folder / task / ("exact.json" if kind == "exact" else f"seed{seed}_{kind}.json")
