@@ -16,6 +16,7 @@ from rgtg_fast.cli import main
 from rgtg_fast.training import PreferenceDataset, fit_head, pair_features
 from rgtg_fast.training.metrics import prefix_report
 from rgtg_fast.training.settings import check_settings, read_settings
+from rgtg_fast.training.trainer import last_checkpoint
 
 MINIMAL = {"model": "m", "train": "t.jsonl", "output_dir": "o"}
 
@@ -175,6 +176,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(folder):
     cut = folder / "out" / "checkpoint-5"  # killed while it wrote
     cut.mkdir()
     (cut / "trainer_state.json").write_text('{"global_step": 5, ')
+    assert last_checkpoint(str(folder / "out")).endswith("checkpoint-4")
     metrics, out = train(folder, "max_steps=6", "resume=true", *options)
     assert metrics["steps"] == 6 and (out / "checkpoint-6").exists()
     assert [entry["step"] for entry in metrics["history"]] == [1, 2, 3, 4, 5, 6]
