@@ -52,13 +52,19 @@ def check_keys(values: Mapping[Any, Any], known: Iterable[str], where: str = "")
         raise ValueError("; ".join(wrong))
 
 
+def type_names(field: dataclasses.Field[Any]) -> list[str]:
+    """The names of the types that a field allows."""
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    return [name.strip() for name in kind.split("|")]
+
+
 def typed(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     """`value` as the field's type has it, for fields of bool, int, float and str (and None).
 
     YAML reads 5e-6 as text: text that is a number becomes one where a number is wanted. Raises
     `ValueError` for any other kind.
     """
-    names = [name.strip() for name in str(field.type).split("|")]
+    names = type_names(field)
     if value is None and "None" in names:
         return None
     if isinstance(value, str) and "str" not in names:

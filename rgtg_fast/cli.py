@@ -104,17 +104,30 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="default: for an op the GPU if there is one, else cpu")
     bench.set_defaults(run=_bench)
 
-    for command, module, help in (
-        ("train", "training.run", "train a reward model for partial sequences"),
-        ("eval", "evaluation", "compare ways to decode over a file of prompts"),
+    for command, module, does, keys in (
+        (
+            "train",
+            "training.run",
+            "train a reward model for partial sequences",
+            "model, train, eval or hold_out, output_dir, loss_type, tokenizer, dtype, lora, frozen, "
+            "l2, resume, and every field of rgtg_fast.training.PrefixRewardConfig, which has those "
+            "of transformers.TrainingArguments; an example is in help(rgtg_fast.training)",
+        ),
+        (
+            "eval",
+            "evaluation",
+            "compare ways to decode over a file of prompts",
+            "see help(rgtg_fast.evaluation)",
+        ),
         (
             "select-pairs",
             "training.select_pairs",
             "of many unlabelled pairs, those most worth a label",
+            "see help(rgtg_fast.training.select_pairs)",
         ),
     ):
         by_config = commands.add_parser(
-            command, help=help, description=f"{help}; `help(rgtg_fast.{module})` has the keys"
+            command, help=does, description=f"{does[0].upper()}{does[1:]}.", epilog=f"Keys: {keys}."
         )
         by_config.add_argument("--config", type=Path, required=True, help="YAML file")
         by_config.add_argument(

@@ -242,14 +242,16 @@ def test_compiles_without_graph_breaks(backend, extension):
 
 
 @over("backend", HERE)
-def test_what_cannot_be_refused_on_a_gpu_is_nan(backend):
+@over("extension", ["hold", "eos"])
+def test_what_cannot_be_refused_on_a_gpu_is_nan(backend, extension):
     """Compiled graphs do not look at values either."""
     chosen, rejected, first, second = pairs()
     first, second = first.clone(), second.clone()
     first[1] = False  # empty
 
     def each(*arguments):
-        return ops.prefix_bt_loss(*arguments, first=3, reduction="none", backend=backend)
+        options = {"first": 3, "extension": extension, "backend": backend}
+        return ops.prefix_bt_loss(*arguments, reduction="none", **options)
 
     lengths = torch.tensor([5, 0, 8, 3, 8, 2]), torch.tensor([2, 4, 8, 1, 1, 1])
     masks = [torch.arange(8) < n[:, None] for n in lengths]

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import gpt2_lm, gpt2_rm, llama_lm, llama_rm, prompts
 from training import close, id_pairs, step, text_pairs, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForSequenceClassification
 
 import rgtg_fast
 from rgtg_fast.scorers import VocabRewardScorer
@@ -34,7 +34,8 @@ def test_lora_trains_adapters_and_head_only_and_the_saved_adapter_scores_alike(t
     before = {n: p.clone() for n, p in trained.model.named_parameters()}
     trained.train()
     moved = {n for n, p in trained.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and all("lora_" in n or "modules_to_save" in n for n in moved)
+    assert all("lora_" in n or "modules_to_save" in n for n in moved)
+    assert any("lora_B" in n for n in moved) and any("score" in n for n in moved)
     trained.save_model()
     loaded = PeftModel.from_pretrained(llama_rm(), tmp_path).eval()
     inputs = prompts(5)
@@ -84,6 +85,20 @@ def test_bf16_trains_fp32_weights_under_autocast(tmp_path):
     torch.testing.assert_close(loss, step(plain, rows)[0], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_rewards_are_fp32_numbers_under_autocast(tmp_path, adapter):
+    trained = trainer(
+        tmp_path,
+        llama_rm(initializer_range=0.1),
+        id_pairs(6),
+        peft_config=lora() if adapter else None,
+        bf16=True,
+    )
+    rewards = trained.score(trained.model, trained.data_collator(id_pairs(6)), None).rewards
+    assert rewards.dtype == torch.float32
+    assert (rewards != rewards.bfloat16()).float().mean() > 0.9
+
+
 def test_bf16_weights_train_too(tmp_path):
     rows = id_pairs(6)
     trained = trainer(tmp_path, gpt2_rm(initializer_range=0.1).bfloat16(), rows, bf16=True)
@@ -99,6 +114,19 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
     assert step(noisy, rows)[0] != step(noisy, rows)[0]
     quiet = trainer(tmp_path, model, rows)
     assert step(quiet, rows)[0] == step(quiet, rows)[0]
+
+
+def test_dropout_that_is_no_module_is_off_and_that_of_adapters_is_kept(tmp_path):
+    shape = {"hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 1}
+    opt = OPTForSequenceClassification(
+        OPTConfig(vocab_size=320, num_attention_heads=2, num_labels=1, dropout=0.5, **shape)
+    )
+    rows = id_pairs(4)
+    quiet = trainer(tmp_path, opt, rows)
+    assert step(quiet, rows)[0] == step(quiet, rows)[0]
+    adapter = lora(lora_dropout=0.5, init_lora_weights=False)
+    noisy = trainer(tmp_path, llama_rm(), rows, peft_config=adapter)
+    assert step(noisy, rows)[0] != step(noisy, rows)[0]
 
 
 def test_the_saved_config_keeps_the_cache_that_the_model_came_with(tmp_path):

@@ -72,19 +72,20 @@ def test_genarm_compares_scaled_sums_of_log_probs(tmp_path):
     torch.testing.assert_close(loss, -F.logsigmoid(torch.stack(gaps)).mean().detach())
 
 
-@pytest.mark.parametrize("weights", ["linear", "uniform"])
-def test_rad_is_the_weighted_squared_error_of_every_prefix(tmp_path, weights):
+@pytest.mark.parametrize(("weights", "first"), [("linear", 1), ("uniform", 1), ("uniform", 3)])
+def test_rad_is_the_weighted_squared_error_of_every_prefix(tmp_path, weights, first):
     rows = [
         {"prompt_ids": [5, 6] if n else [], "answer_ids": list(range(7, 10 + n)), "label": 0.2 * n}
         for n in range(4)
     ]
     model = gpt2_rm(initializer_range=0.2).double()
     data = LabelledDataset(rows)
-    loss, _ = step(trainer(tmp_path, model, data, loss_type="rad", weights=weights), data.rows)
+    options = {"loss_type": "rad", "weights": weights, "first": first}
+    loss, _ = step(trainer(tmp_path, model, data, **options), data.rows)
     per_text = []
     for row in rows:
         total, norm = 0.0, 0.0
-        for i in range(1, len(row["answer_ids"]) + 1):
+        for i in range(first, len(row["answer_ids"]) + 1):
             ids = torch.tensor([row["prompt_ids"] + row["answer_ids"][:i]])
             weight = i if weights == "linear" else 1
             total = total + weight * (model(ids).logits[0, 0] - row["label"]) ** 2
@@ -97,7 +98,13 @@ def test_rad_is_the_weighted_squared_error_of_every_prefix(tmp_path, weights):
 def test_rad_learns_and_reports_its_error_by_length(tmp_path):
     rows = [{"text": "thank you", "label": 1.0}, {"text": "no, hello", "label": 0.0}] * 8
     trained = trainer(
-        tmp_path, train=rows, evaluate=rows, loss_type="rad", max_steps=30, learning_rate=3e-3
+        tmp_path,
+        train=rows,
+        evaluate=rows,
+        loss_type="rad",
+        max_steps=30,
+        learning_rate=3e-3,
+        leaks="allow",
     )
     before = trained.evaluate()
     trained.train()
@@ -159,6 +166,19 @@ def test_a_fitted_head_is_the_optimum_and_generalises():
     loss = -(F.logsigmoid(train.differences / scale @ theta) * train.weight).sum()
     (loss + l2 / 2 * (theta**2).sum()).backward()
     assert theta.grad.abs().max() < 1e-4
+
+
+def test_smoothed_labels_are_in_the_fit():
+    features = pair_features(
+        gpt2_rm(initializer_range=0.2).transformer, PreferenceDataset(id_pairs(20)), first=2
+    )
+    fit = fit_head(features, l2=1e-2, label_smoothing=0.2)
+    gap = features.differences @ fit.weight
+    losses = -0.8 * F.logsigmoid(gap) - 0.2 * F.logsigmoid(-gap)
+    assert fit.loss == pytest.approx(float((losses * features.weight).sum()), rel=1e-5)
+    assert features.length.min() == 2 and features.weight.sum() == pytest.approx(1)
+    per_pair = torch.zeros(20).index_add(0, features.pair, features.weight)
+    torch.testing.assert_close(per_pair, torch.full((20,), 1 / 20))
 
 
 def test_full_features_are_those_of_the_whole_answers():

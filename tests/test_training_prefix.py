@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EOS, gpt2_rm, llama_rm
+from tiny import EOS, PAD, gpt2_rm, llama_rm
 from training import close, config, id_pairs, step, trainer
 
 from rgtg_fast.training import PreferenceDataset
@@ -52,6 +52,28 @@ def test_loss_and_gradient_equal_the_exploded_rows(tmp_path, make, tolerance, ex
     close(gradients, {n: p.grad for n, p in model.named_parameters()}, tolerance)
 
 
+@pytest.mark.parametrize("extension", ["hold", "eos"])
+def test_evaluation_has_the_margin_of_every_prefix(tmp_path, extension):
+    rows = [*id_pairs(4), {"prompt_ids": [5], "chosen_ids": [6, 7, PAD], "rejected_ids": [6, 7]}]
+    model = gpt2_rm(initializer_range=0.2)
+    trained = trainer(tmp_path, model, rows[:1], extension=extension)
+    predicted = trained.predict(PreferenceDataset(rows))
+    for row, margins, label in zip(
+        rows, predicted.predictions, predicted.label_ids.tolist(), strict=True
+    ):
+        answers = [row["chosen_ids"], row["rejected_ids"]]
+        assert label[:2] == [len(answer) for answer in answers]
+        if extension == "eos":
+            answers = [answer + [EOS] * (max(label[:2]) - len(answer)) for answer in answers]
+        for i in range(1, max(label[:2]) + 1):
+            texts = [torch.tensor([row["prompt_ids"] + answer[:i]]) for answer in answers]
+            # Not the public forward, which looks for the last token that is no padding.
+            hidden = [model.transformer(ids).last_hidden_state[0, -1] for ids in texts]
+            margin = model.score(hidden[0] - hidden[1]).item()
+            assert margins[i - 1] == pytest.approx(margin, abs=1e-4)
+    assert label[2] == 2  # the last pair's answers begin alike
+
+
 def test_linear_weights_from_the_second_prefix_on_equal_the_exploded_rows(tmp_path):
     rows = id_pairs(4, seed=1)
     model = gpt2_rm(initializer_range=0.2).double()
@@ -83,15 +105,15 @@ def test_margins_of_the_rows_are_taken_from_the_difference(tmp_path):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_model_that_looks_ahead_is_refused(tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
+@pytest.mark.parametrize("loss_type", ["prefix", "genarm"])
+def test_a_model_that_looks_ahead_is_refused(tmp_path, loss_type):
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = BertForSequenceClassification(
-        BertConfig(vocab_size=320, intermediate_size=16, num_labels=1, **shape)
-    )
+    auto = BertForSequenceClassification if loss_type == "prefix" else BertForMaskedLM
+    bert = auto(BertConfig(vocab_size=320, intermediate_size=16, num_labels=1, **shape))
     with pytest.raises(ValueError, match="looks ahead"):
-        trainer(tmp_path, bert, id_pairs(4))
+        trainer(tmp_path, bert, id_pairs(4), loss_type=loss_type)
 
 
 def test_a_language_model_is_refused_where_a_scalar_head_is_wanted(tmp_path):
@@ -113,8 +135,9 @@ def test_training_learns_and_evaluates_by_prefix_length(tmp_path):
     assert history[-1]["loss"] < history[0]["loss"] and "accuracy" in history[-1]
 
 
-def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
-    rows = PreferenceDataset(id_pairs(8))
+@pytest.mark.parametrize("count", [8, 7])  # the last of 4 batches has one pair of two
+def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path, count):
+    rows = PreferenceDataset(id_pairs(count))
     weights = []
     for size, pieces in ((8, 1), (2, 4)):
         model = gpt2_rm(initializer_range=0.1).double()
@@ -127,10 +150,44 @@ def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
             gradient_accumulation_steps=pieces,
             optim="sgd",
             max_grad_norm=0.0,
+            centering=0.1,
         )
         trained.train()
         weights.append(dict(model.named_parameters()))
     close(*weights, 1e-12)
+
+
+def test_rows_that_the_model_has_no_positions_or_embeddings_for_are_refused(tmp_path):
+    long = [row | {"prompt_ids": [5] * 20} for row in id_pairs(4)]
+    with pytest.raises(
+        ValueError, match=r"train has a row of 2. tokens and the model takes 16; set"
+    ):
+        trainer(tmp_path, gpt2_rm(n_positions=16), long)
+    strange = [*id_pairs(3), {"prompt_ids": [5], "chosen_ids": [9], "rejected_ids": [10_000]}]
+    with pytest.raises(ValueError, match="eval holds token id 10000 and the model has"):
+        trainer(tmp_path, gpt2_rm(), id_pairs(4, seed=3), strange)
+
+
+def test_margin_smoothing_and_centering_are_those_of_the_loss(tmp_path):
+    rows = [{**row, "margin": 0.5} if n else row for n, row in enumerate(id_pairs(3))]
+    model = gpt2_rm(initializer_range=0.2).double()
+    options = {"margin": 0.25, "label_smoothing": 0.1, "centering": 0.3}
+    loss, _ = step(trainer(tmp_path, model, rows, **options), rows)
+    rewards = [
+        [
+            model(torch.tensor([row["prompt_ids"] + row[side][:i]])).logits[0, 0]
+            for i in range(1, max(len(row["chosen_ids"]), len(row["rejected_ids"])) + 1)
+        ]
+        for row in rows
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+    per_pair = []
+    for n, (chosen, rejected) in enumerate(zip(rewards[::2], rewards[1::2], strict=True)):
+        r, s = torch.stack(chosen), torch.stack(rejected)
+        gap = r - s - (0.5 if n else 0.25)
+        losses = -0.9 * F.logsigmoid(gap) - 0.1 * F.logsigmoid(-gap) + 0.3 * (r + s) ** 2
+        per_pair.append(losses.mean())
+    torch.testing.assert_close(loss, torch.stack(per_pair).mean().detach())
 
 
 @pytest.mark.parametrize(
@@ -141,6 +198,14 @@ def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
         ({"first": 0}, "first=0"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"overlong": "cut"}, "overlong='cut'"),
+        ({"invalid": "keep"}, "invalid='keep'"),
+        ({"leaks": "maybe"}, "leaks='maybe'"),
+        ({"eos": "always"}, "eos='always'"),
+        ({"max_length": 1}, "max_length=1; pass at least 2"),
+        ({"loss_type": "full", "extension": "eos"}, "extension='eos' has no part in .*'full'"),
+        ({"loss_type": "genarm", "weights": "linear"}, "weights='linear' has no part in"),
+        ({"loss_type": "rad", "margin": 1.0}, "margin=1.0 has no part in loss_type='rad'"),
     ],
 )
 def test_options_out_of_range_are_named(tmp_path, changes, message):

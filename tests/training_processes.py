@@ -44,7 +44,8 @@ def train_until_killed(path, sampling):
 
 
 def outcome(trained):
-    losses = {h["step"]: h["loss"] for h in trained.state.log_history if "loss" in h}
+    history = [h for h in trained.state.log_history if "loss" in h]
+    losses = {(h["step"], name): h[name] for h in history for name in ("loss", "accuracy")}
     return losses, {n: p.detach() for n, p in trained.model.named_parameters()}
 
 

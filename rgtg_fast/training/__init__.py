@@ -57,8 +57,8 @@ Four smaller methods, each in a module of its own, fit into this:
 
 EOS: an answer ends with EOS where it truly ends and nowhere else, so the model learns what ending
 there is worth; answers cut at `max_length` get none (`eos: keep` adds none at all). Over-long rows
-are counted and said; empty answers, equal pairs, and pairs that are in train and eval are errors
-that say how many and what to do.
+are counted and said; empty answers, equal pairs, and rows that are in train and eval are errors
+that say how many and what to do. `hold_out` keeps the pairs of a prompt together.
 """
 
 from .attention_credit import attention_labels, dense_rewards

@@ -12,6 +12,7 @@ from ..scorers.attention_credit import check_share, eager_attention, last_attent
 from ..scorers.reward_model import as_reward_model
 from .collate import LabelledCollator
 from .formats import Row
+from .objectives import answer_columns
 
 
 def dense_rewards(
@@ -93,8 +94,7 @@ def attention_labels(
                 single.append({"prompt_ids": row["prompt_ids"], "answer_ids": row[name]})
     if not single:
         raise ValueError("rows is empty; pass rows with prompt_ids and answer_ids")
-    pad = getattr(rm.text_config, "pad_token_id", None)
-    collate = LabelledCollator(pad or 0)
+    collate = LabelledCollator()
     for at in range(0, len(single), batch_size):
         part = single[at : at + batch_size]
         batch = collate([row | {"label": 0.0} for row in part])
@@ -110,8 +110,9 @@ def attention_labels(
             index = torch.arange(len(hidden), device=hidden.device)
             last = (batch["attention_mask"].sum(-1) - 1).to(hidden.device)
             reward = rm.rewards(hidden[index, last][:, None])[:, 0]
-        attention = weights[index, :, last].float().to(reward.device)
         mask = batch["answer_mask"].to(reward.device)
+        attention = weights[index, :, last].float().to(reward.device)
+        attention = answer_columns(attention, batch["start"].to(reward.device), mask.shape[-1])
         sums = dense_rewards(reward.double(), attention, mask, share).cumsum(-1)
         for row, r, total, answer in zip(
             part, reward.tolist(), sums.cpu(), mask.bool().cpu(), strict=True

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .config import PrefixRewardConfig
+from .objectives import OBJECTIVES
 from .settings import Settings
 
 WHAT = {
@@ -17,10 +19,9 @@ WHAT = {
     "genarm": "GenARM's autoregressive reward model (arXiv 2410.08193)",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
-_LOAD = {
-    "scalar": ("AutoModelForSequenceClassification", "rm"),
-    "farma": ("AutoModelForCausalLM", "rgtg_fast.scorers.VocabRewardScorer(rm)"),
-    "genarm": ("AutoModelForCausalLM", "rgtg_fast.scorers.AutoregressiveScorer(rm)"),
+GUIDE = {
+    "farma": "rgtg_fast.scorers.VocabRewardScorer(rm)",
+    "genarm": "rgtg_fast.scorers.AutoregressiveScorer(rm)",
 }
 
 
@@ -55,9 +56,12 @@ def write_card(
         + (f" after {metrics['steps']} steps" if "steps" in metrics else ""),
         "",
         "```yaml",
-        f"model: {settings.model}",
-        f"train: {settings.train}",
-        *([f"lora: {json.dumps(settings.lora)}"] if settings.lora else []),
+        *(
+            f"{f.name}: {json.dumps(value)}"
+            for f in fields(settings)
+            if f.name not in ("args", "resume")
+            and (value := getattr(settings, f.name)) != f.default
+        ),
         *(f"{key}: {json.dumps(value)}" for key, value in sorted(settings.args.items())),
         "```",
     ]
@@ -65,19 +69,21 @@ def write_card(
 
 
 def _usage(settings: Settings, args: PrefixRewardConfig, config: Any) -> list[str]:
+    out = str(args.output_dir)
+    head = "SequenceClassification" if OBJECTIVES[args.loss_type].head == "scalar" else "CausalLM"
+    guide = GUIDE.get(args.loss_type, "rm")
+    imports: dict[str, set[str]] = {"transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
     if settings.frozen:
-        code = [
-            'weight = safetensors.torch.load_file("reward_head.safetensors")["weight"]',
-            "guide = rgtg_fast.RewardHead(lm, weight)",
-        ]
-        guide = "guide"
+        imports["safetensors.torch"] = {"load_file"}
+        load = [f'weight = load_file({json.dumps(f"{out}/reward_head.safetensors")})["weight"]']
+        guide = "rgtg_fast.RewardHead(lm, weight)"
     else:
-        auto, guide = _LOAD.get(args.loss_type, _LOAD["scalar"])
-        package, labels = "transformers", ""
+        package, auto = "transformers", f"AutoModelFor{head}"
         if settings.lora is not None:
-            package, auto = "peft", auto.replace("Auto", "AutoPeft", 1)
-            labels = ", num_labels=1" if guide == "rm" else ""
-        code = [f'rm = {package}.{auto}.from_pretrained("{args.output_dir}"{labels})']
+            package, auto = "peft", f"AutoPeftModelFor{head}"
+        imports.setdefault(package, set()).add(auto)
+        labels = ", num_labels=1" if package == "peft" and guide == "rm" else ""
+        load = [f"rm = {auto}.from_pretrained({json.dumps(out)}{labels})"]
     pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
     extra = ""
     note: list[str] = []
@@ -89,9 +95,23 @@ def _usage(settings: Settings, args: PrefixRewardConfig, config: Any) -> list[st
             "",
         ]
     return [
+        "It guides the model that it was trained from, or another with the same tokenizer:",
+        "",
         "```python",
-        *code,
-        f"out = rgtg_fast.generate(lm, **inputs, reward_model={guide}, k=10{extra})",
+        "import rgtg_fast",
+        *(
+            f"from {package} import {', '.join(sorted(names))}"
+            for package, names in sorted(imports.items())
+        ),
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(out)})",
+        f"lm = AutoModelForCausalLM.from_pretrained({json.dumps(settings.model)})",
+        *load,
+        'ids = tokenizer("A prompt like those trained on.", return_tensors="pt").input_ids',
+        "out = rgtg_fast.generate(",
+        f"    lm, ids, reward_model={guide}, k=10, max_new_tokens=32{extra}",
+        ")",
+        "print(tokenizer.decode(out[0]))",
         "```",
         "",
         *note,

@@ -14,17 +14,19 @@ from .formats import Row
 class PairCollator:
     """N preference rows to a batch whose first dimension is the pair.
 
-    Returns `input_ids`, `attention_mask`, `answer_mask`, int64 [N, 2, L], chosen before rejected,
-    padded on the right; `start` int64 [N], the prompt's length; and, where the rows have one,
-    `margin` fp32 [N]. Prompt tokens are not in `answer_mask` and so carry no loss. A launcher that
-    splits batches along the first dimension never parts a pair.
+    Returns `input_ids` and `attention_mask` int64 [N, 2, L], chosen before rejected, padded on the
+    right; `start` int64 [N], the prompt's length; `answer_mask` int64 [N, 2, T], 1 for each token
+    of an answer, the first at column 0, T that of the longest; and, where a row has one, `margin`
+    fp32 [N], for rows without the `margin` given here. A launcher that splits batches along the
+    first dimension never parts a pair.
 
     `fill_eos` gives EOS ids behind the shorter answer up to the longer one's length (the published
     padding): attended to, and not in `answer_mask`, for the loss with `extension="eos"`.
     """
 
-    pad_id: int
+    pad_id: int = 0
     fill_eos: int | None = None
+    margin: float | None = None
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         sides = [[row[s] for s in ("chosen_ids", "rejected_ids")] for row in rows]
@@ -33,13 +35,14 @@ class PairCollator:
             for row, pair in zip(rows, sides, strict=True)
         )
         ids = torch.full((len(rows), 2, width), self.pad_id)
-        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+        mask = torch.zeros_like(ids)
+        answer = torch.zeros(len(rows), 2, max(len(a) for pair in sides for a in pair)).long()
         for n, (row, pair) in enumerate(zip(rows, sides, strict=True)):
             start, longest = len(row["prompt_ids"]), max(map(len, pair))
             for side, tokens in enumerate(pair):
                 end = start + len(tokens)
                 ids[n, side, :end] = torch.tensor(row["prompt_ids"] + tokens)
-                answer[n, side, start:end] = 1
+                answer[n, side, : len(tokens)] = 1
                 mask[n, side, :end] = 1
                 if self.fill_eos is not None:
                     ids[n, side, end : start + longest] = self.fill_eos
@@ -51,26 +54,30 @@ class PairCollator:
             "start": torch.tensor([len(row["prompt_ids"]) for row in rows]),
         }
         if any("margin" in row for row in rows):
-            batch["margin"] = torch.tensor([float(row.get("margin", 0.0)) for row in rows])
+            margins = [float(row.get("margin", self.margin or 0.0)) for row in rows]
+            batch["margin"] = torch.tensor(margins)
         return batch
 
 
 @dataclass
 class LabelledCollator:
-    """N labelled rows to `input_ids`, `attention_mask`, `answer_mask` int64 [N, L], `start` int64
-    [N] and `target` fp32 [N], padded on the right; and, where a row has targets of its own for its
-    prefixes, `targets` fp32 [N, T] (the label repeated for rows without)."""
+    """N labelled rows to `input_ids` and `attention_mask` int64 [N, L], padded on the right,
+    `start` int64 [N], `answer_mask` int64 [N, T] as in `PairCollator`, and `target` fp32 [N]; and,
+    where a row has targets of its own for its prefixes, `targets` fp32 [N, T] (the label repeated
+    for rows without)."""
 
-    pad_id: int
+    pad_id: int = 0
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         tokens = [row["prompt_ids"] + row["answer_ids"] for row in rows]
         ids = torch.full((len(rows), max(map(len, tokens))), self.pad_id)
-        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+        mask = torch.zeros_like(ids)
+        width = max(len(row["answer_ids"]) for row in rows)
+        answer = torch.zeros(len(rows), width).long()
         for n, (row, sequence) in enumerate(zip(rows, tokens, strict=True)):
             ids[n, : len(sequence)] = torch.tensor(sequence)
             mask[n, : len(sequence)] = 1
-            answer[n, len(row["prompt_ids"]) : len(sequence)] = 1
+            answer[n, : len(row["answer_ids"])] = 1
         batch = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -79,7 +86,6 @@ class LabelledCollator:
             "target": torch.tensor([row["label"] for row in rows]),
         }
         if any("targets" in row for row in rows):
-            width = max(len(row["answer_ids"]) for row in rows)
             targets = batch["target"][:, None].repeat(1, width)
             for n, row in enumerate(rows):
                 own = row.get("targets", [])

@@ -6,10 +6,27 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .data import EOS_RULES, INVALID, LEAKS, OVERLONG, one_of
 from .objectives import OBJECTIVES
 
-WEIGHTS = ("uniform", "linear")
-EXTENSIONS = ("hold", "eos")
+CHOICES = {
+    "weights": ("uniform", "linear"),
+    "extension": ("hold", "eos"),
+    "overlong": OVERLONG,
+    "invalid": INVALID,
+    "leaks": LEAKS,
+    "eos": EOS_RULES,
+}
+PAIRS = tuple(name for name, objective in OBJECTIVES.items() if objective.data == "pairs")
+# What has no effect with an option's value, and with which loss types it has one.
+USED_BY = {
+    "weights": ("uniform", ("prefix", "rad")),
+    "extension": ("hold", ("prefix",)),
+    "margin": (0.0, PAIRS),
+    "label_smoothing": (0.0, PAIRS),
+    "consistency": (None, PAIRS),
+    "centering": (0.0, PAIRS),
+}
 
 
 @dataclass
@@ -72,21 +89,28 @@ class PrefixRewardConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("loss_type", self.loss_type, tuple(OBJECTIVES))
+        one_of("loss_type", self.loss_type, tuple(OBJECTIVES))
         scalar_labels = OBJECTIVES[self.loss_type].data == "labelled"
+        for name, (without, users) in USED_BY.items():
+            if self.loss_type not in users and getattr(self, name) not in (None, without):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no part in loss_type={self.loss_type!r}, "
+                    f"only in {', '.join(users)}; leave it out"
+                )
         if self.weights is None:
             self.weights = "linear" if scalar_labels else "uniform"
         if self.eos is None:
             self.eos = "keep" if scalar_labels else "append"
-        _one_of("weights", self.weights, WEIGHTS)
-        _one_of("extension", self.extension, EXTENSIONS)
+        for name, allowed in CHOICES.items():
+            one_of(name, getattr(self, name), allowed)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pairs; leave it False")
-        for name, least in (("first", 1), ("alternate", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}; pass at least {least}")
+        for name, least in (("first", 1), ("alternate", 1), ("max_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}; pass at least {least}")
         if self.consistency is not None:
-            self._take_consistency(self.consistency, scalar_labels)
+            self._take_consistency(self.consistency)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing}; pass 0 <= value < 0.5")
         if self.centering < 0:
@@ -94,12 +118,7 @@ class PrefixRewardConfig(TrainingArguments):
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta}; pass a positive number")
 
-    def _take_consistency(self, rate: float, scalar_labels: bool) -> None:
-        if scalar_labels:
-            raise ValueError(
-                f"consistency={rate} weighs a pair against its swap, and loss_type="
-                f"{self.loss_type!r} has no pairs; leave it out"
-            )
+    def _take_consistency(self, rate: float) -> None:
         if not 0.5 < rate <= 1:
             raise ValueError(
                 f"consistency={rate}; pass 0.5 < value <= 1: at 0.5 the two models agree no more "
@@ -111,8 +130,3 @@ class PrefixRewardConfig(TrainingArguments):
                 "and are one option (label_smoothing = 1 - consistency); drop one of them"
             )
         self.label_smoothing = 1 - rate
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}; pass one of {', '.join(map(repr, allowed))}")

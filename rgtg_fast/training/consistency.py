@@ -100,9 +100,8 @@ def reward_consistency(
 def _answer_rewards(model: Any, dataset: PreferenceDataset, size: int) -> list[list[float]]:
     """Rewards [N, 2] of the whole answers."""
     rm = as_reward_model(model)
-    pad = getattr(rm.text_config, "pad_token_id", None)
     rewards: list[list[float]] = []
-    batches: Any = DataLoader(dataset, size, collate_fn=PairCollator(pad or 0))
+    batches: Any = DataLoader(dataset, size, collate_fn=PairCollator())
     for batch in batches:
         ids, mask = (batch[n].flatten(0, 1).to(rm.device) for n in ("input_ids", "attention_mask"))
         with rm.evaluating():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
@@ -81,10 +82,18 @@ NAMED = {
 }
 
 
+class Loaded(NamedTuple):
+    """Raw rows, the named set they belong to, and how many of its rows the recipe leaves out."""
+
+    rows: list[Row]
+    named: NamedSet | None = None
+    left_out: int = 0
+
+
 def load_rows(
     source: str | os.PathLike[str] | Iterable[Row], split: str = "train", seed: int = 0
-) -> tuple[list[Row], NamedSet | None]:
-    """Raw rows of a source, and the named set it belongs to, if any.
+) -> Loaded:
+    """Raw rows of a source.
 
     `source` is a JSONL file, a folder written by `datasets.save_to_disk`, a dataset of the hub
     (`"owner/name"`), any iterable of rows (a `datasets.Dataset` too), or `"tldr"` / `"hh"`. The two
@@ -94,45 +103,35 @@ def load_rows(
     Raises `ValueError` for a source that is none of these, or a line that is no JSON object.
     """
     if not isinstance(source, (str, os.PathLike)):
-        return [dict(row) for row in source], None
+        return Loaded([dict(row) for row in source])
     text = os.fspath(source)
     name, _, path = text.partition(":")
     named = NAMED.get(name)
     if named is None:
-        return _read(text, {"train": "train", "eval": "test"}[split]), None
+        return Loaded(_read(text, {"train": "train", "eval": "test"}[split]))
     if path:
         raw = _read(path, named.splits[split])
     else:
         raw = _hub(named.hub, named.hub_config, named.splits[split])
         order = random.Random(seed).sample(range(len(raw)), min(len(raw), named.sizes[split]))
         raw = [raw[i] for i in order]
-    rows = [named.convert(row) for row in raw]
-    return [row for row in rows if row is not None], named
+    try:
+        rows = [named.convert(row) for row in raw]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{text!r} holds rows with the keys {sorted(raw[0])}, which are not as in {named.hub}; "
+            f"pass {path or named.hub!r} alone for rows of prompt, chosen and rejected"
+        ) from None
+    kept = [row for row in rows if row is not None]
+    return Loaded(kept, named, len(rows) - len(kept))
 
 
 def _read(text: str, split: str) -> list[Row]:
-    path = Path(text)
-    if path.is_dir():
-        return [dict(row) for row in _datasets().load_from_disk(text)]
-    if path.is_file():
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{text} line {number} is not JSON ({error}); write one JSON object a line"
-                ) from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{text} line {number} is {type(row).__name__}; write an object with the keys "
-                    "prompt, chosen and rejected"
-                )
-            rows.append(row)
-        return rows
-    if text.endswith((".jsonl", ".json")) or text.count("/") != 1:
+    if Path(text).is_dir():
+        return _folder(text, split)
+    if Path(text).is_file():
+        return _jsonl(text)
+    if text.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet")) or text.count("/") != 1:
         raise ValueError(
             f"no data at {text!r}; pass a JSONL file, a folder of datasets.save_to_disk, a dataset "
             f"name owner/name, or one of {', '.join(NAMED)}"
@@ -140,8 +139,59 @@ def _read(text: str, split: str) -> list[Row]:
     return _hub(text, None, split)
 
 
+def _jsonl(text: str) -> list[Row]:
+    rows = []
+    # Not splitlines: a text may hold U+2028 and its kin, which end no line of a file.
+    with open(text, encoding="utf-8-sig") as file:
+        try:
+            lines = list(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{text} is not UTF-8 ({error}); save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{text} line {number} is not JSON ({error}); write one JSON object a line (JSONL)"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{text} line {number} is {type(row).__name__}; write an object with the keys "
+                "prompt, chosen and rejected"
+            )
+        rows.append(row)
+    return rows
+
+
+def _folder(text: str, split: str) -> list[Row]:
+    try:
+        data = _datasets().load_from_disk(text)
+    except OSError:
+        raise ValueError(
+            f"{text!r} is a folder that datasets.save_to_disk did not write; pass such a folder or "
+            "a JSONL file"
+        ) from None
+    if isinstance(data, dict):
+        if split not in data:
+            raise ValueError(
+                f"{text!r} holds the splits {', '.join(data)} and no {split}; pass the folder of "
+                "one of them"
+            )
+        data = data[split]
+    return [dict(row) for row in data]
+
+
 def _hub(name: str, config: str | None, split: str) -> list[Row]:
-    return [dict(row) for row in _datasets().load_dataset(name, config, split=split)]
+    try:
+        data = _datasets().load_dataset(name, config, split=split)
+    except OSError as error:
+        raise ValueError(
+            f"no file or folder at {name!r}, and no dataset of that name could be loaded "
+            f"({error}); mend the path or the name"
+        ) from None
+    return [dict(row) for row in data]
 
 
 def _datasets() -> Any:
@@ -156,36 +206,60 @@ def _datasets() -> Any:
 
 
 def normalise(row: Row, tokenizer: Any) -> Row:
-    """A raw row as `prompt`, `chosen`, `rejected` texts, plus `templated` (it went through the chat
-    template, whose special tokens are then in the text) and `margin` where there is one.
+    """A raw row as `prompt`, `chosen`, `rejected` texts, `templated` (whether they went through the
+    chat template, whose special tokens are then in the text) and `margin` where there is one.
 
     Without `prompt` the common beginning of the two texts, cut back to a word boundary, or the
-    common leading messages of two conversations, is the prompt.
+    common leading messages of two conversations, is the prompt. Conversations may repeat a given
+    prompt's messages.
 
-    Raises `ValueError` naming the keys of a row that has no chosen and rejected.
+    Raises `ValueError` naming what is missing or of another kind.
     """
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(
             f"a preference row has the keys {sorted(row)}; it needs chosen and rejected, and "
             "prompt unless both begin with it"
         )
-    extra = {"margin": float(row["margin"])} if row.get("margin") is not None else {}
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
+    for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not (_is_text(value) or (name == "prompt" and value is None)):
+            raise ValueError(
+                f"{name} is {value!r:.60}; pass a text, or a list of messages with role and content"
+            )
+    extra = {}
+    if row.get("margin") is not None:
+        extra["margin"] = finite_number("margin", row["margin"])
+    plain = isinstance(chosen, str) and isinstance(rejected, str)
+    if plain and (prompt is None or isinstance(prompt, str)):
         if prompt is None:
             prompt, chosen, rejected = _common_text(chosen, rejected)
-        if isinstance(prompt, str):
-            return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extra}
-    if prompt is None:
-        prompt, chosen, rejected = _common_messages(chosen, rejected)
-    texts = _apply_template(tokenizer, prompt, (chosen, rejected))
-    return {
-        "prompt": texts[0],
-        "chosen": texts[1],
-        "rejected": texts[2],
-        "templated": True,
-        **extra,
-    }
+        texts = [prompt, chosen, rejected]
+    else:
+        plain = False
+        if prompt is None:
+            prompt, chosen, rejected = _common_messages(chosen, rejected)
+        texts = _apply_template(tokenizer, prompt, (chosen, rejected))
+    names = ("prompt", "chosen", "rejected")
+    return dict(zip(names, texts, strict=True)) | {"templated": not plain} | extra
+
+
+def finite_number(name: str, value: Any) -> float:
+    """`value` as a float; raises `ValueError` with the row's key `name` for what is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r:.60}; pass a finite number")
+    return number
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+    )
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -195,7 +269,7 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    end = common_prefix(chosen, rejected)
+    end = common_prefix(chosen, rejected) if chosen != rejected else 0
     while end and not chosen[end - 1].isspace():
         end -= 1
     while end and chosen[end - 1] == " ":  # a space belongs to the word after it
@@ -203,8 +277,16 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _common_messages(chosen: Sequence[Row], rejected: Sequence[Row]) -> tuple[Any, Any, Any]:
-    same = common_prefix(chosen, rejected)
+def _common_messages(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    same = 0
+    if not isinstance(chosen, str) and not isinstance(rejected, str):
+        # Equal conversations keep their last message, to be found equal.
+        same = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if same < 1:
+        raise ValueError(
+            "chosen and rejected do not begin with the same message, and there is no prompt; give "
+            "prompt, or the whole conversation twice"
+        )
     return list(chosen[:same]), list(chosen[same:]), list(rejected[same:])
 
 
@@ -222,8 +304,13 @@ def _apply_template(tokenizer: Any, prompt: Any, answers: Sequence[Any]) -> list
     start = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
     texts = [start]
     for answer in answers:
-        messages = history + _messages(answer, "assistant")
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        messages = _messages(answer, "assistant")
+        if messages[: len(history)] == history:  # the prompt is given twice
+            messages = messages[len(history) :]
+        if not any(str(message["content"] or "").strip() for message in messages):
+            texts.append("")
+            continue
+        whole = tokenizer.apply_chat_template(history + messages, tokenize=False)
         if not whole.startswith(start):
             raise ValueError(
                 "the chat template does not put the answer behind the prompt with its generation "

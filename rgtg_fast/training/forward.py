@@ -60,9 +60,13 @@ class TrainedParts:
     def scalar(self, hidden: Tensor) -> Tensor:
         """Rewards [..] of hidden states [.., H], fp32 unless they are wider."""
         weight = next(self.head.parameters(), None)
-        if weight is not None and not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(weight.dtype)
-        out = self.head(hidden)
+        # Outside of autocast: in bf16 rewards around 10 would be 1/16 apart.
+        with torch.autocast(hidden.device.type, enabled=False):
+            if type(self.head) is nn.Linear:
+                bias = self.head.bias if self.head.bias is None else at_least_fp32(self.head.bias)
+                out = F.linear(at_least_fp32(hidden), at_least_fp32(self.head.weight), bias)
+            else:
+                out = self.head(hidden if weight is None else hidden.to(weight.dtype))
         if out.dim() == hidden.dim() and out.shape[-1] == 1:
             out = out.squeeze(-1)
         return at_least_fp32(out)

@@ -61,10 +61,9 @@ def pair_features(
     Raises `ValueError` for a pair without a prefix of `first` tokens.
     """
     rm = RewardModel(lm, head=nn.Identity())
-    pad = getattr(rm.text_config, "pad_token_id", None)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     seen = 0
-    batches: Any = DataLoader(dataset, batch_size, collate_fn=PairCollator(pad or 0))
+    batches: Any = DataLoader(dataset, batch_size, collate_fn=PairCollator())
     for batch in batches:
         batch = {name: value.to(rm.device) for name, value in batch.items()}
         ids, lengths = batch["input_ids"], batch["answer_mask"].sum(-1)
@@ -77,15 +76,13 @@ def pair_features(
             )
         if layer != -1:
             hidden = out.hidden_states[layer]
-        longest = lengths.amax(-1)
+        longest, width = lengths.amax(-1), batch["answer_mask"].shape[-1]
         if int(longest.min()) < first:
             raise ValueError(
                 f"a pair's longer answer has {int(longest.min())} tokens, first={first}; pass a "
                 "smaller first, or min_answer_tokens to the dataset"
             )
-        columns = answer_columns(
-            hidden.view(*ids.shape, -1), batch["start"], int(longest.max())
-        )  # [N, 2, T, H]
+        columns = answer_columns(hidden.view(*ids.shape, -1), batch["start"], width)  # [N, 2, T, H]
         at = torch.arange(columns.shape[2], device=ids.device)
         held = torch.minimum(at, lengths[..., None] - 1)[..., None]
         columns = columns.gather(2, held.expand(-1, -1, -1, columns.shape[-1])).float()

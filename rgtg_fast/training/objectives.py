@@ -46,7 +46,7 @@ def _lengths(batch: Batch) -> Tensor:
 
 
 def _width(batch: Batch) -> int:
-    return int(_lengths(batch).max())
+    return batch["answer_mask"].shape[-1]
 
 
 def _margin(batch: Batch, args: Any) -> Tensor | float | None:
@@ -78,8 +78,7 @@ def prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Sc
     rewards = answer_columns(rewards, batch["start"], _width(batch))
     if args.loss_type == "full":
         return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
-    at = torch.arange(rewards.shape[-1], device=rewards.device)
-    mask = at < _lengths(batch)[..., None]
+    mask = batch["answer_mask"]
     loss = prefix_bt_loss(
         rewards[:, 0],
         rewards[:, 1],
@@ -141,6 +140,7 @@ def _consistency(parts: TrainedParts, batch: Batch, first: int) -> Tensor:
 def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
     """GenARM (arXiv 2410.08193): r(y) = beta Σ_t log p(y_t | x, y_<t), Bradley-Terry at the end."""
     ids, start = batch["input_ids"], batch["start"]
+    # A wait for the device, before it has work: spares the logits of the shortest prompt.
     first = max(int(start.min()), 1)
     logprobs = parts.token_logprobs(
         ids.flatten(0, 1), batch["attention_mask"].flatten(0, 1), first
@@ -156,7 +156,7 @@ def rad(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Score
     hidden = parts.hidden(batch["input_ids"], batch["attention_mask"])
     rewards = answer_columns(parts.scalar(hidden), batch["start"], _width(batch))  # [N, T]
     at = torch.arange(rewards.shape[-1], device=rewards.device)
-    weight = ((at < _lengths(batch)[:, None]) & (at >= args.first - 1)).to(rewards.dtype)
+    weight = (batch["answer_mask"] * (at >= args.first - 1)).to(rewards.dtype)
     if args.weights == "linear":
         weight = weight * (at + 1)
     target = batch["targets"] if "targets" in batch else batch["target"][:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ import torch
 import transformers
 
 from .card import write_card
-from .config import PrefixRewardConfig
-from .data import PreferenceDataset, remove_leaks
-from .formats import load_rows
+from .config import USED_BY, PrefixRewardConfig
+from .data import remove_leaks
 from .head_only import fit_head, pair_features
 from .metrics import label_report, plot_report, prefix_report
 from .objectives import OBJECTIVES
-from .settings import Settings, read_settings
-from .trainer import PrefixRewardTrainer, make_dataset
+from .settings import Settings, load_pretrained, load_tokenizer, read_settings
+from .trainer import PrefixRewardTrainer, check_fit, last_checkpoint, make_dataset
 
 
 def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -32,14 +31,15 @@ def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any
     settings = read_settings(config, overrides)
     args = PrefixRewardConfig(**settings.args)
     transformers.set_seed(args.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
+    out = Path(str(args.output_dir))
+    _check_target(settings, args, out)
+    tokenizer = load_tokenizer(settings)
     train, evaluate = make_datasets(settings, args, tokenizer)
     if args.process_index == 0:
         for name, data in (("train", train), ("eval", evaluate)):
             if data is not None:
                 print(f"{name}: {data.report}", flush=True)
     model = load_model(settings, args)
-    out = Path(str(args.output_dir))
     metrics: dict[str, Any] = {"loss_type": args.loss_type, "frozen": settings.frozen}
     if settings.frozen:
         out.mkdir(parents=True, exist_ok=True)
@@ -61,33 +61,39 @@ def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any
     return metrics
 
 
+def _check_target(settings: Settings, args: PrefixRewardConfig, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"output_dir={str(out)!r} is a file; name a folder")
+    if settings.resume is True:
+        last_checkpoint(str(out))
+    if isinstance(settings.resume, str) and not Path(settings.resume).is_dir():
+        raise ValueError(f"resume={settings.resume!r} is no folder; name a checkpoint's, or true")
+    if settings.frozen:
+        for name in ("weights", "extension", "margin", "centering"):
+            if getattr(args, name) not in (None, USED_BY[name][0]):
+                raise ValueError(f"{name} has no part in the fit of a frozen model's head; drop it")
+
+
 def load_model(settings: Settings, args: PrefixRewardConfig) -> Any:
     """The model that the objective trains; a missing scalar head starts at random."""
     dtype = getattr(torch, settings.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype={settings.dtype!r}; write float32, bfloat16 or float16")
     if settings.frozen or OBJECTIVES[args.loss_type].head == "vocab":
-        return transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    return transformers.AutoModelForSequenceClassification.from_pretrained(
-        settings.model, num_labels=1, dtype=dtype
-    )
+        return load_pretrained(
+            transformers.AutoModelForCausalLM, "model", settings.model, dtype=dtype
+        )
+    auto = transformers.AutoModelForSequenceClassification
+    return load_pretrained(auto, "model", settings.model, num_labels=1, dtype=dtype)
 
 
 def make_datasets(settings: Settings, args: PrefixRewardConfig, tokenizer: Any) -> tuple[Any, Any]:
     """Train and eval set, leaks looked for."""
-    if settings.eval or not settings.hold_out:
-        train = make_dataset(settings.train, args, tokenizer, "train")
-        evaluate = make_dataset(settings.eval, args, tokenizer, "eval")
-    else:
-        rows, _ = load_rows(settings.train, "train", args.seed)
-        if settings.hold_out >= len(rows):
-            raise ValueError(
-                f"hold_out={settings.hold_out} leaves nothing of {len(rows)} rows to train on"
-            )
-        random.Random(args.seed).shuffle(rows)
-        train = make_dataset(rows[settings.hold_out :], args, tokenizer, "train")
-        evaluate = make_dataset(rows[: settings.hold_out], args, tokenizer, "eval")
-    if isinstance(train, PreferenceDataset) and isinstance(evaluate, PreferenceDataset):
+    train: Any = make_dataset(settings.train, args, tokenizer, "train")
+    if settings.hold_out:
+        return train, train.take_out(settings.hold_out, args.seed)
+    evaluate = make_dataset(settings.eval, args, tokenizer, "eval")
+    if evaluate is not None:
         remove_leaks(train, evaluate, args.leaks)
     return train, evaluate
 
@@ -100,7 +106,10 @@ def _trainer(
         from peft import LoraConfig
 
         task = "CAUSAL_LM" if OBJECTIVES[args.loss_type].head == "vocab" else "SEQ_CLS"
-        peft_config = LoraConfig(**{"task_type": task} | settings.lora)
+        try:
+            peft_config = LoraConfig(**{"task_type": task} | settings.lora)
+        except TypeError as error:
+            raise ValueError(f"lora: {error}; write options of peft.LoraConfig") from None
     return PrefixRewardTrainer(
         model,
         args,
@@ -114,11 +123,12 @@ def _trainer(
 def _train(trainer: PrefixRewardTrainer, settings: Settings) -> dict[str, Any]:
     done = trainer.train(resume_from_checkpoint=settings.resume or None)
     trainer.save_model()
+    history = [h for h in trainer.state.log_history if "loss" in h]
     metrics: dict[str, Any] = {
         "steps": done.global_step,
-        "train_loss": done.training_loss,
+        "train_loss": _mean_loss(history, done.training_loss),
         "train_seconds": done.metrics["train_runtime"],
-        "history": [h for h in trainer.state.log_history if "loss" in h],
+        "history": history,
     }
     if trainer.eval_dataset is not None:
         predicted = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
@@ -128,11 +138,26 @@ def _train(trainer: PrefixRewardTrainer, settings: Settings) -> dict[str, Any]:
     return metrics
 
 
+def _mean_loss(history: list[dict[str, Any]], short: float) -> float:
+    """Mean over all steps that were logged; `short` where the run was too short for a log. The
+    Trainer's own figure has only the steps since a run was resumed, divided by all."""
+    if not history:
+        return short
+    before = [0, *(entry["step"] for entry in history)]
+    steps = [entry["step"] - at for entry, at in zip(history, before, strict=False)]
+    return sum(e["loss"] * n for e, n in zip(history, steps, strict=True)) / sum(steps)
+
+
 def _fit_frozen(
     model: Any, settings: Settings, args: PrefixRewardConfig, train: Any, eval: Any, out: Path
 ) -> dict[str, Any]:
     from safetensors.torch import save_file
 
+    for name, data in (("train", train), ("eval", eval)):
+        if data is not None:
+            check_fit(data, model.config.get_text_config(), name)
+            if any("margin" in row for row in data.rows):
+                raise ValueError(f"{name} has margins, which have no part in the fit of a head")
     model = model.to(args.device)
     options: dict[str, Any] = {"first": args.first, "full": args.loss_type == "full"}
     size = args.per_device_train_batch_size
@@ -165,10 +190,20 @@ def _head_report(weight: torch.Tensor, features: Any) -> dict[str, Any]:
     return prefix_report(margins, torch.stack([lengths, lengths, equal], dim=1))
 
 
+def _known(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _known(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_known(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(
     metrics: dict[str, Any], settings: Settings, args: PrefixRewardConfig, model: Any, out: Path
 ) -> None:
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    text = json.dumps(_known(metrics), indent=2, allow_nan=False)
+    (out / "metrics.json").write_text(text + "\n")
     plotted = OBJECTIVES[args.loss_type].data == "pairs" and "eval" in metrics
     if plotted:
         plot_report(

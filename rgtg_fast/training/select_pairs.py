@@ -21,6 +21,7 @@ from .data import PreferenceDataset
 from .design import d_optimal
 from .formats import Row, load_rows
 from .head_only import pair_features
+from .settings import load_pretrained, load_tokenizer
 
 
 @dataclass
@@ -81,7 +82,7 @@ def run(config: str | os.PathLike[str], overrides: list[str] | None = None) -> l
     dtype = getattr(torch, settings.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype={settings.dtype!r}; write float32, bfloat16 or float16")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
+    tokenizer = load_tokenizer(settings)
     raw, candidates = _pairs(settings.candidates, settings, tokenizer)
     labelled = _pairs(settings.labelled, settings, tokenizer)[1] if settings.labelled else None
     for name, data in (("candidates", candidates), ("labelled", labelled)):
@@ -92,7 +93,8 @@ def run(config: str | os.PathLike[str], overrides: list[str] | None = None) -> l
             f"count={settings.count} of {len(candidates)} candidates; pass 1 to {len(candidates)}"
         )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lm: Any = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    auto = transformers.AutoModelForCausalLM
+    lm = load_pretrained(auto, "model", settings.model, dtype=dtype)
     lm = lm.to(device).eval()
     features = _features(lm, candidates, settings, "features of candidates")
     known = None if labelled is None else _features(lm, labelled, settings, "features of labelled")
@@ -132,7 +134,7 @@ def _pairs(
     source: str, settings: SelectSettings, tokenizer: Any
 ) -> tuple[list[Row], PreferenceDataset]:
     """The raw rows, and the pairs of them as token ids."""
-    raw, _ = load_rows(source)
+    raw = load_rows(source).rows
     pairs = []
     for number, row in enumerate(raw):
         if "responses" in row:

@@ -8,7 +8,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._config_file import read_yaml
+from transformers import AutoTokenizer
+
+from .._config_file import read_yaml, type_names, typed
 from .config import PrefixRewardConfig
 from .formats import NAMED
 
@@ -18,7 +20,8 @@ class Settings:
     """What the file says beside the fields of `PrefixRewardConfig`, which are in `args`.
 
     `model` and `train` are needed; see `rgtg_fast.training.formats.load_rows` for what `train` and
-    `eval` may be. `hold_out` takes that many training rows for evaluation where there is no `eval`.
+    `eval` may be. `hold_out` takes that many training rows for evaluation where there is no `eval`,
+    the pairs of a prompt together.
     `lora` holds the options of `peft.LoraConfig`. `frozen` fits a head on the frozen model's hidden
     states (penalty `l2`) and trains nothing else. `resume` is true (the last checkpoint in
     `output_dir`) or a checkpoint's folder.
@@ -58,8 +61,8 @@ def check_settings(values: dict[str, Any]) -> Settings:
     missing = [key for key in ("model", "train", "output_dir") if not values.get(key)]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; set {missing[0]}: ...")
-    own = {key: _typed(key, value, OWN) for key, value in values.items() if key in OWN}
-    args = {key: _typed(key, value, TRAINER) for key, value in values.items() if key in TRAINER}
+    own = {key: _typed(key, value, OWN[key]) for key, value in values.items() if key in OWN}
+    args = {k: _typed(k, value, TRAINER[k]) for k, value in values.items() if k in TRAINER}
     settings = Settings(**own, args={"report_to": "none", "logging_steps": 10} | args)
     named = NAMED.get(str(settings.train).partition(":")[0])
     if named is not None:
@@ -71,11 +74,32 @@ def check_settings(values: dict[str, Any]) -> Settings:
     if settings.hold_out and settings.eval:
         raise ValueError("hold_out and eval are both given; drop one of them")
     loss_type = settings.args.get("loss_type", "prefix")
-    if settings.frozen and (settings.lora or loss_type not in ("prefix", "full")):
+    if settings.frozen and (
+        settings.lora or settings.resume or loss_type not in ("prefix", "full")
+    ):
         raise ValueError(
-            "frozen: true fits a head only; drop lora, and use loss_type prefix or full"
+            "frozen: true fits a head only, at once; drop lora and resume, and use loss_type "
+            "prefix or full"
         )
     return settings
+
+
+def load_pretrained(auto: Any, key: str, name: str, **options: Any) -> Any:
+    """`auto.from_pretrained(name)`; raises `ValueError` with the config's `key` where it fails."""
+    try:
+        return auto.from_pretrained(name, **options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        why = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise ValueError(
+            f"{key}={name!r} cannot be loaded by {auto.__name__} ({why}); give a folder that holds "
+            "it, or a name on the hub"
+        ) from None
+
+
+def load_tokenizer(settings: Any) -> Any:
+    """The tokenizer of `settings.tokenizer`, or else of `settings.model`."""
+    key = "tokenizer" if settings.tokenizer else "model"
+    return load_pretrained(AutoTokenizer, key, getattr(settings, key))
 
 
 def _unknown(key: str) -> str:
@@ -84,26 +108,9 @@ def _unknown(key: str) -> str:
     return f"unknown key {key}: {hint}"
 
 
-def _typed(key: str, value: Any, fields: dict[str, Any]) -> Any:
-    """`value` as the field's type has it; YAML reads 5e-6 as text."""
-    kind = str(fields[key].type)
-    wanted = [name for name in ("float", "int", "bool", "str", "dict") if name in kind]
-    if value is None or not wanted or isinstance(value, list):
-        return value
-    if isinstance(value, bool):
-        right = "bool" in wanted or "str" in wanted
-    elif isinstance(value, (int, float)):
-        right = "float" in wanted or ("int" in wanted and float(value).is_integer())
-        right = right or "str" in wanted
-    elif isinstance(value, str) and "str" not in wanted and "dict" not in wanted:
-        try:
-            number = float(value)
-        except ValueError:
-            right = False
-        else:
-            return int(number) if "float" not in wanted else number
-    else:
-        right = "str" in wanted or "dict" in wanted
-    if not right:
-        raise ValueError(f"{key}: {value!r} is no {' or '.join(wanted)}")
-    return value
+def _typed(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    """`value` as the field's type has it; mappings, lists and enums are not looked at."""
+    simple = {"bool", "int", "float", "str", "None"}.issuperset(type_names(field))
+    if value is False and not simple:
+        return "no"  # as YAML reads `save_strategy: no`
+    return typed(key, value, field) if simple else value

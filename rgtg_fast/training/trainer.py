@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from .collate import LabelledCollator, PairCollator
 from .config import PrefixRewardConfig
-from .data import LabelledDataset, PreferenceDataset, remove_leaks
+from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
 from .forward import TrainedParts, call_inside, check_causal
 from .metrics import label_metrics, pair_metrics
-from .objectives import OBJECTIVES, Objective, Scored
+from .objectives import OBJECTIVES, Objective, Scored, answer_columns
 
 logger = logging.get_logger(__name__)
 
@@ -89,17 +93,16 @@ class PrefixRewardTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-        train_dataset = make_dataset(train_dataset, args, processing_class, "train")
-        eval_dataset = make_dataset(eval_dataset, args, processing_class, "eval")
-        if isinstance(train_dataset, PreferenceDataset) and isinstance(
-            eval_dataset, PreferenceDataset
-        ):
+        sources = {"train": train_dataset, "eval": eval_dataset}
+        train_dataset, eval_dataset = (
+            make_dataset(source, args, processing_class, name) for name, source in sources.items()
+        )
+        if train_dataset is not None and eval_dataset is not None:
             remove_leaks(train_dataset, eval_dataset, args.leaks)
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
-            if data is not None:
-                logger.info(f"{name}: {data.report}")
-                if data.report.overlong:
-                    logger.warning(f"{name}: {data.report}")
+            if data is not sources[name]:
+                whole = data.report.kept == data.report.rows and not data.report.overlong
+                (logger.info if whole else logger.warning)(f"{name}: {data.report}")
         pairs = objective.data == "pairs"
         config = getattr(model, "config", None)
         cached = getattr(config, "use_cache", None)
@@ -119,13 +122,22 @@ class PrefixRewardTrainer(Trainer):
             config.use_cache = cached  # type: ignore[union-attr]
         self.model_accepts_loss_kwargs = False
         self._parts: TrainedParts | None = None
-        self._sums: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._mean_rows: float | None = None
         trained: Any = self.model
         if args.disable_dropout:
             disable_dropout(trained)
         parts = self.parts(trained)
-        if objective.head == "scalar":
-            check_causal(parts)
+        check_causal(parts)
+        for name, data in (("train", train_dataset), ("eval", eval_dataset)):
+            if data is not None:
+                check_fit(data, parts.rm.text_config, name)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer; `resume_from_checkpoint=True` takes the last whole checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -167,16 +179,31 @@ class PrefixRewardTrainer(Trainer):
         if model.training and self.objective.data == "pairs":
             phase = "bt_loss" if scored.rewards is not None else "consistency_loss"
             if self.args.loss_type == "farma":
-                self._sums.setdefault(phase, []).append(scored.loss.detach())
+                self._count(phase, scored.loss.detach())
             if scored.rewards is not None:
                 gap = last_gap(scored.rewards, inputs["answer_mask"])
-                self._sums.setdefault("accuracy", []).append((gap > 0).float().mean())
-        return (scored.loss, scored) if return_outputs else scored.loss
+                self._count("accuracy", (gap > 0).float().mean())
+        loss = scored.loss
+        if model.training and self._mean_rows is not None:
+            loss = loss * (len(inputs["start"]) / self._mean_rows)
+        return (loss, scored) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimiser step. An epoch's last may be smaller: each counts by its
+        rows, so that accumulation gives the mean over rows and not over batches."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        rows = [len(batch["start"]) for batch in batches]
+        self._mean_rows = sum(rows) / len(rows) if rows else None
+        return batches, items
+
+    def _count(self, name: str, value: Tensor) -> None:
+        total, n = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (total + value, n + 1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name, values in self._sums.items():
-                logs[name] = round(float(torch.stack(values).mean()), 4)
+            for name, (total, n) in self._sums.items():
+                logs[name] = round(float(self.accelerator.gather(total / n).mean()), 4)
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
@@ -187,8 +214,9 @@ class PrefixRewardTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Loss; rewards [N, 2, T] as [N, 2T] or [N, T]; labels [N, 3] (lengths, equal tokens) or
-        [N, 2] (target, length), with targets of prefixes [N, 2 + T]."""
+        """Loss; for pairs r(chosen) - r(rejected) [N, T] of all prefixes and labels [N, 3] (lengths
+        and the number of tokens with which both begin); for texts rewards [N, T] and labels [N, 2]
+        (target, length), with targets of the prefixes [N, 2 + T]."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             scored = self.score(model, inputs, None)
@@ -201,24 +229,58 @@ class PrefixRewardTrainer(Trainer):
             if "targets" in inputs:
                 labels = torch.cat([labels, inputs["targets"].float()], dim=1)
             return loss, rewards.float(), labels
-        held = rewards
-        if self.args.extension == "hold" or self.args.loss_type != "prefix":
+        if self.args.extension == "hold":
             at = torch.arange(rewards.shape[-1], device=rewards.device)
-            held = rewards.gather(-1, torch.minimum(at, lengths[..., None] - 1))
-        ids, mask = inputs["input_ids"], inputs["answer_mask"]
-        differ = (ids[:, 0] != ids[:, 1]) | (mask[:, 0] != mask[:, 1])
-        equal = differ.long().argmax(-1) - inputs["start"]
+            rewards = rewards.gather(-1, torch.minimum(at, lengths[..., None] - 1))
+        mask = inputs["answer_mask"]
+        ids = answer_columns(inputs["input_ids"], inputs["start"], mask.shape[-1])
+        equal = ((ids[:, 0] != ids[:, 1]) | (mask[:, 0] != mask[:, 1])).long().argmax(-1)
         labels = torch.cat([lengths, equal[:, None]], dim=1)
-        return loss, (held[:, 0] - held[:, 1]).float(), labels
+        return loss, (rewards[:, 0] - rewards[:, 1]).float(), labels
+
+
+def check_fit(data: TokenRows, config: Any, name: str) -> None:
+    """Raises `ValueError` for rows that the model has no positions or no embeddings for."""
+    longest, positions = max(data.lengths()), getattr(config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise ValueError(
+            f"{name} has a row of {longest} tokens and the model takes {positions}; set "
+            f"max_length={positions}"
+        )
+    if data.largest_id() >= config.vocab_size:
+        raise ValueError(
+            f"{name} holds token id {data.largest_id()} and the model has {config.vocab_size} "
+            "embeddings; use the model's own tokenizer, or resize its embeddings"
+        )
+
+
+def last_checkpoint(folder: str) -> str:
+    """The last checkpoint in `folder` that was written to its end, which the Trainer's state marks:
+    a run may have been killed while it wrote one.
+
+    Raises `ValueError` where there is none.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append((json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"], path))
+    if not found:
+        raise ValueError(
+            f"{folder!r} holds no whole checkpoint to go on from; start without resuming, and set "
+            "save_steps to less than the steps of the run"
+        )
+    return str(max(found)[1])
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout of the model to zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+    """Sets every dropout of the model to zero, but for that of adapters, which is asked for by
+    name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for rate in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
 
 
 def last_gap(rewards: Tensor, answer_mask: Tensor) -> Tensor:
@@ -229,9 +291,9 @@ def last_gap(rewards: Tensor, answer_mask: Tensor) -> Tensor:
 
 def make_dataset(
     source: Any, args: PrefixRewardConfig, tokenizer: Any, split: str
-) -> PreferenceDataset | LabelledDataset | None:
+) -> TokenRows | None:
     """The dataset of `source` for this configuration; one that is ready is returned as it is."""
-    if source is None or isinstance(source, (PreferenceDataset, LabelledDataset)):
+    if source is None or isinstance(source, TokenRows):
         return source
     if isinstance(source, dict) or not isinstance(source, (str, Iterable)):
         raise ValueError(
@@ -243,29 +305,24 @@ def make_dataset(
         "overlong": args.overlong,
         "invalid": args.invalid,
         "eos": args.eos,
+        "min_answer_tokens": args.first,
         "seed": args.seed,
     }
-    if OBJECTIVES[args.loss_type].data == "labelled":
-        return LabelledDataset(source, tokenizer, **options)
-    return PreferenceDataset(source, tokenizer, min_answer_tokens=args.first, **options)
+    labelled = OBJECTIVES[args.loss_type].data == "labelled"
+    return (LabelledDataset if labelled else PreferenceDataset)(source, tokenizer, **options)
 
 
 def make_collator(args: PrefixRewardConfig, tokenizer: Any, model: Any) -> Any:
-    """The collator for this configuration. Padding is masked, so any id in the vocabulary does."""
-    config = getattr(model, "config", None)
-
-    def token(name: str) -> int | None:
-        known = getattr(tokenizer, name, None)
-        return known if known is not None else getattr(config, name, None)
-
-    pad, eos = token("pad_token_id"), token("eos_token_id")
-    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
-    pad = eos if pad is None else pad
+    """The collator for this configuration. Padding is masked, so any id does: 0 is in each
+    vocabulary, where a padding token that was added to the tokenizer only is not."""
     if OBJECTIVES[args.loss_type].data == "labelled":
-        return LabelledCollator(pad or 0)
+        return LabelledCollator()
     fill = None
-    if args.loss_type == "prefix" and args.extension == "eos":
-        if eos is None:
+    if args.extension == "eos":
+        fill = getattr(tokenizer, "eos_token_id", None)
+        if fill is None:
+            fill = getattr(getattr(model, "config", None), "eos_token_id", None)
+        fill = fill[0] if isinstance(fill, (list, tuple)) else fill
+        if fill is None:
             raise ValueError("extension='eos' needs an EOS token; pass a tokenizer that has one")
-        fill = eos
-    return PairCollator(pad or 0, fill)
+    return PairCollator(fill_eos=fill, margin=args.margin)

@@ -1,0 +1,138 @@
+"""Raw rows to token ids: one prompt, the answers behind it, EOS where an answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .formats import Row, common_prefix, finite_number, normalise
+
+
+def encode_pairs(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
+    """Rows `prompt_ids`, `chosen_ids`, `rejected_ids` (and `margin`) of raw pairs.
+
+    Raises `ValueError`, naming the row, for rows of another shape.
+    """
+    done = sum("chosen_ids" in row for row in raw)
+    if done == len(raw):
+        return _each(raw, _ready)
+    if done:
+        raise ValueError(
+            f"{done} of {len(raw)} rows hold token ids and the rest text; pass one kind"
+        )
+    _need_tokenizer(tokenizer)
+    return _each(raw, lambda row: _encode_pair(row, tokenizer, eos))
+
+
+def encode_labelled(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
+    """Rows `prompt_ids`, `answer_ids`, `label` (and `targets`); raises as `encode_pairs` does."""
+    return _each(raw, lambda row: _encode_labelled(row, tokenizer, eos))
+
+
+def encode_prompt(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Ids of a prompt with the tokenizer's special tokens, but for an EOS or SEP at its end."""
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    extra = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)}
+    if special and ids and ids[-1] in extra:
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not bare or ids[-len(bare) :] != bare:
+            ids = ids[:-1]
+    return ids
+
+
+def encode_answer(
+    tokenizer: Any, prompt: str, prompt_ids: list[int], text: str, special: bool, eos: str
+) -> list[int]:
+    """Ids of the answer behind the prompt, with EOS at its end as `eos` says; empty for no text.
+
+    Prompt and answer are tokenised together where the prompt's own ids survive that, else apart.
+    """
+    if not text.strip():
+        return []
+    whole = encode_prompt(tokenizer, prompt + text, special)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        ids = whole[len(prompt_ids) :]
+    else:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if eos == "append" and ids and ids[-1] != tokenizer.eos_token_id:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "eos='append' needs a tokenizer with an EOS token; set tokenizer.eos_token, or "
+                "pass eos='keep'"
+            )
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def _each(raw: list[Row], encode: Callable[[Row], Row]) -> list[Row]:
+    encoded = []
+    for number, row in enumerate(raw, 1):
+        try:
+            encoded.append(encode(row))
+        except ValueError as error:
+            raise ValueError(f"row {number} of {len(raw)}: {error}") from None
+    return encoded
+
+
+def _need_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise ValueError("rows of text need a tokenizer; pass tokenizer= (processing_class=)")
+
+
+def _encode_pair(row: Row, tokenizer: Any, eos: str) -> Row:
+    row = normalise(row, tokenizer)
+    special = not row["templated"]
+    prompt = encode_prompt(tokenizer, row["prompt"], special)
+    entry: Row = {"prompt_ids": prompt}
+    for side in ("chosen", "rejected"):
+        entry[f"{side}_ids"] = encode_answer(
+            tokenizer, row["prompt"], prompt, row[side], special, eos
+        )
+    return entry | {name: row[name] for name in ("margin",) if name in row}
+
+
+def _ready(row: Row) -> Row:
+    if row.get("rejected_ids") is None:
+        raise ValueError("a row of token ids has chosen_ids but no rejected_ids; give both")
+    chosen, rejected = _ids(row, "chosen_ids"), _ids(row, "rejected_ids")
+    if row.get("prompt_ids") is None:
+        same = common_prefix(chosen, rejected) if chosen != rejected else 0
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    else:
+        prompt = _ids(row, "prompt_ids")
+    entry: Row = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    if row.get("margin") is not None:
+        entry["margin"] = finite_number("margin", row["margin"])
+    return entry
+
+
+def _encode_labelled(row: Row, tokenizer: Any, eos: str) -> Row:
+    if "completion" in row:
+        row = {**row, "text": row["completion"]}
+    if "label" not in row or not ("text" in row or "answer_ids" in row):
+        raise ValueError(f"a labelled row has the keys {sorted(row)}; it needs text and label")
+    if "answer_ids" in row:
+        prompt = [] if row.get("prompt_ids") is None else _ids(row, "prompt_ids")
+        answer = _ids(row, "answer_ids")
+    else:
+        _need_tokenizer(tokenizer)
+        before, text = row.get("prompt") or "", row["text"]
+        if not isinstance(before, str) or not isinstance(text, str):
+            raise ValueError(
+                f"text={text!r:.60} and prompt={before!r:.60}; pass strings (conversations as the "
+                "text that the chat template makes of them)"
+            )
+        prompt = encode_prompt(tokenizer, before)
+        answer = encode_answer(tokenizer, before, prompt, text, True, eos)
+    entry: Row = {"prompt_ids": prompt, "answer_ids": answer}
+    entry["label"] = finite_number("label", row["label"])
+    if row.get("targets") is not None:
+        entry["targets"] = [float(target) for target in row["targets"]]
+    return entry
+
+
+def _ids(row: Row, name: str) -> list[int]:
+    try:
+        return [int(i) for i in row[name]]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={row[name]!r:.60}; pass a list of token ids") from None
