@@ -109,8 +109,8 @@ def parser() -> argparse.ArgumentParser:
             "train",
             "training.run",
             "train a reward model for partial sequences",
-            "model, train, eval or hold_out, output_dir, loss_type, tokenizer, dtype, lora, frozen, "
-            "l2, resume, and every field of rgtg_fast.training.PrefixRewardConfig, which has those "
+            "model, train, eval or hold_out, output_dir, loss_type, tokenizer, dtype, lora, "
+            "frozen, l2, resume, and every field of rgtg_fast.training.PrefixRewardConfig, which has those "
             "of transformers.TrainingArguments; an example is in help(rgtg_fast.training)",
         ),
         (

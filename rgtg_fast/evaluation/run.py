@@ -237,9 +237,7 @@ def judge_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
                 for at in range(0, len(rows), _JUDGED_AT_ONCE):
                     _rate(judge, prompts, rows, at)
             else:
-                file = evaluation.rows(
-                    "rewards", spec, seed, evaluation.rewards_key(spec, seed)
-                )
+                file = evaluation.rows("rewards", spec, seed, evaluation.rewards_key(spec, seed))
                 for row, kept in zip(rows, file.rows, strict=False):
                     row["reward"] = kept["reward"]
                 for at in range(len(file.rows), len(rows), _JUDGED_AT_ONCE):
