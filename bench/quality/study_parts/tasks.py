@@ -98,7 +98,7 @@ def support_task(sizes: Sizes = SUPPORT_SIZES) -> Task:
         # Answers are five times as long as a recipe: a coarser grid around what is best.
         betas={name: grid[1:-1] for name, grid in BETAS.items()}
         | dict.fromkeys(HEADS, (0.5, 1.0, 2.0, 4.0, 8.0))
-        | {"ABC credit": (2.0, 4.0, 8.0)},
+        | {"ABC credit": (2.0, 4.0, 8.0), "FaRMA": (1.0, 2.0, 4.0, 8.0, 16.0)},
         ks=(2, 5),
     )
 
