@@ -110,8 +110,9 @@ def parser() -> argparse.ArgumentParser:
             "training.run",
             "train a reward model for partial sequences",
             "model, train, eval or hold_out, output_dir, loss_type, tokenizer, dtype, lora, "
-            "frozen, l2, resume, and every field of rgtg_fast.training.PrefixRewardConfig, which has those "
-            "of transformers.TrainingArguments; an example is in help(rgtg_fast.training)",
+            "frozen, l2, resume, and every field of rgtg_fast.training.PrefixRewardConfig, which "
+            "has those of transformers.TrainingArguments; an example is in "
+            "help(rgtg_fast.training)",
         ),
         (
             "eval",
