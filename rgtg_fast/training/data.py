@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -46,7 +47,7 @@ class DataReport:
         return f"{self.kept} of {self.rows} rows kept{said}"
 
 
-class TokenRows(Dataset):
+class TokenRows(Dataset, ABC):
     """What pairs and labelled texts have in common; see `PreferenceDataset`."""
 
     answers: tuple[str, ...]
@@ -91,14 +92,14 @@ class TokenRows(Dataset):
         self._settle(dict(bad), invalid, overlong, max_length)
 
     @staticmethod
+    @abstractmethod
     def encode(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
         """Rows of token ids."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def fault(row: Row) -> str | None:
         """What is wrong with a row of token ids."""
-        raise NotImplementedError
 
     def group(self, row: Row) -> tuple[Any, ...]:
         """What rows share that must not be parted between training and evaluation."""
