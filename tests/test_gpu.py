@@ -86,7 +86,7 @@ def test_side_stream(backend, op):
     assert same(got, want)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
 @pytest.mark.parametrize(("backend", "op"), CASES)
 def test_second_device(backend, op):
     given = [carry(a, "cuda:1") for a in arguments_of(op)]

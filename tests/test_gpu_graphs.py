@@ -150,7 +150,7 @@ def test_memory_is_given_back_after_each_call(made):
     assert all(b <= a for a, b in itertools.pairwise(held[1:]))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
 def test_reward_model_on_another_device(made):
     lm, rm = moved(zoo.lm("llama")), moved(zoo.rm("llama"))
     want = guided(lm, rm, cuda_graph=False)

@@ -100,11 +100,14 @@ def test_rewards_are_fp32_numbers_under_autocast(tmp_path, adapter):
 
 
 def test_bf16_weights_train_too(tmp_path):
-    rows = id_pairs(6)
-    trained = trainer(tmp_path, gpt2_rm(initializer_range=0.1).bfloat16(), rows, bf16=True)
-    trained.train()
-    losses = [h["loss"] for h in trained.state.log_history if "loss" in h]
-    assert all(torch.isfinite(torch.tensor(losses)))
+    rows, losses = id_pairs(6), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = gpt2_rm(initializer_range=0.1).to(dtype)
+        trained = trainer(tmp_path, model, rows, bf16=dtype == torch.bfloat16, max_steps=8)
+        trained.train()
+        losses[dtype] = [h["loss"] for h in trained.state.log_history if "loss" in h]
+    assert losses[torch.float32][-1] < 0.8 * losses[torch.float32][0]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], abs=0.05)
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path):
