@@ -52,7 +52,8 @@ def accuracy_plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def frontier_plot(summary: dict[str, Any], path: Path) -> None:
-    """Gold reward against KL from the base, and the exact optimum where it is known."""
+    """Gold reward against KL from the base; where they are known, that of the exact optimum and of
+    the ratio policy with the exact value of every prefix."""
     figure, panels = _panels(summary)
     for axis, name, task in panels:
         base = task["methods"]["base"]["gold"]["mean"]
@@ -74,13 +75,16 @@ def frontier_plot(summary: dict[str, Any], path: Path) -> None:
             if method.startswith("best-of-"):
                 axis.plot(row["kl"], row["gold"]["mean"], "k^", markersize=5)
                 axis.annotate(method, (row["kl"], row["gold"]["mean"]), fontsize="x-small")
-        if "exact_frontiers" in task:
-            optimum = task["exact_frontiers"]["optimum"]
-            axis.plot(
-                [p["kl"] for p in optimum], [p["gold"] for p in optimum], "k-", label="optimum"
-            )
+        styles = {"optimum": "k-", "guided by V": "k--"}
+        for label, points in task.get("exact_frontiers", {}).items():
+            if label in styles:
+                kl, gold = ([p[key] for p in points] for key in ("kl", "gold"))
+                axis.plot(kl, gold, styles[label], linewidth=1, label=f"exact: {label}")
         axis.set(title=name, xlabel="KL from the base (nats)")
-        axis.legend(frameon=False, fontsize="x-small")
+    handles = max(
+        (axis.get_legend_handles_labels() for axis, *_ in panels), key=lambda h: len(h[0])
+    )
+    figure.legend(*handles, loc="outside right upper", frameon=False, fontsize="small")
     panels[0][0].set_ylabel("mean gold reward")
     figure.savefig(path, dpi=110)
     plt.close(figure)
