@@ -189,6 +189,13 @@ def test_cream_asks_models_of_disjoint_halves(study, small_task, tmp_path, monke
     assert seen[-1][2] == {"consistency": 0.9}
 
 
+def first_tokens_differ(pair):
+    """Whether the first tenth of the longer answer is another in the two answers."""
+    sides = pair["chosen_ids"], pair["rejected_ids"]
+    end = int(np.ceil(max(map(len, sides)) / 10))
+    return sides[0][:end] != sides[1][:end]
+
+
 def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     units, report = study("units"), study("report")
     units.run_all([small_task], [1], tmp_path)
@@ -198,6 +205,11 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     exact = json.loads((tmp_path / "recipe" / "exact.json").read_text())
     whole = [np.array(exact[name][-1], dtype=float) for name in ("value_gaps", "best_gaps")]
     np.testing.assert_allclose(*whole)  # both are gold
+    full = json.loads((tmp_path / "recipe" / "seed1_full.json").read_text())
+    bound = np.log(4) - 3 / 4
+    assert full["unguided"]["best-of-4"]["kl"] == pytest.approx([bound] * 2, abs=1e-4)
+    known = [margin is not None for row in full["margins"][0] for margin in row]
+    assert known == [first_tokens_differ(p) for p in study("training").eval_pairs(small_task)]
     units.run_all([small_task], [1], tmp_path)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
     report.write(tmp_path, tmp_path / "out", ["recipe"], [1])
