@@ -299,7 +299,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    options = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     record = {"bench": "generate", "options": options, "environment": environment(args.device)}
 
     def save(found):
