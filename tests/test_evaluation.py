@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.evaluation import answers
-from rgtg_fast.evaluation.store import Rows
 
 PROMPTS, TOKENS, K, BETA = 8, 8, 10, 2.0
 GUIDE = str(ASSETS / "rm_partial")
@@ -341,25 +340,6 @@ def test_other_settings_keep_the_old_answers(copied):
     assert max(len(line["answers"]["base"]["text"].split()) for line in read(copied)[1]) <= 2
 
 
-def test_a_piece_of_a_line_is_dropped_from_a_file_of_rows(tmp_path):
-    Rows(tmp_path, "a", {"x": 1}).add([{"i": 0}, {"i": 1}])
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-3])
-    again = Rows(tmp_path, "a", {"x": 1})
-    assert again.rows == [{"i": 0}]
-    again.add([{"i": 9}])
-    assert Rows(tmp_path, "a", {"x": 1}).rows == [{"i": 0}, {"i": 9}]
-    assert Rows(tmp_path, "a", {"x": 2}).rows == []
-
-
-def test_a_file_killed_in_its_first_line_starts_anew(tmp_path):
-    Rows(tmp_path, "a", {})
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:4])
-    Rows(tmp_path, "a", {}).add([{"i": 0}])
-    assert Rows(tmp_path, "a", {}).rows == [{"i": 0}]
-
-
 def test_answers_end_with_their_eos(loaded, tmp_path):
     path = config(tmp_path, runs=RUNS[:1], limit=6, seeds=1, max_new_tokens=48, plots=False)
     main(["eval", "--config", path])
@@ -391,7 +371,11 @@ def test_guides_of_every_kind_answer(tmp_path, loaded):
     results, _ = read(tmp_path)
     for name in ("vocab", "genarm", "head", "text"):
         metrics = results["runs"][name]["metrics"]
-        assert metrics["kl"]["mean"] > 0 and metrics["proxy"]["mean"] is not None
+        assert metrics["kl"]["mean"] > 0 and math.isfinite(metrics["proxy"]["mean"])
+    for row in rows(tmp_path, "head.0.answers")[1]:
+        ids = torch.tensor([prompt_ids(loaded, row) + whole(row)])
+        reward = loaded[0].model(ids).last_hidden_state[0, -1] @ weight
+        assert row["proxy"] == pytest.approx(reward.item(), abs=1e-4)
     assert results["runs"]["both"]["metrics"]["kl"]["mean"] is None  # of its best: unknown
     # The base as its own guide, so that the reward of an answer is its log-probability.
     for row in rows(tmp_path, "genarm.0.answers")[1]:

@@ -125,6 +125,7 @@ def test_what_was_not_asked_for_is_none(lm, rm):
 def test_tensor_when_no_dict_is_asked_for(lm, rm):
     out = guided(lm, rm, tiny.prompts(5), return_dict_in_generate=False, output_candidates=False)
     assert isinstance(out, torch.Tensor) and out.dtype == torch.int64
+    assert torch.equal(out, guided(lm, rm, tiny.prompts(5)).sequences)
 
 
 def test_shapes_and_dtypes(lm, rm):

@@ -137,7 +137,11 @@ def test_labelled_texts_train_rad(folder):
 def test_a_frozen_model_gets_a_head_only(folder):
     metrics, out = train(folder, "frozen=true", "l2=0.01", model="lm")
     assert metrics["eval"]["mean"]["accuracy"] > 0.8
-    assert load_file(out / "reward_head.safetensors")["weight"].shape == (32,)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "lm")
+    pairs = PreferenceDataset(folder / "train.jsonl", tokenizer())
+    fit = fit_head(pair_features(lm, pairs), l2=0.01)
+    weight = load_file(out / "reward_head.safetensors")["weight"]
+    torch.testing.assert_close(weight, fit.weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("loss_type", ["prefix", "full"])

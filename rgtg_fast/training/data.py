@@ -229,10 +229,7 @@ class PreferenceDataset(TokenRows):
 
     answers = ("chosen_ids", "rejected_ids")
     eos_rule = "append"
-
-    @staticmethod
-    def encode(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
-        return encode_pairs(raw, tokenizer, eos)
+    encode = staticmethod(encode_pairs)
 
     @staticmethod
     def fault(row: Row) -> str | None:
@@ -262,10 +259,7 @@ class LabelledDataset(TokenRows):
 
     answers = ("answer_ids",)
     eos_rule = "keep"
-
-    @staticmethod
-    def encode(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
-        return encode_labelled(raw, tokenizer, eos)
+    encode = staticmethod(encode_labelled)
 
     @staticmethod
     def fault(row: Row) -> str | None:
