@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rgtg_fast import config
+from rgtg_fast.ops import installation
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -68,7 +68,7 @@ def report(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -
     commit = subprocess.run(
         ["git", "-C", str(RESULTS), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    facts = config.info()
+    facts = installation.info()
     del facts["backends"]
     record = {"processor": _processor(), "commit": commit, **facts, "rows": rows}
     record["threads"] = options.threads

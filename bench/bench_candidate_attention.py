@@ -11,7 +11,8 @@ import torch
 from _common import arguments, report, require
 from torch.nn.functional import scaled_dot_product_attention
 
-from rgtg_fast import microbench, ops
+from rgtg_fast import ops
+from rgtg_fast.cli import microbench
 
 WIDTH = 64
 FLUSH_BYTES = 96 * 2**20

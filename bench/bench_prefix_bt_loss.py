@@ -3,7 +3,7 @@
 import torch
 from _common import arguments, best_microseconds, report, require
 
-from rgtg_fast.microbench import draw_pairs, pair_step, torch_pair_step
+from rgtg_fast.cli.microbench import draw_pairs, pair_step, torch_pair_step
 
 
 def main() -> None:

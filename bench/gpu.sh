@@ -26,14 +26,14 @@ for step in $STEPS; do
       ;;
     test)
       "$PYTHON" -m pytest ${PYTEST_ARGS:--q} -m gpu \
-        tests/test_matrix.py tests/test_gpu.py tests/test_gpu_graphs.py
+        tests/ops/test_matrix.py tests/ops/test_gpu.py tests/decode/test_gpu_graphs.py
       ;;
     sanitize)
       # Triton's kernels are compiled once before, so that the sanitizer sees launches only. The
       # caching allocator hides overruns between tensors and is turned off.
       for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-          "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k real_sizes
+          "$PYTHON" -m pytest -q -m gpu tests/ops/test_gpu.py -k real_sizes
       done
       ;;
     bench)

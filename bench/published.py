@@ -10,6 +10,8 @@ import time
 import torch
 from transformers import LogitsProcessor
 
+from rgtg_fast.models.foreign import CACHE, cache_of
+
 
 def now(device):
     """The clock, after the device has done what it was asked to."""
@@ -27,8 +29,8 @@ def decode(lm, rewarder, input_ids, k, beta, new):
     start = now(lm.device)
     text, fed, cache, first = input_ids, input_ids, None, None
     for _ in range(new):
-        out = lm(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = lm(input_ids=fed, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        cache = cache_of(out)
         logprobs, candidates = out.logits[:, -1].float().log_softmax(-1).topk(k)
         slot = (logprobs + beta * rewarder(text, candidates)).argmax(-1)
         rewarder.chosen(slot)
@@ -58,8 +60,8 @@ class KFoldCache:
             )
         else:
             fed = candidates.reshape(rows * k, 1)
-        out = self.base(input_ids=fed, past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
+        out = self.base(input_ids=fed, use_cache=True, **{CACHE: self.cache})
+        self.cache = cache_of(out)
         return self.head(out.last_hidden_state[:, -1]).float().view(rows, k)
 
     def chosen(self, slot):

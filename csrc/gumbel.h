@@ -3,7 +3,7 @@
 // A library logf differs between machines by an ulp, which is enough to turn a sampled token. So
 // the logarithm here is one polynomial (coefficients of Cephes logf) made of fp32 multiplications
 // and additions that are each rounded once: this code must be compiled with -ffp-contract=off, and
-// the device build names the rounding explicitly. rgtg_fast/reference.py performs the same
+// the device build names the rounding explicitly. rgtg_fast/ops/reference.py performs the same
 // operations.
 #pragma once
 

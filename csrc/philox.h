@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-// Shared by host and device; the torch twin is rgtg_fast/reference.py.
+// Shared by host and device; the torch twin is rgtg_fast/ops/reference.py.
 #pragma once
 
 #include "host_device.h"

@@ -7,7 +7,7 @@ call at that of one Python callback.
 
 import torch
 
-from rgtg_fast import _fakes
+from rgtg_fast.ops import fakes
 
 from .candidate_attention import candidate_attention
 from .launch import INTERPRETED
@@ -53,4 +53,4 @@ for _name, (_launcher, _schema) in OPS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _launcher, "CPU")
     _library.impl(_name, _launcher, "CUDA")
-_fakes.register("rgtg_fast_triton")
+fakes.register("rgtg_fast_triton")

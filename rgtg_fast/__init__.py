@@ -7,10 +7,10 @@ tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
-from .config import show_config
 from .generate import RewardGuided, generate
+from .models.on_base import RewardAdapter, RewardHead
+from .ops.installation import show_config
 from .output import RewardGuidedOutput
-from .scorers.on_base import RewardAdapter, RewardHead
 
 try:
     __version__ = version("rgtg_fast")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from . import ops
 from . import validation as check
 from .guided import RewardGuided, ended_on_error
+from .models.foreign import CACHE
 from .output import RewardGuidedOutput
 
 
@@ -84,7 +86,7 @@ def generate(
             length and EOS it is every step.
         compact: let rows that have ended leave the batch once they are half of it. It happens only
             where plain sequences are returned and no processor or criterion of the user's may
-            count rows. Pass False where an own empty `past_key_values` is given to
+            count rows. Pass False where an own empty cache is given to
             `model.generate(custom_generate=...)` and read afterwards.
         reward_range: (lo, hi), two finite numbers: rewards are clamped to it, as RAD does
             (arXiv 2310.09520).
@@ -133,15 +135,15 @@ def generate(
             prune=prune,
             cuda_graph=cuda_graph,
         )
+        check.check_call(model, inputs, kwargs, inspect.signature(generate).parameters)
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(
             guided,
             streamer=kwargs.get("streamer"),
-            keep_cache=kwargs.get("past_key_values") is not None,
+            keep_cache=kwargs.get(CACHE) is not None,
         )
         if kwargs.get("synced_gpus"):
             bound = functools.partial(bound, synced_gpus=True)
-        check.check_call(model, inputs, kwargs)
         with stop_strings_moved(model, tokenizer, kwargs):
             if inputs is not None:
                 kwargs["inputs"] = inputs

@@ -18,16 +18,16 @@ from transformers import (
 
 from . import ops
 from . import validation as check
-from .decoding import Guidance, guided_decode
-from .graphs import choose_graph, graphed_decode
+from .decode.graphs import choose_graph, graphed_decode
+from .decode.loop import Guidance, guided_decode
+from .decode.plan import make_plan
+from .decode.policies import HFPolicy, LanguageModel, make_policy, plain_language_model
+from .decode.record import Record
+from .models.on_base import OnBase
+from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
-from .plan import make_plan
-from .policy import HFPolicy, LanguageModel, make_policy, plain_language_model
-from .record import Record
 from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
-from .scorers.on_base import OnBase
-from .scorers.reward_model import RewardModel, as_reward_model
 
 
 @dataclass
@@ -144,10 +144,10 @@ class RewardGuided:
             graph = choose_graph(self.cuda_graph, *why)
             scorer.prefill(reward_ids, reward_mask)
             if graph is not None:
-                return graphed_decode(*run, graph)
+                return _as_output(graphed_decode(*run, graph))
             if own_streamer is not None:  # a streamer that HF knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
-            return guided_decode(*run, own_streamer if streamer is None else streamer)
+            return _as_output(guided_decode(*run, own_streamer if streamer is None else streamer))
 
     def _guidance(
         self,
@@ -196,7 +196,7 @@ class RewardGuided:
         seen = max(mask.shape[1], getattr(config, "_mask_length", 0) or 0)
         if seen != input_ids.shape[1] and self.reward_input_ids is None:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens and past_key_values makes them {seen}; "
+                f"input_ids has {input_ids.shape[1]} tokens and the cache given makes them {seen}; "
                 "the reward model needs the whole text: pass all ids in input_ids, or "
                 "reward_input_ids="
             )
@@ -304,6 +304,10 @@ class RewardGuided:
             # Greedy decoding draws nothing, and leaves the global generator where it was.
             seed = int(torch.randint(2**63 - 1, ())) if do_sample else 0
         return ops.split_seed(seed, batch).to(device)
+
+
+def _as_output(result: dict[str, Any] | Tensor) -> RewardGuidedOutput | Tensor:
+    return result if isinstance(result, Tensor) else RewardGuidedOutput(**result)
 
 
 def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:

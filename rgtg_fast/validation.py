@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
+from .models.foreign import CACHE, CACHE_NAMES
+from .models.reward_model import RewardModel
 from .ops import BACKENDS
 from .scorers.factory import EOS_REWARDS, METHODS, same_vocabulary
-from .scorers.reward_model import RewardModel
 
 _INSTEAD = {
     "generator": "seed= (an int, or int64 [B] with one seed per row)",
@@ -145,8 +147,10 @@ def _check_seed(seed: Any) -> None:
         raise ValueError(f"seed={seed} does not fit in 64 bits; pass -2**63 <= seed < 2**63")
 
 
-def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
-    """The arguments of `rgtg_fast.generate` that HF would take amiss, or take in silence."""
+def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:
+    """The arguments of `rgtg_fast.generate` that HF would take amiss, or take in silence; `own` are
+    the names of its own ones. A cache given under its other name is put under the one that this
+    version of transformers has for it."""
     if not hasattr(model, "generate") or not hasattr(model, "config"):
         raise ValueError(
             f"model must be a causal language model with a generate method; got "
@@ -157,7 +161,12 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
             f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only causal "
             "language model"
         )
-    _check_keywords(model, kwargs)
+    for name in CACHE_NAMES:
+        if name != CACHE and name in kwargs:
+            if CACHE in kwargs:
+                raise ValueError(f"{name}= and {CACHE}= are two names of one argument; pass one")
+            kwargs[CACHE] = kwargs.pop(name)
+    _check_keywords(model, kwargs, own)
     check_mode({name: kwargs.get(name) for name in _OTHER_MODES})
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError(
@@ -172,9 +181,7 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
             raise ValueError("input_ids is missing; pass token ids int64 [B, P]")
         return
     check_ids("input_ids", ids)
-    check_mask(
-        "attention_mask", kwargs.get("attention_mask"), ids, exact="past_key_values" not in kwargs
-    )
+    check_mask("attention_mask", kwargs.get("attention_mask"), ids, exact=CACHE not in kwargs)
 
 
 def check_mode(asked: dict[str, Any]) -> None:
@@ -187,12 +194,10 @@ def check_mode(asked: dict[str, Any]) -> None:
             )
 
 
-def _check_keywords(model: Any, kwargs: dict[str, Any]) -> None:
+def _check_keywords(model: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    from .generate import generate  # the names a call may use are this function's own
-
-    known = set(GenerationConfig().to_dict()) | set(_OTHER_MODES) | {"return_dict"}
-    for function in (generate, inner.generate, inner.forward, inner.prepare_inputs_for_generation):
+    known = {*GenerationConfig().to_dict(), *_OTHER_MODES, *own, "return_dict"}
+    for function in (inner.generate, inner.forward, inner.prepare_inputs_for_generation):
         known |= set(inspect.signature(function).parameters)
     known -= {"kwargs", "self", "custom_generate"}
     for name in kwargs:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import rgtg_fast
+from rgtg_fast.models.foreign import CACHE, cache_of
 
 
 @torch.no_grad()
@@ -29,8 +30,8 @@ def published_decode(
     """
     past, token = None, input_ids
     for _ in range(max_new_tokens):
-        out = lm(input_ids=token, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = lm(input_ids=token, use_cache=True, **{CACHE: past})
+        past = cache_of(out)
         logprobs, candidates = out.logits[0, -1].float().log_softmax(-1).topk(k)  # [k], [k]
         rewards = [
             reward_model(input_ids=torch.cat([input_ids, candidate.view(1, 1)], 1)).logits[0, 0]

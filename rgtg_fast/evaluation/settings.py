@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._config_file import check_keys, read_yaml, typed
 from ..scorers.factory import EOS_REWARDS, METHODS
+from ..training.config_file import check_keys, read_yaml, typed
 
 KINDS = ("classifier", "vocab", "autoregressive", "head")
 GRID = ("reward_model", "k", "beta", "temperature", "best_of", "top_k", "top_p")

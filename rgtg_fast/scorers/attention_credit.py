@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..attention import attention_configs
+from ..models.attention import eager_attention, last_attention
+from ..models.reward_model import as_reward_model
 from .expand import ExpandScorer
 from .probe import probe
-from .reward_model import RewardModel, as_reward_model
 
 _PROBED = 32  # tokens: eager attention on a probe past a window of thousands would not be cheap
-
-
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules of `model` use the one attention that gives its weights away."""
-    configs = [config.__dict__ for config in attention_configs(model)]
-    own = [config["_attn_implementation_internal"] for config in configs]
-    for config in configs:
-        config["_attn_implementation_internal"] = "eager"
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, own, strict=True):
-            config["_attn_implementation_internal"] = name
-
-
-def last_attention(rm: RewardModel, out: Any) -> Tensor:
-    """Weights [N, heads, n, S] of the last layer below the head, in the output of a forward with
-    `output_attentions=True`. Raises `ValueError` where the model gives none."""
-    layers = getattr(out, "attentions", None) or ()
-    layers = [w for w in (layers if rm.layer < 0 else layers[: rm.layer]) if w is not None]
-    if not layers or layers[-1].dim() != 4:
-        raise ValueError(
-            f"{type(rm.model).__name__} gives no attention weights [N, heads, n, S] below its head "
-            "with output_attentions=True; attention-based credit needs a transformer with eager "
-            "attention"
-        )
-    return layers[-1]
 
 
 def check_share(share: float) -> None:
@@ -120,7 +90,7 @@ class AttentionCreditScorer(ExpandScorer):
                 ids.reshape(-1, 1),
                 attention_mask=self.attention_mask,
                 position_ids=self.position[:, None],
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=True,
                 output_attentions=True,
             )

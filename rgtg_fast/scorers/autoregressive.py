@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..models.foreign import cache_argument, cache_of
 from .next_token import NextTokenScorer
 
 
@@ -23,16 +24,18 @@ class AutoregressiveScorer(NextTokenScorer):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        parameters = inspect.signature(self.rm.model.forward).parameters
         inner: Any = model
         if hasattr(model, "peft_config"):
-            parameters = inspect.signature(inner.get_base_model().forward).parameters
+            inner = inner.get_base_model()
+        parameters = inspect.signature(inner.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._cache_argument = cache_argument(inner.forward)
 
-    def _forward(self, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        kwargs[self._cache_argument] = cache
         # The model's own forward: some cap or scale their logits behind the head.
         out = self.model(input_ids=ids, return_dict=True, **kwargs, **self._options)
-        return out.logits[:, -1].float(), out.past_key_values
+        return out.logits[:, -1].float(), cache_of(out)
 
     def _rewards(self, ids: Tensor) -> Tensor:
         return self.state.gather(1, ids) - self.state.logsumexp(-1, keepdim=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .reward_model import RewardModel
+from ..models.reward_model import RewardModel
 
 
 @runtime_checkable
@@ -124,15 +124,3 @@ class RewardModelScorer(ABC):
     @abstractmethod
     def _keep_rows(self, rows: Tensor) -> None:
         """Drop the other rows."""
-
-
-def positions_of(attention_mask: Tensor) -> Tensor:
-    """Position ids [B, P] of left-padded rows: 0 for padding and for the first real token."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def last_real(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """The hidden state [B, 1, H] at each row's last real token."""
-    index = attention_mask.shape[1] - 1 - attention_mask.flip(-1).long().argmax(-1)
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    return hidden[rows, index.to(hidden.device)][:, None]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .base import RewardModelScorer, last_real, positions_of
+from ..models.padding import last_real, positions_of
+from .base import RewardModelScorer
 
 
 class ExpandScorer(RewardModelScorer):
@@ -20,7 +21,7 @@ class ExpandScorer(RewardModelScorer):
             input_ids,
             attention_mask=attention_mask,
             position_ids=positions_of(attention_mask),
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )
         if self.cache.get_seq_length() == 0:
@@ -37,7 +38,7 @@ class ExpandScorer(RewardModelScorer):
             ids.reshape(-1, 1),
             attention_mask=self.attention_mask,
             position_ids=self.position[:, None],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )
         self.position = self.position + 1

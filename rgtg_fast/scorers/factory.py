@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..models.on_base import OnBase
+from ..models.reward_model import RewardModel, as_reward_model
 from .base import RewardModelScorer, Scorer
 from .expand import ExpandScorer
 from .joint import JointScorer
-from .on_base import OnBase
 from .probe import WAYS, Verdict, probe
 from .reencode import ReencodeScorer
-from .reward_model import RewardModel, as_reward_model
 from .tree import TreeScorer
 
 METHODS = ("auto", "tree", "expand", "reencode")

@@ -8,18 +8,15 @@ one forward of k tokens (2k with an adapter) and one row of the vocabulary proje
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from .base import last_real
-from .on_base import OnBase
-from .tree import SiblingForward, SiblingScorer, fill_cache
-
-if TYPE_CHECKING:
-    from ..policy import LanguageModel
+from ..models.on_base import OnBase
+from ..models.padding import last_real
+from ..models.siblings import SiblingForward
+from .tree import SiblingScorer
 
 
 class _Both:
@@ -67,33 +64,3 @@ class JointScorer(SiblingScorer):
 
     def _doubled(self, t: Tensor) -> Tensor:
         return t if self.copies == 1 else torch.cat([t, t])
-
-
-class JointPolicy:
-    """The logits of a `JointScorer`'s winners; it has no forward of its own."""
-
-    attentions = hidden_states = None
-    capturable = True
-    length = 0  # the scorer counts; see graphs.py
-
-    def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:
-        self.view, self.scorer, self.cache = view, scorer, cache
-
-    def prefill(self, input_ids: Tensor) -> Tensor:
-        self.prompt = input_ids.shape[1]
-        return self.step(input_ids)
-
-    def step(self, input_ids: Tensor) -> Tensor:
-        with self.view.fast_linears.active():
-            logits = self.view.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
-        return logits.to(input_ids.device)
-
-    def can_keep_rows(self) -> bool:
-        return True
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """The scorer's rows are the policy's."""
-
-    def finish(self, steps: int) -> Any:
-        rows = len(self.scorer.next_hidden)
-        return fill_cache(self.cache, self.scorer.forward.cache, self.prompt + steps - 1, rows)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import positions_of
-from .reward_model import RewardModel
+from ..models.padding import positions_of
+from ..models.reward_model import RewardModel
 
 
 class NextTokenScorer(ABC):
@@ -72,12 +72,12 @@ class NextTokenScorer(ABC):
                 ids,
                 attention_mask=self.mask,
                 position_ids=positions,
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=True,
             )
 
     @abstractmethod
-    def _forward(self, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """What candidates are scored with [B, ..], for the last position, and the cache."""
 
     @abstractmethod

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import attention_kernel, plain_attention
+from ..models.attention import attention_kernel, plain_attention
+from ..models.reward_model import RewardModel
 from .base import RewardModelScorer
 from .expand import ExpandScorer
-from .reward_model import RewardModel
 from .tree import TreeScorer
 
 _SIBLINGS, _STEPS = 3, 3

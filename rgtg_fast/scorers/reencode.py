@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.reward_model import RewardModel
 from .base import RewardModelScorer
-from .reward_model import RewardModel
 
 # Rows x tokens of one forward: bounds the activations, not the result.
 _TOKENS_PER_FORWARD = 1 << 16

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..models.foreign import cache_of
 from .next_token import NextTokenScorer
 
 
@@ -24,9 +25,9 @@ class VocabRewardScorer(NextTokenScorer):
         super().__init__(model)
         self.backend = backend
 
-    def _forward(self, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        hidden, out = self.rm.forward_base(ids, **kwargs)
-        return hidden[:, -1].contiguous(), out.past_key_values
+    def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        hidden, out = self.rm.forward_base(ids, cache=cache, **kwargs)
+        return hidden[:, -1].contiguous(), cache_of(out)
 
     def _rewards(self, ids: Tensor) -> Tensor:
         head: Any = self.head

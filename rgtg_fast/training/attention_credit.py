@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scorers.attention_credit import check_share, eager_attention, last_attention
-from ..scorers.reward_model import as_reward_model
+from ..models.attention import eager_attention, last_attention
+from ..models.reward_model import as_reward_model
+from ..scorers.attention_credit import check_share
 from .collate import LabelledCollator
 from .formats import Row
 from .objectives import answer_columns

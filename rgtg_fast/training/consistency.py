@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..scorers.reward_model import as_reward_model
+from ..models.reward_model import as_reward_model
 from .collate import PairCollator
 from .data import PreferenceDataset
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scorers.reward_model import RewardModel
+from ..models.reward_model import RewardModel
 
 _ROWS = 1024  # positions whose logits over the vocabulary are held at once
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..scorers.reward_model import RewardModel
+from ..models.reward_model import RewardModel
 from .collate import PairCollator
 from .data import PreferenceDataset
 from .objectives import answer_columns

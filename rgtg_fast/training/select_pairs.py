@@ -16,7 +16,7 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import Subset
 
-from .._config_file import check_keys, read_yaml, typed
+from .config_file import check_keys, read_yaml, typed
 from .data import PreferenceDataset
 from .design import d_optimal
 from .formats import Row, load_rows

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from .._config_file import read_yaml, type_names, typed
 from .config import PrefixRewardConfig
+from .config_file import read_yaml, type_names, typed
 from .formats import NAMED
 
 

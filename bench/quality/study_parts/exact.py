@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rgtg_fast.models.foreign import CACHE
 from study_parts.tasks import Task
 from study_parts.training import eval_pairs
 
@@ -40,7 +41,7 @@ def enumerate_tree(task: Task, prompt: str) -> Tree:
     logprobs = torch.zeros(1, dtype=torch.float64)
     cache, fed = DynamicCache(config=task.lm.config), torch.tensor([start])
     for _ in range(task.max_new_tokens):
-        out = task.lm(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = task.lm(fed, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         total = logprobs[:, None] + out.logits[:, -1].double().log_softmax(-1)
         rows, tokens = (total >= torch.tensor(LEAST).log()).nonzero(as_tuple=True)
         children = [(*level[r], t) for r, t in zip(rows.tolist(), tokens.tolist(), strict=True)]

@@ -1,0 +1,293 @@
+"""What gives the next token's logits: the frozen language model π, in one of two ways.
+
+`HFPolicy` is Hugging Face's own forward, cache and bookkeeping, for any model and option.
+`CachedPolicy` keeps the keys and values in a `SiblingCache` of width 1 and attends by plug-in:
+nothing is concatenated and no mask is built, so a step costs the same at every length but for the
+reading of the prefix. It is taken where a numerical probe finds it right for the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicLayer
+
+from .. import ops
+from ..models.foreign import CACHE
+from ..models.language_model import LanguageModel
+from ..models.padding import has_holes, positions_of
+from ..models.siblings import SiblingForward, fill_cache
+from ..scorers.joint import JointScorer
+from ..scorers.probe import TOLERANCE, probe
+
+
+class Policy(Protocol):
+    """The contract between the decode loop and whatever gives logits."""
+
+    attentions: Any  # of the last forward, where the generation configuration asks for them
+    hidden_states: Any
+    capturable: bool  # as a scorer's; it then has `length` too
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Take the prompts int64 [B, P]; logits [B, V] of the next token."""
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, V] after one more token, `input_ids` [B, P + t] being prompts and answers."""
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with rows `rows` int64 [n] alone."""
+
+    def can_keep_rows(self) -> bool:
+        """Whether `keep_rows` is possible."""
+
+    def finish(self, steps: int) -> Any:
+        """The key/value cache to return after `steps` tokens were chosen, the last not fed."""
+
+
+class HFPolicy:
+    """`model.forward` with what `model.generate` prepared; any cache, embeddings, no cache at all.
+
+    `_prefill` and `_update_model_kwargs_for_generation` are the only private helpers of
+    transformers in use.
+    """
+
+    capturable = False
+
+    def __init__(
+        self, model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], batch: int
+    ) -> None:
+        self.model, self.config, self.model_kwargs, self.batch = model, config, model_kwargs, batch
+        self.attentions = self.hidden_states = None
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        return self._take(self.model._prefill(input_ids, self.config, self.model_kwargs), input_ids)
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """One LM forward on the last token (on the whole sequence with `use_cache=False`)."""
+        inputs = self.model.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=1 if self.model_kwargs["use_cache"] else None,
+            **self.model_kwargs,
+        )
+        return self._take(self.model(**inputs, return_dict=True), input_ids)
+
+    def _take(self, outputs: Any, input_ids: Tensor) -> Tensor:
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(
+            outputs, self.model_kwargs
+        )
+        self.attentions = outputs.get("attentions")
+        self.hidden_states = outputs.get("hidden_states")
+        return outputs.logits[:, -1].to(input_ids.device)
+
+    def can_keep_rows(self) -> bool:
+        """Only plain caches and arguments with a row for each row of the batch."""
+        cache = self.model_kwargs.get(CACHE)
+        plain = type(cache) is DynamicCache and all(
+            isinstance(x, DynamicLayer) for x in cache.layers
+        )
+        known = {CACHE, "attention_mask", "position_ids", "use_cache", "cache_position"}
+        return plain and self.model_kwargs.keys() <= known
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.model_kwargs[CACHE].batch_select_indices(rows)
+        for name in ("attention_mask", "position_ids"):
+            value = self.model_kwargs.get(name)
+            if value is not None and value.shape[0] == self.batch:
+                self.model_kwargs[name] = value[rows.to(value.device)]
+        self.batch = len(rows)
+
+    def finish(self, steps: int) -> Any:
+        return self.model_kwargs.get(CACHE)
+
+
+class CachedPolicy:
+    """The language model on a `SiblingCache` of width 1; `cache` is the one to give back filled."""
+
+    attentions = hidden_states = None
+    capturable = True
+
+    def __init__(
+        self,
+        view: LanguageModel,
+        attention_mask: Tensor,
+        capacity: int,
+        backend: ops.Backend,
+        cache: DynamicCache,
+    ) -> None:
+        self.view, self.attention_mask, self.cache = view, attention_mask, cache
+        self.forward = SiblingForward(view, 1, capacity, True, backend)
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        self.prompt = input_ids.shape[1]
+        device = self.view.device
+        mask = self.attention_mask.to(device)
+        with self.view.fast_linears.active():
+            hidden = self.forward.prefill(input_ids.to(device), mask)
+            logits = self.view.logits(hidden[:, -1], self.forward.output_type)
+        self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
+        return logits.to(input_ids.device)
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        with self.view.fast_linears.active():
+            hidden = self.forward.siblings(input_ids[:, -1:].to(self.view.device))
+            self.forward.commit(self.slot)
+            logits = self.view.logits(hidden[:, 0], self.forward.output_type)
+        return logits.to(input_ids.device)
+
+    def can_keep_rows(self) -> bool:
+        return True
+
+    def keep_rows(self, rows: Tensor) -> None:
+        rows = rows.to(self.view.device)
+        self.forward.keep_rows(rows)
+        self.slot = self.slot[rows]
+
+    @property
+    def length(self) -> int:
+        return self.forward.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.forward.length = length
+
+    def finish(self, steps: int) -> Any:
+        return fill_cache(self.cache, self.forward.cache, self.prompt + steps - 1, len(self.slot))
+
+
+class JointPolicy:
+    """The logits of a `JointScorer`'s winners; it has no forward of its own."""
+
+    attentions = hidden_states = None
+    capturable = True
+    length = 0  # the scorer counts; see graphs.py
+
+    def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:
+        self.view, self.scorer, self.cache = view, scorer, cache
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        self.prompt = input_ids.shape[1]
+        return self.step(input_ids)
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        with self.view.fast_linears.active():
+            logits = self.view.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
+        return logits.to(input_ids.device)
+
+    def can_keep_rows(self) -> bool:
+        return True
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """The scorer's rows are the policy's."""
+
+    def finish(self, steps: int) -> Any:
+        rows = len(self.scorer.next_hidden)
+        return fill_cache(self.cache, self.scorer.forward.cache, self.prompt + steps - 1, rows)
+
+
+def make_policy(
+    model: Any,
+    found: tuple[LanguageModel, str] | None,
+    scorer: Any,
+    attention_mask: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    backend: ops.Backend,
+) -> Policy:
+    """The policy of a call; `found` is what `plain_language_model` gave for it."""
+    if found is not None:
+        view, way = found
+        cache = model_kwargs[CACHE]
+        if isinstance(scorer, JointScorer):
+            return JointPolicy(view, scorer, cache)
+        if way == "fused":
+            return CachedPolicy(view, attention_mask, config.max_length, backend, cache)
+    return HFPolicy(model, config, model_kwargs, len(attention_mask))
+
+
+def plain_language_model(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    backend: ops.Backend,
+) -> tuple[LanguageModel, str] | None:
+    """`language_model`, or None where a call asks for Hugging Face's own loop.
+
+    It does by naming a cache (`cache=` with something in it, `cache_implementation=`),
+    by wanting attentions or hidden states, or by passing anything beyond ids and mask.
+    """
+    if not _is_plain_call(input_ids, attention_mask, config, model_kwargs):
+        return None
+    return language_model(model, config.max_length, backend)
+
+
+def _is_plain_call(
+    input_ids: Tensor, mask: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> bool:
+    given = {name: value for name, value in model_kwargs.items() if value is not None}
+    known = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
+    asked = (
+        config.cache_implementation,
+        config.prefill_chunk_size,
+        config.output_attentions,
+        config.output_hidden_states,
+    )
+    if any(asked) or not given.keys() <= known or mask.shape != input_ids.shape:
+        return False
+    if has_holes(mask):  # the cache would move its slots
+        return False
+    cache, positions = given.get(CACHE), given.get("position_ids")
+    plain = type(cache) is DynamicCache and cache.get_seq_length() == 0 and given.get("use_cache")
+    return bool(plain) and (positions is None or torch.equal(positions, positions_of(mask)))
+
+
+_head_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, bool]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def language_model(
+    model: Any, max_length: int, backend: ops.Backend
+) -> tuple[LanguageModel, str] | None:
+    """`model` taken apart, and the way its siblings run ("fused" or "masked", see the probe).
+
+    None where neither is right, or where the user has put something on the model that running its
+    parts would pass by (hooks, a compiled or replaced forward, prompt tuning).
+    """
+    if (
+        type(model).prepare_inputs_for_generation
+        is not GenerationMixin.prepare_inputs_for_generation
+        or "prepare_inputs_for_generation" in model.__dict__
+        or getattr(model, "_compiled_call_impl", None) is not None
+    ):
+        return None
+    view = LanguageModel(model)
+    if view.base is model:
+        return None
+    for module in (model, view.base):
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return None
+    way = probe(view, max_length, ("tree",), backend).way("tree")
+    if way is None or not _head_is_right(view):
+        return None
+    return view, way
+
+
+def _head_is_right(view: LanguageModel) -> bool:
+    """Whether `view.logits` of the base's hidden state are what the whole model gives."""
+    known = _head_verdicts.setdefault(view.model, {})
+    key = (view.dtype, str(view.device))
+    if key not in known:
+        ids = torch.arange(1, 4, device=view.device)[None] % view.vocab_size
+        with view.evaluating():
+            want = view.model(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
+            hidden, out = view.forward_base(ids, use_cache=False)
+            got = view.logits(hidden[:, -1], type(out))
+        spread = want.float().std()
+        error = (got.float() - want.float()).abs().max()
+        known[key] = bool(error <= TOLERANCE[view.dtype] * spread) or bool(want.isnan().any())
+    return known[key]

@@ -1,0 +1,112 @@
+"""What a run keeps of each step, for `return_dict_in_generate` and its `output_*` flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..models.foreign import CACHE
+from .policies import Policy
+
+
+@dataclass
+class Record:
+    """Collects the columns of a `RewardGuidedOutput`; does nothing where only ids are returned."""
+
+    config: GenerationConfig
+    output_candidates: bool
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.on = bool(c.return_dict_in_generate)
+        self.scores: tuple | None = () if self.on and c.output_scores else None
+        self.logits: tuple | None = () if self.on and c.output_logits else None
+        self.attentions: tuple | None = () if self.on and c.output_attentions else None
+        self.hidden_states: tuple | None = () if self.on and c.output_hidden_states else None
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.logits is not None or self.scores is not None
+
+    def add(
+        self,
+        policy: Policy,
+        logits: Tensor,
+        scores: Tensor,
+        unfinished: Tensor,
+        slot: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        rewards: Tensor,
+        logq: Tensor,
+        keep: Tensor | None = None,
+    ) -> None:
+        if not self.on:
+            return
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.attentions is not None:
+            self.attentions += (policy.attentions,)
+        if self.hidden_states is not None:
+            self.hidden_states += (policy.hidden_states,)
+        step = unfinished, slot, ids, logprobs, rewards, logq, keep
+        for name, value in self.of_step(*step).items():
+            self.columns.setdefault(name, []).append(value)
+
+    def of_step(
+        self,
+        unfinished: Tensor,
+        slot: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        rewards: Tensor,
+        logq: Tensor,
+        keep: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where
+        asked for."""
+        # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
+        q = logq.exp()
+        kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
+        chosen = rewards.gather(1, slot[:, None])[:, 0]
+        scored = torch.full_like(slot, ids.shape[1])
+        if keep is not None:  # the ratio policy is not known where a reward is not
+            scored = keep.sum(-1)
+            kl = kl.masked_fill(scored < ids.shape[1], torch.nan)
+        columns = {"rewards": chosen, "kl": kl}
+        columns = {n: c.masked_fill(~unfinished, torch.nan) for n, c in columns.items()}
+        columns["candidates_scored"] = scored.where(unfinished, 0)
+        if self.output_candidates:
+            columns |= {
+                "candidate_ids": ids,
+                "candidate_logprobs": logprobs,
+                "candidate_rewards": rewards,
+            }
+        return columns
+
+    def result(self, sequences: Tensor, steps: int, cache: Any) -> dict[str, Any] | Tensor:
+        """The sequences, or where more is wanted the fields of a `RewardGuidedOutput`, of `steps`
+        steps; what was run beyond them is dropped."""
+        if not self.on:
+            return sequences
+        columns = {name: torch.stack(c[:steps], dim=1) for name, c in self.columns.items()}
+        return dict(
+            sequences=sequences,
+            scores=self._cut(self.scores, steps),
+            logits=self._cut(self.logits, steps),
+            attentions=self._cut(self.attentions, steps),
+            hidden_states=self._cut(self.hidden_states, steps),
+            **{CACHE: cache},
+            **columns,
+        )
+
+    @staticmethod
+    def _cut(column: tuple | None, steps: int) -> Any:
+        return None if column is None else column[:steps]

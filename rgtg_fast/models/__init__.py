@@ -1,0 +1,1 @@
+"""A model taken apart, and what runs its parts: caches, attention, siblings, adapters."""

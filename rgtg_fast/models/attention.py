@@ -1,0 +1,275 @@
+"""What k siblings may attend to, and the plug-in that reads it from the cache without a mask.
+
+Fused: transformers' attention interface is pointed at the op `candidate_attention`, for one model
+and only while it decodes. The prefix stays in the `SiblingCache`; instead of a mask the model is
+handed each row's first visible slot, as a [B, 1, 1, 1] tensor that transformers passes through
+(it takes any 4D mask for a prepared one). Masked: models that do not let their attention be
+replaced, or add to it, get a dense additive mask [B, 1, k, k + L] instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from .. import ops
+from ..ops.dispatch import settle
+from .cache import SiblingCache
+from .padding import has_holes
+
+NAME = "rgtg_candidates"
+Spans = dict[str, int | None]
+
+_decoding: ContextVar[tuple[SiblingCache, Callable[..., Tensor]]] = ContextVar("rgtg_decoding")
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, Hq, k, D], key and value [B, Hkv, k, D].
+
+    Returns [B, k, Hq, D]; for a packed selection, whose query is [1, Hq, N, D], [1, N, Hq, D].
+    Raises `ValueError` for attention that is more than softmax over scaled, capped products; the
+    probe then has the model use masks.
+    """
+    cache, kernel = _decoding.get()
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        raise ValueError(f"{type(module).__name__} makes an attention mask of its own")
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks")
+    layer, packed = cache.current, cache.packed
+    if packed is not None:  # keys and values were spread by the cache
+        query = packed.spread(query)
+    out = kernel(
+        query.transpose(1, 2),
+        layer.prefix_keys,
+        layer.prefix_values,
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask.view(-1),
+        cache.lengths[query.device],
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        None,
+        softcap,
+    )
+    return out if packed is None else packed.pack(out), None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[..., Tensor] | None:
+    """The kernel that fused attention runs on, or None where there is none but the reference."""
+    if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
+        backend = "auto"
+    if backend == "reference" or settle("candidate_attention", backend, device.type, 1) == (
+        "reference"
+    ):
+        return None
+    return ops.kernel("candidate_attention", backend, device)
+
+
+class plugged_in:
+    """Inside, models of `configs` attend by `attend` on `cache`; afterwards as they did before."""
+
+    # Twice a token: no generator, and no attribute access, which is slow on configurations.
+    def __init__(
+        self, configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]
+    ) -> None:
+        self.configs = [config.__dict__ for config in configs]
+        self.decoding = cache, kernel
+
+    def __enter__(self) -> None:
+        self.own = [config["_attn_implementation_internal"] for config in self.configs]
+        self.token = _decoding.set(self.decoding)
+        for config in self.configs:
+            config["_attn_implementation_internal"] = NAME
+
+    def __exit__(self, *error: object) -> None:
+        for config, name in zip(self.configs, self.own, strict=True):
+            config["_attn_implementation_internal"] = name
+        _decoding.reset(self.token)
+
+
+def attention_configs(model: Any) -> list[Any]:
+    """The configurations that the modules of `model` read their attention implementation from."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [c for c in found.values() if "_attn_implementation_internal" in vars(c)]
+
+
+def plain_attention(config: Any) -> bool:
+    """Whether the attention in use takes a dense additive 4D mask (FlashAttention takes 2D ones
+    only, and flex_attention with a dense one has crashed the process on CPU)."""
+    return getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa")
+
+
+def attention_spans(config: Any) -> Spans:
+    """Layer type -> how far back a query sees: None for all, a window or chunk size otherwise.
+
+    Raises `ValueError` for a layer type whose mask is not known here.
+    """
+    window = getattr(config, "sliding_window", None)
+    types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    if not types:
+        return {"sliding_attention": window} if window else {"full_attention": None}
+    known = {
+        "full_attention": None,
+        "sliding_attention": window,
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    unknown = [t for t in types if t not in known]
+    if unknown:
+        raise ValueError(f"layers of type {unknown} have no sibling mask")
+    return {t: known[t] for t in types}
+
+
+def first_visible(name: str, span: int | None, left_padding: Tensor, length: Tensor) -> Tensor:
+    """The first prefix slot int64 [B] that a sibling at slot `length` sees in a layer of a type."""
+    if not span:
+        return left_padding
+    if name == "chunked_attention":  # chunks are counted from the row's first real token
+        return left_padding + (length - left_padding) // span * span
+    return torch.maximum(left_padding, length - span + 1)
+
+
+class SiblingStarts:
+    """For fused attention: what stands in for a mask, int64 [B, 1, 1, 1] for each layer type.
+
+    Updated in place, from the cache's lengths alone, so that a CUDA graph of a step stays right.
+    Where a mask has holes after its first real token, the cache holds the slots in `order`: the
+    hidden ones first, so that what a sibling sees is still the end of its row.
+    """
+
+    def __init__(self, attention_mask: Tensor, spans: Spans, cache: SiblingCache) -> None:
+        self.spans, self.cache = spans, cache
+        self.left_padding = attention_mask.long().argmax(-1)  # [B]
+        self.order = self.live_before = None
+        real = attention_mask != 0
+        hidden = (~real).sum(-1)
+        if has_holes(attention_mask):
+            self.order = real.int().argsort(dim=-1, stable=True)
+            before = real.long().cumsum(-1)
+            self.live_before = hidden[:, None] + torch.nn.functional.pad(before, (1, 0))  # [B, P+1]
+        self.starts = {name: hidden.view(-1, 1, 1, 1).clone() for name in spans}
+
+    def current(self, siblings: int | None = None) -> Tensor | dict[str, Tensor]:
+        """A dict by layer type where the model has several; the same for all siblings."""
+        return self.starts if len(self.starts) > 1 else next(iter(self.starts.values()))
+
+    def advance(self) -> None:
+        """The cache's lengths have changed."""
+        for name, span in self.spans.items():
+            if span:
+                length = self.cache.lengths[self.left_padding.device]
+                start = first_visible(name, span, self.left_padding, length)
+                if self.live_before is not None:
+                    prompt = self.live_before.shape[1] - 1
+                    within = start.clamp(max=prompt)[:, None]
+                    beyond = (start - prompt).clamp(min=0)
+                    start = self.live_before.gather(1, within)[:, 0] + beyond
+                self.starts[name].copy_(start.view(-1, 1, 1, 1))
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.left_padding = self.left_padding[rows]
+        if self.live_before is not None:
+            self.live_before = self.live_before[rows]
+        self.starts = {name: start[rows] for name, start in self.starts.items()}
+
+
+class SiblingMask:
+    """Additive masks [B, 1, k, k + L] over the slots of a `SiblingCache`, by layer type.
+
+    Each sibling sees the live prefix and itself. Always floating point: eager attention adds a
+    boolean mask as 0/1, silently.
+    """
+
+    def __init__(
+        self, attention_mask: Tensor, spans: Spans, width: int, capacity: int, dtype: torch.dtype
+    ) -> None:
+        batch, length = attention_mask.shape
+        self.width, self.length, self.spans = width, length, spans
+        self.hidden = torch.finfo(dtype).min
+        self.left_padding = attention_mask.long().argmax(-1)  # [B]
+        device = attention_mask.device
+        prefix = torch.zeros((batch, 1, 1, max(capacity, length)), dtype=dtype, device=device)
+        dead = attention_mask[:, None, None, :] == 0
+        prefix[..., :length].masked_fill_(dead, self.hidden)
+        own = torch.full((width, width), self.hidden, dtype=dtype, device=device).fill_diagonal_(0)
+        full = torch.cat(
+            [own.expand(batch, 1, width, width), prefix.expand(-1, 1, width, -1)], dim=-1
+        )
+        self.buffers = {name: full.clone() for name in spans}
+        self._hide_out_of_span()
+
+    def current(self, siblings: int | None = None) -> Tensor | dict[str, Tensor]:
+        """The mask of this step for the first `siblings` (None: all of them); a dict by layer type
+        where the model has several."""
+        live = self.width + self.length
+        masks = {name: buffer[..., :siblings, :live] for name, buffer in self.buffers.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def advance(self) -> None:
+        """One more token is committed to every row."""
+        self.length += 1
+        if self.width + self.length > next(iter(self.buffers.values())).shape[-1]:
+            for name, buffer in self.buffers.items():
+                grow = buffer.new_zeros((*buffer.shape[:3], max(64, self.length // 2)))
+                self.buffers[name] = torch.cat([buffer, grow], dim=-1)
+        if any(self.spans.values()):
+            self._hide_out_of_span()
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.left_padding = self.left_padding[rows]
+        self.buffers = {name: buffer[rows] for name, buffer in self.buffers.items()}
+
+    def _hide_out_of_span(self) -> None:
+        length = torch.full_like(self.left_padding, self.length)
+        slots = torch.arange(self.length, device=self.left_padding.device)
+        for name, span in self.spans.items():
+            if not span:
+                continue
+            start = first_visible(name, span, self.left_padding, length)
+            view = self.buffers[name][..., self.width : self.width + self.length]
+            view.masked_fill_((slots < start[:, None])[:, None, None, :], self.hidden)
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules of `model` use the one attention that gives its weights away."""
+    configs = [config.__dict__ for config in attention_configs(model)]
+    own = [config["_attn_implementation_internal"] for config in configs]
+    for config in configs:
+        config["_attn_implementation_internal"] = "eager"
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, own, strict=True):
+            config["_attn_implementation_internal"] = name
+
+
+def last_attention(rm: Any, out: Any) -> Tensor:
+    """Weights [N, heads, n, S] of the last layer below the head, in the output of a forward with
+    `output_attentions=True`. Raises `ValueError` where the model gives none."""
+    layers = getattr(out, "attentions", None) or ()
+    layers = [w for w in (layers if rm.layer < 0 else layers[: rm.layer]) if w is not None]
+    if not layers or layers[-1].dim() != 4:
+        raise ValueError(
+            f"{type(rm.model).__name__} gives no attention weights [N, heads, n, S] below its head "
+            "with output_attentions=True; attention-based credit needs a transformer with eager "
+            "attention"
+        )
+    return layers[-1]

@@ -1,0 +1,31 @@
+"""Names of transformers that are private or have moved: all of them stand in this file.
+
+Each is read plainly, so that a rename is an error here and not a wrong text elsewhere;
+tests/models/test_foreign.py holds what each must still mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+# What generation calls the key/value cache, in its arguments and in its output: transformers 5.24
+# renamed `past_key_values` to `cache`, and takes the old name, with a warning, until 5.40.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE: str = next(
+    f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput) if f.name in CACHE_NAMES
+)
+
+
+def cache_argument(forward: Any) -> str:
+    """What a model's `forward` calls its cache; models from elsewhere keep the old name."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The key/value cache in a model's output, or None."""
+    cache = getattr(output, CACHE, None)
+    return output.get("past_key_values") if cache is None else cache

@@ -1,0 +1,169 @@
+"""Which backend runs an op: what is there, what was asked for, and what ``"auto"`` means."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from . import crossover, reference
+
+Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+OPS = (
+    "topk_logprobs",
+    "reward_head",
+    "ratio_sample",
+    "ratio_step",
+    "vocab_reward",
+    "candidate_attention",
+    "prefix_bt_loss",
+)
+_COMPILED = {"cpp": ("CPU", "C++"), "cuda": ("CUDA", "CUDA")}  # dispatch key, name
+
+try:
+    from .. import _C
+
+    missing_extension = None
+except ImportError as error:  # a source tree that was never built
+    missing_extension = str(error)
+
+
+class BackendUnavailable(ValueError):
+    """The backend asked for does not exist for this op on this device; the message says why."""
+
+
+@functools.cache
+def has_kernel(op: str, backend: str) -> bool:
+    """Whether the extension, which must be there, holds a kernel of ``op``."""
+    try:
+        key = _COMPILED[backend][0]
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"rgtg_fast::{op}", key)
+    except RuntimeError:  # no such operator
+        return False
+
+
+def _triton_reason() -> str | None:
+    try:
+        library = importlib.import_module("rgtg_fast.kernels.library")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install triton"
+    if library.INTERPRETED or torch.cuda.is_available():
+        return None
+    return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+
+
+def unavailable_reason(op: str, backend: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` in this installation, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _triton_reason()
+    if missing_extension is not None:
+        return f"the compiled extension rgtg_fast._C cannot be imported ({missing_extension})"
+    if backend == "cuda" and _C.build_info()["cuda_archs"] is None:
+        return "the extension was built without nvcc"
+    if not has_kernel(op, backend):
+        return f"there is no {_COMPILED[backend][1]} kernel of {op} in this version"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    if backend == "cpp":
+        return ("cpu",)
+    if backend == "triton":
+        library = importlib.import_module("rgtg_fast.kernels.library")
+        return ("cpu", "cuda") if library.INTERPRETED else ("cuda",)
+    return ("cuda",)
+
+
+@torch.compiler.assume_constant_result
+def _requested(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; pass one of {', '.join(BACKENDS)}")
+    chosen = os.environ.get("RGTG_BACKEND", "auto") if backend == "auto" else backend
+    if chosen not in BACKENDS:
+        raise ValueError(
+            f"RGTG_BACKEND={chosen!r} is unknown; set it to one of {', '.join(BACKENDS)}"
+        )
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def _check_available(op: str, backend: str, device: str) -> None:
+    reason = unavailable_reason(op, backend)
+    if reason is None and device not in _devices(backend):
+        devices = " and ".join(_devices(backend))
+        reason = f"it runs on {devices} tensors and these are on {device}"
+    if reason is not None:
+        raise BackendUnavailable(
+            f"backend={backend!r} cannot run {op}: {reason}; pass backend='reference'"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _compiled_for(op: str, device: str) -> str:
+    """The compiled backends of ``op`` that work on ``device``, separated by blanks."""
+    if device == "cpu":  # without the extension this is an error that says so
+        return "cpp" if missing_extension is not None or has_kernel(op, "cpp") else ""
+    names = ("cuda", "triton") if device == "cuda" else ()
+    return " ".join(name for name in names if unavailable_reason(op, name) is None)
+
+
+def automatic(op: str, device: str, rows: int) -> str:
+    """What ``"auto"`` is: C++ on a CPU, on a GPU the faster of CUDA C++ and Triton as far as they
+    are there, and the reference where no compiled backend of the op exists for the device."""
+    names = _compiled_for(op, device).split()
+    if len(names) < 2:
+        return names[0] if names else "reference"
+    return crossover.faster(op, rows)
+
+
+def settle(op: str, backend: str, device: str, rows: int) -> str:
+    """The backend that runs this call; raises BackendUnavailable where it cannot."""
+    chosen = _requested(backend)
+    if chosen == "auto":
+        chosen = automatic(op, device, rows)
+    if chosen != "reference":
+        _check_available(op, chosen, device)
+    return chosen
+
+
+def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Callable[..., Any]:
+    """The function behind ``op`` on a backend, for loops: it checks nothing.
+
+    Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
+    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
+    """
+    chosen = settle(op, backend, device.type, rows)
+    if chosen == "reference":
+        return getattr(reference, op)
+    space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
+    return getattr(space, op).default
+
+
+def keep_kernel(backend: Backend, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The function behind ``ratio_keep``: which candidates may win for rewards within bounds.
+
+    It takes ``logprobs`` and ``ids`` ``[B, k]``, ``beta``, ``temperature``, ``seed`` and
+    ``position`` ``[B]``, ``do_sample`` and the bounds ``low``, ``high``, and gives bool ``[B, k]``.
+    False: the candidate's largest possible value, bit for bit as :func:`ratio_sample` computes it,
+    is below the smallest possible value of another. A row that is undefined at a bound is kept
+    whole. There is no GPU kernel: on a GPU it is the reference.
+    """
+    compiled = device.type == "cpu" and unavailable_reason("ratio_keep", "cpp") is None
+    if compiled and backend != "reference":
+        return torch.ops.rgtg_fast.ratio_keep.default
+    return reference.ratio_keep
+
+
+def run(op: str, backend: Backend, *arguments: Any) -> Any:
+    """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
+    first = arguments[0]
+    return kernel(op, backend, first.device, first.shape[0])(*arguments)

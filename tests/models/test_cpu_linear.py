@@ -1,0 +1,89 @@
+"""The faster fp32 linear layers: same numbers, switched on and off without a trace."""
+
+import platform
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import rgtg_fast
+from rgtg_fast.models.cpu_linear import FastLinears
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the kernel is for x86"
+)
+
+
+class Two(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.linear = nn.Linear(512, 1024, dtype=dtype)
+        self.conv = Conv1D(512, 1024).to(dtype)
+        self.small = nn.Linear(512, 8, dtype=dtype)
+
+    def forward(self, x):
+        return self.small(self.conv(self.linear(x)))
+
+
+@pytest.mark.parametrize("rows", [(1, 2), (3, 10), (512, 1), (1, 1), (5, 130)])
+@torch.no_grad()
+def test_results_are_those_of_the_layers(rows):
+    model = Two()
+    x = torch.randn(*rows, 512, generator=torch.Generator().manual_seed(0))
+    exact = Two(torch.float64)
+    exact.load_state_dict(model.state_dict())
+    truth, plain = exact(x.double()), model(x)
+    with FastLinears(model).active():
+        got = model(x)
+    allowed = 2 * (plain - truth).abs().max() + 1e-6
+    assert (got - truth).abs().max() <= allowed
+
+
+def test_only_large_plain_fp32_layers_are_switched_and_switched_back():
+    model = Two()
+    fast = FastLinears(model)
+    with fast.active():
+        assert "forward" in model.linear.__dict__ and "forward" in model.conv.__dict__
+        assert "forward" not in model.small.__dict__
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    with pytest.raises(RuntimeError), fast.active():
+        raise RuntimeError
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert not FastLinears(Two(torch.bfloat16))._patches
+
+
+def test_a_hooked_layer_keeps_its_own_forward():
+    model = Two()
+    model.linear.register_forward_hook(lambda module, args, out: out * 0)
+    with FastLinears(model).active():
+        assert "forward" not in model.linear.__dict__ and "forward" in model.conv.__dict__
+
+
+@pytest.mark.parametrize("cache", ["dynamic", None])
+def test_the_kernel_is_called_for_what_is_ours(cache, monkeypatch):
+    """For the reward model, and for the language model but in Hugging Face's own loop."""
+    sizes = {"n_embd": 768, "n_layer": 1, "n_head": 4, "vocab_size": 960, "n_positions": 128}
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(GPT2Config(**sizes, **special)).eval()
+    rm = GPT2ForSequenceClassification(GPT2Config(**sizes, **special, num_labels=1)).eval()
+    ids = torch.randint(1, 96, (1, 7))
+    options = {"input_ids": ids, "reward_model": rm, "max_new_tokens": 3, "k": 5}
+    options["cache_implementation"] = cache
+    rgtg_fast.generate(lm, **options)  # the probe's own calls are over
+    calls, kernel = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(x, *rest):
+        calls.append(x.shape)
+        return kernel(x, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    rgtg_fast.generate(lm, **options)
+    # attention in and out, and the two of the MLP: for the prompt, and for each of three steps
+    rows = [shape.numel() // shape[-1] for shape in calls]
+    if cache == "dynamic":
+        assert rows == [7] * 4 + [5] * 12
+    else:  # the language model's prompt, then its head in each step; a Conv1D of one row is not
+        assert rows == [7] * 8 + [1] + ([5] * 4 + [1]) * 2 + [5] * 4

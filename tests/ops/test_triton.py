@@ -1,0 +1,138 @@
+"""The Triton kernels beyond the matrix: real compilation, loops over blocks, noise, operators."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parity import BACKENDS, check_candidate_attention, check_topk_logprobs
+from test_matrix import attention, draw_logits
+
+from rgtg_fast import ops
+from rgtg_fast.ops import installation, reference
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+TRITON = next(b for b in BACKENDS if b.name == "triton-interpreted")
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+def kernels(name):
+    return importlib.import_module(f"rgtg_fast.kernels.{name}")
+
+
+gumbel_from_word = kernels("gumbel").gumbel_from_word
+
+
+@triton.jit
+def _noise(words, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, gumbel_from_word(tl.load(words + at).to(tl.uint32)))
+
+
+@pytest.mark.parametrize("archs", ["90", "80,100,120"])
+def test_every_kernel_compiles_to_machine_code_without_a_gpu(archs):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT.parents[1]), *sys.path])
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / "compile_triton.py"), archs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {str(r["arch"]) for r in records} == set(archs.split(","))
+    assert {r["kernel"] for r in records} == {
+        "_reduce_groups",
+        "_merge",
+        "_reward_head",
+        "_vocab_reward",
+        "_ratio_sample",
+        "_ratio_step",
+        "_attend_prefix",
+        "_merge_self",
+        "_prefix_bt_loss",
+    }
+    for record in records:
+        assert record["cubin"] > 0
+        assert record["stack"] <= 32, f"registers are spilled: {record}"
+        # 99 KiB is what a block may have on the smallest of these architectures.
+        assert record["shared"] <= (99 if record["arch"] == 120 else 160) * 1024
+        if record["kernel"] in ("_ratio_sample", "_ratio_step", "_reward_head"):
+            assert record["fma"] == 0, "fused multiply-adds would turn sampled tokens"
+
+
+def test_topk_over_several_chunks_of_groups(monkeypatch):
+    monkeypatch.setattr(kernels("topk_logprobs"), "CHUNK", 8)
+    check_topk_logprobs(TRITON, draw_logits("ties", 1, 6007).float(), 8)
+    logits = draw_logits("normal", 2, 6007)
+    logits[0, 6006] = float("nan")
+    check_topk_logprobs(TRITON, logits, 5)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_over_several_splits_and_tiles_of_queries(monkeypatch, window):
+    shape = (2, 40, 4, 1, 64, 500, [0, 300], [500, 420])
+    check_candidate_attention(TRITON, *attention(torch.float32, *shape, window, None))
+    monkeypatch.setattr(kernels("candidate_attention"), "MAX_SPLITS", 2)
+    check_candidate_attention(TRITON, *attention(torch.float32, *shape, window, None))
+
+
+def test_splits_keep_a_gpu_busy_and_bounded():
+    split_length = kernels("candidate_attention").split_length
+    assert split_length(8192, 64) == 1024
+    assert split_length(8192, 8) == 128
+    assert split_length(1_000_000, 1) == 16384
+    assert split_length(0, 1) == 128
+
+
+def test_noise_is_bit_identical_for_extreme_words():
+    edges = torch.tensor([0, 1, 2, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 1257966796])
+    words = torch.cat([edges, torch.randint(0, 2**32, (4088,))])
+    out = torch.empty(4096)
+    _noise[(1,)](words, out, 4096)
+    assert torch.equal(out, reference.gumbel_from_word(words))
+
+
+@pytest.mark.parametrize(
+    "name", ["topk_logprobs", "reward_head", "vocab_reward", "ratio_sample", "prefix_bt_loss"]
+)
+def test_opcheck(name):
+    assert ops.unavailable_reason(name, "triton") is None
+    flat, ids = torch.randn(2, 4), torch.randint(0, 9, (2, 4))
+    per_row = (torch.ones(2), torch.ones(2), torch.arange(2), torch.arange(2))
+    constants = (torch.ones(4), torch.zeros(2))
+    arguments = {
+        "topk_logprobs": (torch.randn(2, 30), 3),
+        "reward_head": (torch.randn(2, 4, 9), torch.randn(9), torch.randn(1)),
+        "vocab_reward": (torch.randn(2, 9), torch.randn(9, 9), ids),
+        "ratio_sample": (flat, flat, ids, *per_row, True),
+        "prefix_bt_loss": (flat, flat, *torch.tensor([[2, 4], [3, 1]]), *constants, 0.1, 0.1, 1),
+    }
+    torch.library.opcheck(getattr(torch.ops.rgtg_fast_triton, name).default, arguments[name])
+
+
+def test_compiles_without_graph_breaks():
+    def two_ops(logits, hidden, weight):
+        logprobs, ids = ops.topk_logprobs(logits, 3, backend="triton")
+        return logprobs, ids, ops.vocab_reward(hidden, weight, ids, backend="triton")
+
+    arguments = (torch.randn(2, 30), torch.randn(2, 9), torch.randn(30, 9))
+    compiled = torch.compile(two_ops, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*arguments), two_ops(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_id_outside_the_vocabulary_is_nan_and_reads_nothing():
+    ids = torch.tensor([[0, -1, 9, 2**40]])
+    (rewards,) = TRITON("vocab_reward", torch.ones(1, 4), torch.ones(9, 4), ids)
+    assert rewards[0, 0] == 4 and rewards[0, 1:].isnan().all()
+
+
+def test_without_the_interpreter_cpu_tensors_are_an_error(monkeypatch):
+    monkeypatch.setattr(kernels("library"), "INTERPRETED", False)
+    with pytest.raises(ops.BackendUnavailable, match=r"'triton' cannot run topk_logprobs: .* on"):
+        ops.topk_logprobs(torch.zeros(1, 4), 2, backend="triton")
+    if not torch.cuda.is_available():
+        assert "TRITON_INTERPRET=1" in installation.info()["backends"]["ratio_step"]["triton"]

@@ -1,0 +1,317 @@
+"""The CUDA kernels on the CPU: ``OPS[name]`` takes the arguments of ``torch.ops.rgtg_fast.<name>``.
+
+csrc/cuda/*.cuh is compiled by g++ against tests/support/simt, once per state of the sources. Inputs
+are copied to memory with NaN around them and wherever a view has gaps; outputs and workspace begin
+as NaN. Every op runs once in memory that ends at a page nobody may touch, then, aligned as torch's
+memory is, in several orders of the threads, whose results must be the same bit for bit.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+SIMT = ROOT / "tests" / "support" / "simt"
+FORWARD, REVERSE, RANDOM = 0, 1, 7
+ORDERS = (FORWARD, REVERSE, RANDOM)
+
+_ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_FLAGS = ["-std=c++20", "-O2", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-fdata-sections"]
+_FLAGS += ["-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-fvisibility=hidden"]
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("element", ctypes.c_int))
+
+
+def _structure(name, fields):
+    """A ctypes twin of a struct; p pointer, o Operand, q int64, i int, b bool, d double."""
+    kinds = {
+        "p": ctypes.c_void_p,
+        "o": _Operand,
+        "q": ctypes.c_int64,
+        "i": ctypes.c_int,
+        "b": ctypes.c_bool,
+        "d": ctypes.c_double,
+    }
+    pairs = [field.split(":") for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": [(n, kinds[k]) for n, k in pairs]})
+
+
+_Topk = _structure(
+    "_Topk", "logits:p rows:q vocab:q row_stride:q k:i keys:p sums:p logprobs:p ids:p"
+)
+_Head = _structure(
+    "_Head",
+    "hidden:o rows:q k:q width:q row_stride:q candidate_stride:q weight:o bias:o rewards:p",
+)
+_Vocab = _structure(
+    "_Vocab",
+    "weight:o vocab:q width:q weight_stride:q hidden:o hidden_stride:q ids:p rows:q k:q rewards:p",
+)
+_Ratio = _structure(
+    "_Ratio",
+    "logprobs:p rewards:p ids:p beta:p temperature:p seed:p position:p rows:q k:q do_sample:b "
+    "slot:p logq:p",
+)
+_Pair = _structure(
+    "_Pair",
+    "chosen:p rejected:p rows:q width:q chosen_stride:q rejected_stride:q len_chosen:p "
+    "len_rejected:p weights:p margin:p smoothing:d centering:d first:q loss:p grad_chosen:p "
+    "grad_rejected:p",
+)
+
+
+def build(csrc=ROOT / "csrc"):
+    """Compiles the kernels under ``csrc`` unless that was done before; returns the library."""
+    sources = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("cuda/*.h")])
+    text = b"".join(p.name.encode() + p.read_bytes() for p in [*sources, *sorted(SIMT.iterdir())])
+    key = hashlib.sha256(text + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    cache = ROOT / "build" / "simt"
+    library = cache / f"{key}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own until it is whole: parallel test workers may build at once.
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            command = [os.environ.get("CXX", "g++"), *_FLAGS, f"-I{SIMT}", f"-I{csrc}"]
+            command += [str(SIMT / "simt.cpp"), str(SIMT / "ops.cpp")]
+            command += [f"-Wl,-T,{SIMT / 'shared_memory.ld'}", "-o", f"{scratch}/simt.so"]
+            subprocess.run(command, check=True)
+            os.replace(f"{scratch}/simt.so", library)
+    return library
+
+
+class Emulator:
+    """The kernels of one build, run in the given orders of the threads."""
+
+    def __init__(self, library, orders=ORDERS):
+        self.library = ctypes.CDLL(str(library))
+        self.library.simt_error.restype = ctypes.c_char_p
+        self.library.simt_allocate.restype = ctypes.c_void_p
+        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int]
+        self.library.simt_free.argtypes = [ctypes.c_void_p]
+        self.library.simt_topk_slice_count.argtypes = [ctypes.c_int, ctypes.c_int64]
+        self.orders = orders
+
+    def launch(self, name, *arguments):
+        if getattr(self.library, f"simt_{name}")(*arguments) != 0:
+            raise AssertionError(f"{name}: {self.library.simt_error().decode()}")
+
+    def in_every_order(self, run):
+        """``run(buffers)`` in each order; its outputs, which must not depend on the order."""
+        with _Buffers(self.library, at_guard=True) as buffers:
+            self.library.simt_set_order(FORWARD)
+            run(buffers)
+        first = None
+        for order in self.orders:
+            self.library.simt_set_order(order)
+            with _Buffers(self.library) as buffers:
+                outputs = [buffers.read(output) for output in run(buffers)]
+            if first is None:
+                first = outputs
+            elif not all(_same_bits(a, b) for a, b in zip(first, outputs, strict=True)):
+                raise AssertionError("the result depends on the order of the threads")
+        return first
+
+    def topk_logprobs(self, logits, k):
+        rows, vocab = logits.shape
+
+        def run(buffers):
+            logprobs, ids = buffers.new((rows, k), torch.float32), buffers.new((rows, k))
+            if rows:
+                dense = _dense_last(logits)
+                element = _ELEMENTS[logits.dtype]
+                slices = self.library.simt_topk_slice_count(element, vocab)
+                keys, sums = buffers.new((rows * slices * k,)), buffers.new((rows * slices * 2,))
+                a = _Topk(buffers.put(dense), rows, vocab, dense.stride(0), k)
+                a.keys, a.sums, a.logprobs, a.ids = keys[0], sums[0], logprobs[0], ids[0]
+                self.launch("topk_logprobs", element, ctypes.byref(a))
+            return logprobs, ids
+
+        return tuple(self.in_every_order(run))
+
+    def reward_head(self, hidden, weight, bias=None):
+        def run(buffers):
+            head, rewards = _head(buffers, hidden, weight, bias)
+            if head.rows * head.k:
+                self.launch("reward_head", ctypes.byref(head))
+            return (rewards,)
+
+        return self.in_every_order(run)[0]
+
+    def vocab_reward(self, hidden, weight, ids):
+        def run(buffers):
+            rewards = buffers.new(ids.shape, torch.float32)
+            if ids.numel():
+                vectors, table = _dense_last(hidden), _dense_last(weight)
+                a = _Vocab(buffers.operand(table), *table.shape, table.stride(0))
+                a.hidden, a.hidden_stride = buffers.operand(vectors), vectors.stride(0)
+                a.ids, a.rewards = buffers.put(ids.contiguous()), rewards[0]
+                a.rows, a.k = ids.shape
+                self.launch("vocab_reward", ctypes.byref(a))
+            return (rewards,)
+
+        return self.in_every_order(run)[0]
+
+    def ratio_sample(self, logprobs, rewards, *rest):
+        def run(buffers):
+            given = buffers.put(rewards.contiguous())
+            ratio, slot, logq = _ratio(buffers, logprobs, given, *rest)
+            if ratio.rows:
+                self.launch("ratio_sample", ctypes.byref(ratio))
+            return slot, logq
+
+        return tuple(self.in_every_order(run))
+
+    def ratio_step(
+        self,
+        logprobs,
+        hidden,
+        weight,
+        ids,
+        beta,
+        temperature,
+        seed,
+        position,
+        do_sample,
+        bias=None,
+    ):
+        def run(buffers):
+            head, rewards = _head(buffers, hidden, weight, bias)
+            rest = (ids, beta, temperature, seed, position, do_sample)
+            ratio, slot, logq = _ratio(buffers, logprobs, rewards[0], *rest)
+            if ratio.rows:
+                self.launch("ratio_step", ctypes.byref(head), ctypes.byref(ratio))
+            return slot, rewards, logq
+
+        return tuple(self.in_every_order(run))
+
+    def prefix_bt_loss(self, chosen, rejected, *rest):
+        *vectors, smoothing, centering, first = rest
+        dtype = torch.promote_types(chosen.dtype, torch.float32)
+
+        def run(buffers):
+            rows, width = chosen.shape
+            outputs = [buffers.new(shape, dtype) for shape in ((rows,), *[(rows, width)] * 2)]
+            if rows:
+                dense = _dense_last(chosen), _dense_last(rejected)
+                given = [buffers.put(t) for t in dense]
+                a = _Pair(*given, rows, width, *(t.stride(0) for t in dense))
+                a.len_chosen, a.len_rejected, a.weights, a.margin = (
+                    buffers.put(t.contiguous()) for t in vectors
+                )
+                a.smoothing, a.centering, a.first = smoothing, centering, first
+                a.loss, a.grad_chosen, a.grad_rejected = (pointer for pointer, *_ in outputs)
+                self.launch("prefix_bt_loss", _ELEMENTS[chosen.dtype], ctypes.byref(a))
+            return outputs
+
+        return tuple(self.in_every_order(run))
+
+
+class _Buffers:
+    """Guarded memory of one run."""
+
+    def __init__(self, library, at_guard=False):
+        self.library, self.at_guard, self.held = library, at_guard, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pointer in self.held:
+            self.library.simt_free(pointer)
+
+    def _allocate(self, size, offset=0):
+        pointer = self.library.simt_allocate(size, -1 if self.at_guard else offset)
+        self.held.append(pointer)
+        return pointer
+
+    def new(self, shape, dtype=torch.int64):
+        """An output of that shape: (pointer, shape, dtype)."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self._allocate(size), tuple(shape), dtype
+
+    def read(self, output):
+        pointer, shape, dtype = output
+        count = torch.Size(shape).numel()
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(pointer)
+        return torch.frombuffer(raw, dtype=dtype).clone().reshape(shape)
+
+    def put(self, tensor):
+        """A copy with the strides and the alignment of ``tensor``, and NaN in the gaps."""
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.numel() == 0:
+            return self._allocate(0)
+        offset = tensor.storage_offset() * tensor.element_size() % 16
+        pointer = self._allocate(span * tensor.element_size(), offset)
+        raw = (ctypes.c_char * (span * tensor.element_size())).from_address(pointer)
+        # By index, because elements of an expanded view share their memory.
+        places = torch.arange(span).as_strided(tensor.shape, tensor.stride())
+        torch.frombuffer(raw, dtype=tensor.dtype)[places.reshape(-1)] = tensor.reshape(-1)
+        return pointer
+
+    def operand(self, tensor):
+        return _Operand(self.put(tensor), _ELEMENTS[tensor.dtype])
+
+
+def _head(buffers, hidden, weight, bias):
+    dense, vector = _dense_last(hidden), _dense_last(weight)
+    rows, k, width = hidden.shape
+    rewards = buffers.new((rows, k), torch.float32)
+    head = _Head(buffers.operand(dense), rows, k, width, dense.stride(0), dense.stride(1))
+    head.weight = buffers.operand(vector)
+    if bias is not None:
+        head.bias = buffers.operand(bias.reshape(1))
+    head.rewards = rewards[0]
+    return head, rewards
+
+
+def _ratio(buffers, logprobs, rewards, ids, beta, temperature, seed, position, do_sample):
+    rows, k = logprobs.shape
+    slot, logq = buffers.new((rows,)), buffers.new((rows, k), torch.float32)
+    inputs = (ids, beta, temperature, seed, position)
+    pointers = [buffers.put(t.contiguous()) for t in inputs]
+    a = _Ratio(buffers.put(logprobs.contiguous()), rewards, *pointers, rows, k, do_sample)
+    a.slot, a.logq = slot[0], logq[0]
+    return a, slot, logq
+
+
+def _dense_last(tensor):
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _same_bits(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@functools.cache
+def emulator():
+    return Emulator(build())
+
+
+def _op(name):
+    def call(*arguments):
+        return getattr(emulator(), name)(*arguments)
+
+    return call
+
+
+OPS = {
+    name: _op(name)
+    for name in (
+        "topk_logprobs",
+        "reward_head",
+        "vocab_reward",
+        "ratio_sample",
+        "ratio_step",
+        "prefix_bt_loss",
+    )
+}
