@@ -86,9 +86,7 @@ class HFPolicy:
     def can_keep_rows(self) -> bool:
         """Only plain caches and arguments with a row for each row of the batch."""
         cache = self.model_kwargs.get(CACHE)
-        plain = type(cache) is DynamicCache and all(
-            isinstance(x, DynamicLayer) for x in cache.layers
-        )
+        plain = _keys_and_values_alone(cache)
         known = {CACHE, "attention_mask", "position_ids", "use_cache", "cache_position"}
         return plain and self.model_kwargs.keys() <= known
 
@@ -242,8 +240,14 @@ def _is_plain_call(
     if has_holes(mask):  # the cache would move its slots
         return False
     cache, positions = given.get(CACHE), given.get("position_ids")
-    plain = type(cache) is DynamicCache and cache.get_seq_length() == 0 and given.get("use_cache")
-    return bool(plain) and (positions is None or torch.equal(positions, positions_of(mask)))
+    if not _keys_and_values_alone(cache) or cache.get_seq_length() or not given.get("use_cache"):
+        return False
+    return positions is None or torch.equal(positions, positions_of(mask))
+
+
+def _keys_and_values_alone(cache: Any) -> bool:
+    """No recurrent state, and nothing static or quantised."""
+    return type(cache) is DynamicCache and all(isinstance(x, DynamicLayer) for x in cache.layers)
 
 
 _head_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, bool]] = weakref.WeakKeyDictionary()

@@ -20,7 +20,7 @@ from rgtg_fast.decode.loop import Guidance, guided_decode
 from rgtg_fast.decode.plan import Plan
 from rgtg_fast.decode.policies import CachedPolicy, LanguageModel
 from rgtg_fast.decode.record import Record
-from rgtg_fast.models import attention
+from rgtg_fast.models import attention, siblings
 from rgtg_fast.models.reward_model import RewardModel
 from rgtg_fast.ops import reference
 from rgtg_fast.scorers import tree
@@ -85,7 +85,7 @@ class Watched:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(attention, "has_holes", lambda mask: False)
-    monkeypatch.setattr(tree, "attention_kernel", lambda *_: reference.candidate_attention)
+    monkeypatch.setattr(siblings, "attention_kernel", lambda *_: reference.candidate_attention)
     monkeypatch.setattr(ops, "kernel", lambda op, *_: getattr(reference, op))
     monkeypatch.setattr(graphs, "WORTH", 1)
     with FakeTensorMode(), torch.no_grad():

@@ -136,7 +136,7 @@ def test_selection_spreads_heads_and_packs_them_again():
 def use(monkeypatch, way):
     """Siblings attend by plug-in where the model allows it, or by masks."""
     if way == "masked":
-        for module in ("attention", "scorers.probe", "scorers.tree"):
+        for module in ("models.attention", "scorers.probe", "models.siblings"):
             monkeypatch.setattr(f"rgtg_fast.{module}.attention_kernel", lambda *_: None)
 
 
