@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from transformers import (
 
 from . import ops
 from . import validation as check
-from .decode.graphs import choose_graph, graphed_decode
-from .decode.loop import Guidance, guided_decode
+from .decode.call import Call
+from .decode.capture import choose_graph
+from .decode.guidance import Guidance
+from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.policies import HFPolicy, LanguageModel, make_policy, plain_language_model
 from .decode.record import Record
@@ -28,6 +31,7 @@ from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
 from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
+from .scorers.tree import SiblingScorer
 
 
 @dataclass
@@ -65,19 +69,7 @@ class RewardGuided:
     cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
-        check.check_options(
-            self.k,
-            self.beta,
-            self.temperature,
-            self.seed,
-            self.eos_reward,
-            self.reward_method,
-            self.backend,
-            self.sync_every,
-            self.reward_range,
-            self.prune,
-            self.cuda_graph,
-        )
+        check.check_options(self)
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
             self._rm = as_reward_model(self.reward_model, self.reward_head)
@@ -100,54 +92,84 @@ class RewardGuided:
         `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
         """
         own_streamer = self.streamer if streamer is None else None
-        with ended_on_error(own_streamer):
-            batch = max(input_ids.shape[0], 1)
-            copies = generation_config.num_return_sequences or 1
-            vocab_size = model.get_input_embeddings().weight.shape[0]
-            check.check_config(model, generation_config, self.k, vocab_size)
-            mask = self._lm_mask(model, input_ids, generation_config, model_kwargs, vocab_size)
-            reward_ids, reward_mask = self._reward_prompt(input_ids, mask, copies)
-            temperature, processors = take_temperature(logits_processor)
-            guidance = self._guidance(
-                batch, copies, input_ids.device, generation_config, temperature
-            )
-            new_tokens = generation_config.max_length - input_ids.shape[1]
-            as_text = self._check_reward_prompt(reward_ids, reward_mask, new_tokens, vocab_size)
-            found = plain_language_model(
-                model, input_ids, mask, generation_config, model_kwargs, self.backend
-            )
-            max_length = reward_ids.shape[1] + new_tokens
-            scorer = self._make_scorer(as_text, max_length, generation_config, vocab_size, found)
-            if self.reward_range is not None:
-                guidance.prune = check.prunes(scorer, self.prune, self.output_candidates)
-            policy = make_policy(
-                model, found, scorer, mask, generation_config, model_kwargs, self.backend
-            )
-            record = Record(generation_config, self.output_candidates)
-            keep_cache = keep_cache or record.on
-            streamed = streamer is not None or own_streamer is not None
-            plan = make_plan(
-                new_tokens,
-                input_ids.device,
-                processors,
+        with ended_on_error(own_streamer), alone(self.reward_model):
+            call = self.resolve(
+                model,
+                input_ids,
+                logits_processor,
                 stopping_criteria,
-                getattr(generation_config, "_pad_token_tensor", None),
-                sync_every=self.sync_every,
-                compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
-                # Hugging Face's cache must hold no token beyond the last step when it is returned.
-                step_by_step=streamed or (keep_cache and isinstance(policy, HFPolicy)),
-                whole_batch=keep_cache or streamed,
+                generation_config,
+                model_kwargs,
+                streamer=own_streamer if streamer is None else streamer,
                 synced_gpus=synced_gpus,
+                keep_cache=keep_cache,
             )
-            run = policy, scorer, input_ids, guidance, plan, record, processors, stopping_criteria
-            why = policy, scorer, guidance, plan, record, processors, stopping_criteria, streamed
-            graph = choose_graph(self.cuda_graph, *why)
-            scorer.prefill(reward_ids, reward_mask)
-            if graph is not None:
-                return _as_output(graphed_decode(*run, graph))
-            if own_streamer is not None:  # a streamer that HF knows has had the prompt already
+            if own_streamer is not None:  # one that Hugging Face knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
-            return _as_output(guided_decode(*run, own_streamer if streamer is None else streamer))
+            result = decode(call, input_ids)
+        return result if isinstance(result, Tensor) else RewardGuidedOutput(**result)
+
+    def resolve(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *,
+        streamer: Any,
+        synced_gpus: bool,
+        keep_cache: bool,
+    ) -> Call:
+        """Everything that the run will be made of, after every check that can be made before it."""
+        batch = max(input_ids.shape[0], 1)
+        copies = config.num_return_sequences or 1
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        check.check_config(model, config, self.k, vocab_size)
+        mask = self._lm_mask(model, input_ids, config, model_kwargs, vocab_size)
+        reward_prompt = self._reward_prompt(input_ids, mask, copies)
+        new_tokens = config.max_length - input_ids.shape[1]
+        as_text = self._check_reward_prompt(*reward_prompt, new_tokens, vocab_size)
+        temperature, processors = take_temperature(logits_processor)
+        guidance = self._guidance(batch, copies, input_ids.device, config, temperature)
+        found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
+        max_length = reward_prompt[0].shape[1] + new_tokens
+        scorer = self._make_scorer(as_text, max_length, config, vocab_size, found)
+        if self.reward_range is not None:
+            guidance.prune = check.prunes(scorer, self.prune, self.output_candidates)
+        policy = make_policy(model, found, scorer, mask, config, model_kwargs, self.backend)
+        record = Record(config, self.output_candidates)
+        keep_cache = keep_cache or record.on
+        plan = make_plan(
+            new_tokens,
+            input_ids,
+            processors,
+            criteria,
+            getattr(config, "_pad_token_tensor", None),
+            sync_every=self.sync_every,
+            compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
+            # Hugging Face's cache must hold no token beyond the last step when it is returned.
+            step_by_step=streamer is not None or (keep_cache and isinstance(policy, HFPolicy)),
+            whole_batch=keep_cache or streamer is not None,
+            synced_gpus=synced_gpus,
+        )
+        call = Call(
+            policy=policy,
+            scorer=scorer,
+            reward_prompt=reward_prompt,
+            guidance=guidance,
+            plan=plan,
+            record=record,
+            processors=processors,
+            criteria=criteria,
+            streamer=streamer,
+            epilogue=guidance.reward_range is None
+            and isinstance(scorer, SiblingScorer)
+            and scorer.is_linear(input_ids.device),
+        )
+        call.graph = choose_graph(self.cuda_graph, call)
+        return call
 
     def _guidance(
         self,
@@ -306,10 +328,6 @@ class RewardGuided:
         return ops.split_seed(seed, batch).to(device)
 
 
-def _as_output(result: dict[str, Any] | Tensor) -> RewardGuidedOutput | Tensor:
-    return result if isinstance(result, Tensor) else RewardGuidedOutput(**result)
-
-
 def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
     """The temperature HF would put on the LM logits, and the processors without that warper."""
     kept, temperature = LogitsProcessorList(), 1.0
@@ -330,3 +348,32 @@ def ended_on_error(streamer: Any) -> Iterator[None]:
         if streamer is not None:
             streamer.end()
         raise
+
+
+# By the id of a scorer, which need not be hashable: its lock, and how many calls want it.
+_in_use: dict[int, list[Any]] = {}
+_looking = threading.Lock()
+
+
+@contextmanager
+def alone(reward_model: Any) -> Iterator[None]:
+    """One call at a time on a scorer: it holds the text of the call that it serves.
+
+    Calls of other threads wait for the one before to end. (What is made of a reward model is made
+    for each call, and needs no turn.)
+    """
+    if not is_scorer(reward_model):
+        yield
+        return
+    key = id(reward_model)
+    with _looking:
+        entry = _in_use.setdefault(key, [threading.RLock(), 0])
+        entry[1] += 1
+    try:
+        with entry[0]:
+            yield
+    finally:
+        with _looking:
+            entry[1] -= 1
+            if not entry[1]:
+                del _in_use[key]

@@ -41,25 +41,15 @@ _OTHER_MODES = {
 }
 
 
-def check_options(
-    k: Any,
-    beta: Any,
-    temperature: Any,
-    seed: Any,
-    eos_reward: Any,
-    reward_method: Any,
-    backend: Any,
-    sync_every: Any,
-    reward_range: Any,
-    prune: Any,
-    cuda_graph: Any,
-) -> None:
-    """The options of `RewardGuided`, as far as they can be judged without a model."""
+def check_options(options: Any) -> None:
+    """The options of a `RewardGuided`, as far as they can be judged without a model."""
+    k = options.k
     if isinstance(k, bool) or not isinstance(k, int):
         raise ValueError(f"k is the number of candidates, an int from 1 to 64; got {k!r}")
     if not 1 <= k <= 64:
         raise ValueError(f"k={k} candidates asked for; pass 1 <= k <= 64")
-    _check_number("beta", beta)
+    _check_number("beta", options.beta)
+    temperature = options.temperature
     if temperature is not None:
         _check_number("temperature", temperature)
         lowest = temperature.min().item() if isinstance(temperature, Tensor) else temperature
@@ -68,17 +58,20 @@ def check_options(
                 f"temperature={temperature!r} must be > 0; for the most likely token pass "
                 "do_sample=False"
             )
-    _check_seed(seed)
-    if sync_every is not None and (type(sync_every) is not int or sync_every < 1):
-        raise ValueError(f"sync_every={sync_every!r}; pass a number of steps >= 1, or None")
-    _check_reward_range(reward_range, prune)
-    if cuda_graph is not None and type(cuda_graph) is not bool:
-        raise ValueError(f"cuda_graph={cuda_graph!r}; pass True, False or None (where possible)")
-    for name, value, allowed in (
-        ("eos_reward", eos_reward, EOS_REWARDS),
-        ("reward_method", reward_method, METHODS),
-        ("backend", backend, BACKENDS),
+    _check_seed(options.seed)
+    every = options.sync_every
+    if every is not None and (type(every) is not int or every < 1):
+        raise ValueError(f"sync_every={every!r}; pass a number of steps >= 1, or None")
+    _check_reward_range(options.reward_range, options.prune)
+    graph = options.cuda_graph
+    if graph is not None and type(graph) is not bool:
+        raise ValueError(f"cuda_graph={graph!r}; pass True, False or None (where possible)")
+    for name, allowed in (
+        ("eos_reward", EOS_REWARDS),
+        ("reward_method", METHODS),
+        ("backend", BACKENDS),
     ):
+        value = getattr(options, name)
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; pass one of {', '.join(allowed)}")
 

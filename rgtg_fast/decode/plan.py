@@ -35,23 +35,45 @@ ROW_BY_ROW = (
     tf.SuppressTokensAtBeginLogitsProcessor,
 )
 
+# Of these, those that make of scores what they make of them whatever the text, without the host: a
+# CUDA graph can hold them. (Not EtaLogitsWarper: torch.distributions checks its arguments there.)
+SCORES_ALONE = (
+    tf.TopKLogitsWarper,
+    tf.TopPLogitsWarper,
+    tf.MinPLogitsWarper,
+    tf.TypicalLogitsWarper,
+    tf.EpsilonLogitsWarper,
+    tf.InfNanRemoveLogitsProcessor,
+    tf.LogitNormalization,
+    tf.SuppressTokensLogitsProcessor,
+)
+
 
 @dataclass
 class Plan:
     """`steps` at most; the host looks whether rows have ended every `sync_every` of them, and drops
     those that have once they are half of the batch (`compact`). `pad` (int64 [], or None) is what
-    ended rows are filled with."""
+    ended rows are filled with, `eos` int64 [n] are the tokens that end one; `foreign` names a
+    criterion that has to be asked instead. `reads_ids`: a logits processor may look at the text."""
 
     steps: int
+    eos: Tensor
     sync_every: int = 1
     compact: bool = False
     pad: Tensor | None = None
+    foreign: str | None = None
     synced_gpus: bool = False
+    reads_ids: bool = True
+
+    @property
+    def can_end(self) -> bool:
+        """Whether the host has anything to look for."""
+        return bool(self.foreign or self.synced_gpus or len(self.eos))
 
 
 def make_plan(
-    steps: int,
-    device: torch.device,
+    new_tokens: int,
+    input_ids: Tensor,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     pad: Tensor | None,
@@ -69,12 +91,15 @@ def make_plan(
     or (`step_by_step`) a streamer or a cache that is given back. Rows may leave unless something
     needs the `whole_batch`, or may count its rows: a processor or criterion of the user's.
     """
-    own = foreign_criterion(criteria) is None
+    device, foreign = input_ids.device, foreign_criterion(criteria)
     ends = any(hasattr(c, "eos_token_id") for c in criteria) and pad is not None
     every = sync_every or (1 if device.type == "cpu" else SYNC_EVERY)
-    plain = own and not synced_gpus
+    plain = foreign is None and not synced_gpus
+    eos = eos_ids(criteria, device)
     return Plan(
-        steps=steps,
+        # Hugging Face's own criteria are known beforehand, and need not be asked.
+        steps=new_tokens if foreign else last_step(new_tokens, criteria, input_ids.shape[1]),
+        eos=eos[:0] if foreign else eos,
         sync_every=every if plain and not step_by_step else 1,
         compact=compact
         and plain
@@ -82,7 +107,9 @@ def make_plan(
         and not whole_batch
         and all(type(p) in ROW_BY_ROW for p in processors),
         pad=pad.to(device) if ends and pad is not None else None,
+        foreign=foreign,
         synced_gpus=synced_gpus,
+        reads_ids=any(type(p) not in SCORES_ALONE for p in processors),
     )
 
 

@@ -9,6 +9,7 @@ reading of the prefix. It is taken where a numerical probe finds it right for th
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +18,14 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from .. import ops
+from ..models.cache import SiblingCache
 from ..models.foreign import CACHE
 from ..models.language_model import LanguageModel
 from ..models.padding import has_holes, positions_of
 from ..models.siblings import SiblingForward, fill_cache
 from ..scorers.joint import JointScorer
 from ..scorers.probe import TOLERANCE, probe
+from .rows import Rows
 
 
 class Policy(Protocol):
@@ -30,13 +33,17 @@ class Policy(Protocol):
 
     attentions: Any  # of the last forward, where the generation configuration asks for them
     hidden_states: Any
-    capturable: bool  # as a scorer's; it then has `length` too
+    capturable: bool  # as a scorer's
+
+    @property
+    def caches(self) -> Sequence[SiblingCache]:
+        """As a scorer's."""
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Take the prompts int64 [B, P]; logits [B, V] of the next token."""
 
-    def step(self, input_ids: Tensor) -> Tensor:
-        """Logits [B, V] after one more token, `input_ids` [B, P + t] being prompts and answers."""
+    def step(self, rows: Rows) -> Tensor:
+        """Logits [B, V] after one more token, the last of `rows`."""
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with rows `rows` int64 [n] alone."""
@@ -56,6 +63,7 @@ class HFPolicy:
     """
 
     capturable = False
+    caches: Sequence[SiblingCache] = ()
 
     def __init__(
         self, model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], batch: int
@@ -66,8 +74,9 @@ class HFPolicy:
     def prefill(self, input_ids: Tensor) -> Tensor:
         return self._take(self.model._prefill(input_ids, self.config, self.model_kwargs), input_ids)
 
-    def step(self, input_ids: Tensor) -> Tensor:
+    def step(self, rows: Rows) -> Tensor:
         """One LM forward on the last token (on the whole sequence with `use_cache=False`)."""
+        input_ids = rows.so_far()
         inputs = self.model.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=1 if self.model_kwargs["use_cache"] else None,
@@ -129,12 +138,12 @@ class CachedPolicy:
         self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
         return logits.to(input_ids.device)
 
-    def step(self, input_ids: Tensor) -> Tensor:
+    def step(self, rows: Rows) -> Tensor:
         with self.view.fast_linears.active():
-            hidden = self.forward.siblings(input_ids[:, -1:].to(self.view.device))
+            hidden = self.forward.siblings(rows.last().to(self.view.device))
             self.forward.commit(self.slot)
             logits = self.view.logits(hidden[:, 0], self.forward.output_type)
-        return logits.to(input_ids.device)
+        return logits.to(rows.ids.device)
 
     def can_keep_rows(self) -> bool:
         return True
@@ -145,12 +154,8 @@ class CachedPolicy:
         self.slot = self.slot[rows]
 
     @property
-    def length(self) -> int:
-        return self.forward.length
-
-    @length.setter
-    def length(self, length: int) -> None:
-        self.forward.length = length
+    def caches(self) -> Sequence[SiblingCache]:
+        return (self.forward.cache,)
 
     def finish(self, steps: int) -> Any:
         return fill_cache(self.cache, self.forward.cache, self.prompt + steps - 1, len(self.slot))
@@ -161,19 +166,21 @@ class JointPolicy:
 
     attentions = hidden_states = None
     capturable = True
-    length = 0  # the scorer counts; see graphs.py
+    caches: Sequence[SiblingCache] = ()  # the scorer's
 
     def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:
         self.view, self.scorer, self.cache = view, scorer, cache
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
-        return self.step(input_ids)
+        return self._logits().to(input_ids.device)
 
-    def step(self, input_ids: Tensor) -> Tensor:
+    def step(self, rows: Rows) -> Tensor:
+        return self._logits().to(rows.ids.device)
+
+    def _logits(self) -> Tensor:
         with self.view.fast_linears.active():
-            logits = self.view.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
-        return logits.to(input_ids.device)
+            return self.view.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
 
     def can_keep_rows(self) -> bool:
         return True
@@ -240,7 +247,9 @@ def _is_plain_call(
     if has_holes(mask):  # the cache would move its slots
         return False
     cache, positions = given.get(CACHE), given.get("position_ids")
-    if not _keys_and_values_alone(cache) or cache.get_seq_length() or not given.get("use_cache"):
+    if not _keys_and_values_alone(cache) or not given.get("use_cache"):
+        return False
+    if cache.get_seq_length():  # type: ignore[union-attr]
         return False
     return positions is None or torch.equal(positions, positions_of(mask))
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..models.foreign import CACHE
+from .guidance import Choice
 from .policies import Policy
+from .rows import Rows, with_room
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Record:
 
     config: GenerationConfig
     output_candidates: bool
-    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)  # [B, T, ...] each
 
     def __post_init__(self) -> None:
         c = self.config
@@ -33,21 +35,20 @@ class Record:
     def wants_logits(self) -> bool:
         return self.logits is not None or self.scores is not None
 
-    def add(
-        self,
-        policy: Policy,
-        logits: Tensor,
-        scores: Tensor,
-        unfinished: Tensor,
-        slot: Tensor,
-        ids: Tensor,
-        logprobs: Tensor,
-        rewards: Tensor,
-        logq: Tensor,
-        keep: Tensor | None = None,
+    def write(
+        self, rows: Rows, policy: Policy, logits: Tensor, scores: Tensor, choice: Choice
     ) -> None:
+        """Keep what a step has found, in place but for Hugging Face's own tuples."""
         if not self.on:
             return
+        for name, value in self.of_step(rows.unfinished, choice).items():
+            buffer = self.columns.get(name)
+            if buffer is None:
+                room = rows.ids.shape[1] - rows.prompt
+                buffer = value.new_zeros((value.shape[0], room, *value.shape[1:]))
+            elif buffer.shape[1] <= rows.taken:
+                buffer = with_room(buffer, rows.taken)
+            self.columns[name] = buffer.index_copy_(1, rows.position[:1], value[:, None])
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -56,22 +57,11 @@ class Record:
             self.attentions += (policy.attentions,)
         if self.hidden_states is not None:
             self.hidden_states += (policy.hidden_states,)
-        step = unfinished, slot, ids, logprobs, rewards, logq, keep
-        for name, value in self.of_step(*step).items():
-            self.columns.setdefault(name, []).append(value)
 
-    def of_step(
-        self,
-        unfinished: Tensor,
-        slot: Tensor,
-        ids: Tensor,
-        logprobs: Tensor,
-        rewards: Tensor,
-        logq: Tensor,
-        keep: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def of_step(self, unfinished: Tensor, choice: Choice) -> dict[str, Tensor]:
         """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where
         asked for."""
+        slot, ids, logprobs, rewards, logq, keep = choice
         # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
         q = logq.exp()
         kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
@@ -96,7 +86,7 @@ class Record:
         steps; what was run beyond them is dropped."""
         if not self.on:
             return sequences
-        columns = {name: torch.stack(c[:steps], dim=1) for name, c in self.columns.items()}
+        columns = {name: c[:, :steps].clone() for name, c in self.columns.items()}
         return dict(
             sequences=sequences,
             scores=self._cut(self.scores, steps),

@@ -82,9 +82,9 @@ class RewardModel:
 
     def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
         """Rewards fp32 [B, n] of hidden states [B, n, H], on the hidden states' device."""
-        head = self.head
-        if type(head) is nn.Linear and _is_plain(head, hidden.shape[-1]):
-            weight, bias = head.weight[0], head.bias
+        head, linear = self.head, self.linear_head()
+        if linear is not None and len(linear[0]) == hidden.shape[-1]:
+            weight, bias = linear
             if weight.device != hidden.device:
                 hidden = hidden.to(weight.device)
             key = backend, hidden.device, len(hidden)
@@ -104,6 +104,13 @@ class RewardModel:
             )
         return out.float()
 
+    def linear_head(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight [H] and bias [1] of a head that is one plain linear layer; None of any other."""
+        head = self.head
+        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+            return None
+        return (head.weight[0], head.bias) if len(head.weight) == 1 else None
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode inside; every module's own training flag restored on the way out."""
@@ -115,11 +122,6 @@ class RewardModel:
         finally:
             for module in training:
                 module.training = True
-
-
-def _is_plain(head: nn.Linear, width: int) -> bool:
-    hooked = head._forward_hooks or head._forward_pre_hooks
-    return head.weight.shape == (1, width) and not hooked
 
 
 def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) -> RewardModel:

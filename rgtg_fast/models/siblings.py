@@ -96,16 +96,6 @@ class SiblingForward:
         self.mask.keep_rows(rows)
         self.position = self.position[rows]
 
-    @property
-    def length(self) -> int:
-        """Prefix tokens as the host counts them; whoever replays a CUDA graph, which moves the
-        device's count alone, sets it."""
-        return self.cache.length
-
-    @length.setter
-    def length(self, length: int) -> None:
-        self.cache.length = length
-
 
 def fill_cache(given: DynamicCache, own: SiblingCache, length: int, rows: int) -> DynamicCache:
     """Put the first `length` tokens of the first `rows` rows into an empty cache of HF's."""

@@ -20,8 +20,9 @@ class Scorer(Protocol):
     rows that have ended are carried along until all have. One whose `can_skip` is true takes
     `score(ids, keep)` too: bool [B, k], only these candidates need a reward (at least one does);
     the others get NaN and are not committed. One that says `capturable = True` changes tensors in
-    place only in `score` and `commit`, never waits for the device there, and keeps no other state
-    but `length`, an int, which is one more after each `commit` (see graphs.py).
+    place only in `score` and `commit`, never waits for the device there, and keeps nothing on the
+    host but the lengths of its `caches`, the `SiblingCache`s it has after `prefill` (a graph moves
+    the device's counts alone, so whoever replays one sets these).
     """
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:

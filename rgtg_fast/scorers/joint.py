@@ -48,9 +48,9 @@ class JointScorer(SiblingScorer):
         last = last_real(self.both.reward_hidden, attention_mask)
         return self.rm.rewards(last, self.backend)[:, 0]
 
-    def _score(self, ids: Tensor) -> Tensor:
+    def _hidden(self, ids: Tensor) -> Tensor:
         self.hidden = self.forward.siblings(self._doubled(ids))[: len(ids)]
-        return self.rm.rewards(self.both.reward_hidden, self.backend).to(ids.device)
+        return self.both.reward_hidden
 
     def _commit(self, slot: Tensor) -> None:
         index = slot.view(-1, 1, 1).expand(-1, 1, self.hidden.shape[-1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..models.cache import SiblingCache
 from ..models.padding import last_real
 from ..models.reward_model import RewardModel
 from ..models.selection import Selection
@@ -24,12 +27,31 @@ class SiblingScorer(RewardModelScorer):
         return self.forward.kernel is not None
 
     @property
-    def length(self) -> int:
-        return self.forward.length
+    def caches(self) -> tuple[SiblingCache]:
+        return (self.forward.cache,)
 
-    @length.setter
-    def length(self, length: int) -> None:
-        self.forward.length = length
+    def is_linear(self, device: torch.device) -> bool:
+        """Whether a reward is one linear head on hidden states on `device`, and no more: nothing is
+        done about EOS, or about ids that the reward model does not have."""
+        head = self.rm.linear_head()
+        whole = self.eos_ids is None and self.largest_id < self.rm.vocab_size
+        return whole and head is not None and head[0].device == device == self.rm.device
+
+    @torch.no_grad()
+    def linear(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What rewards are made of: hidden states [B, k, H], the head's weight [H] and bias [1]."""
+        head = self.rm.linear_head()
+        assert head is not None
+        with self.rm.evaluating(), self.rm.fast_linears.active():
+            hidden = self._hidden(ids)
+        return hidden.to(head[0].dtype), *head
+
+    @abstractmethod
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """The candidates' hidden states [B, k, H]."""
+
+    def _score(self, ids: Tensor) -> Tensor:
+        return self.rm.rewards(self._hidden(ids), self.backend).to(ids.device)
 
 
 class TreeScorer(SiblingScorer):
@@ -45,8 +67,8 @@ class TreeScorer(SiblingScorer):
         hidden = self.forward.prefill(input_ids, attention_mask)
         return self.rm.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
 
-    def _score(self, ids: Tensor) -> Tensor:
-        return self.rm.rewards(self.forward.siblings(ids), self.backend).to(ids.device)
+    def _hidden(self, ids: Tensor) -> Tensor:
+        return self.forward.siblings(ids)
 
     def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
         if keep.all():

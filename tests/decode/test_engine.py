@@ -8,7 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 import rgtg_fast
 from rgtg_fast import guided as guided_module
-from rgtg_fast.decode.loop import guided_decode
+from rgtg_fast.decode.loop import decode
 from rgtg_fast.decode.policies import CachedPolicy, HFPolicy
 from rgtg_fast.models.attention import NAME
 from rgtg_fast.ops.dispatch import settle
@@ -39,11 +39,11 @@ def seen(monkeypatch):
     """The policies and plans that calls were run with."""
     runs = []
 
-    def spy(policy, scorer, input_ids, guidance, plan, *rest):
-        runs.append((policy, plan, scorer))
-        return guided_decode(policy, scorer, input_ids, guidance, plan, *rest)
+    def spy(call, input_ids):
+        runs.append((call.policy, call.plan, call.scorer))
+        return decode(call, input_ids)
 
-    monkeypatch.setattr(guided_module, "guided_decode", spy)
+    monkeypatch.setattr(guided_module, "decode", spy)
     return runs
 
 
@@ -102,10 +102,9 @@ def test_ended_rows_are_no_longer_scored(models, method, seen, monkeypatch):
     from rgtg_fast.scorers.base import RewardModelScorer
 
     batches = []
-    score = RewardModelScorer.score
-    monkeypatch.setattr(
-        RewardModelScorer, "score", lambda self, ids: batches.append(len(ids)) or score(self, ids)
-    )
+    commit = RewardModelScorer.commit
+    counted = lambda self, slot: batches.append(len(slot)) or commit(self, slot)  # noqa: E731
+    monkeypatch.setattr(RewardModelScorer, "commit", counted)
     out = guided(models, *LENGTHS, reward_method=method)
     last = sorted(ends(out, 9))
     batches = batches[-(min(last[-1] + 1, NEW)) :]

@@ -12,12 +12,13 @@ from graph_emulated import tensors
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria
 
 from rgtg_fast import ops
 from rgtg_fast.decode import graphs
-from rgtg_fast.decode.loop import Guidance, guided_decode
-from rgtg_fast.decode.plan import Plan
+from rgtg_fast.decode.call import Call
+from rgtg_fast.decode.guidance import Guidance
+from rgtg_fast.decode.loop import decode
+from rgtg_fast.decode.plan import SCORES_ALONE, Plan
 from rgtg_fast.decode.policies import CachedPolicy, LanguageModel
 from rgtg_fast.decode.record import Record
 from rgtg_fast.models import attention, siblings
@@ -98,8 +99,8 @@ def model(cls, family, device, **changes):
         return cls.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def run(decode, lm_device, rm_device, steps=STEPS, family="llama", processors=(), **last):
-    """Runs `decode` on fake models until it needs a value."""
+def run(lm_device, rm_device, steps=STEPS, family="llama", processors=(), graph=None):
+    """Decodes with fake models until it needs a value."""
     language = model(tf.AutoModelForCausalLM, family, lm_device)
     reward = model(tf.AutoModelForSequenceClassification, family, rm_device, num_labels=1)
     ids = torch.zeros((B, P), dtype=torch.int64, device=lm_device)
@@ -109,29 +110,27 @@ def run(decode, lm_device, rm_device, steps=STEPS, family="llama", processors=()
             processor.suppress_tokens = torch.full((2,), zoo.PAD, device=lm_device)
     eos = torch.full((2,), zoo.EOS, device=lm_device)
     ones = torch.ones((B,), device=lm_device)
-    guidance = Guidance(K, ones, ones, ones.long(), True, None, "auto")
     capacity = P + steps
-    policy = CachedPolicy(LanguageModel(language), mask, capacity, "auto", DynamicCache())
     options = {"eos_ids": eos, "eos_reward": "previous", "capacity": capacity}
-    scorer = tree.TreeScorer(RewardModel(reward), K, fused=True, **options)
-    scorer.prefill(ids, mask)
-    decode(
-        policy,
-        scorer,
-        ids,
-        guidance,
-        Plan(steps, 100, False, torch.zeros((), dtype=torch.int64, device=lm_device)),
-        Record(GenerationConfig(return_dict_in_generate=True), True),
-        LogitsProcessorList(processors),
-        StoppingCriteriaList([EosTokenCriteria(eos)]),
-        **last,
+    pad = torch.zeros((), dtype=torch.int64, device=lm_device)
+    call = Call(
+        policy=CachedPolicy(LanguageModel(language), mask, capacity, "auto", DynamicCache()),
+        scorer=tree.TreeScorer(RewardModel(reward), K, fused=True, **options),
+        reward_prompt=(ids, mask),
+        guidance=Guidance(K, ones, ones, ones.long(), True, None, "auto"),
+        plan=Plan(steps, eos, sync_every=100, pad=pad, reads_ids=False),
+        record=Record(GenerationConfig(return_dict_in_generate=True), True),
+        processors=LogitsProcessorList(processors),
+        criteria=StoppingCriteriaList(),
+        graph=graph,
     )
+    decode(call, ids)
 
 
 def watch_capture(**options):
     graph = Watched(None)
     with pytest.raises(Reached):
-        run(graphs.graphed_decode, GPU, GPU, graph=graph, **options)
+        run(GPU, GPU, graph=graph, **options)
     return graph.copies
 
 
@@ -149,7 +148,7 @@ def test_graph_safe_processors_stay_on_the_device(fake):
 def traffic(steps):
     """Copies between the devices, eagerly, with prefill, first step and `steps` in all."""
     with Copies() as copies, pytest.raises(DataDependentOutputException):
-        run(guided_decode, GPU, OTHER, steps=steps)
+        run(GPU, OTHER, steps=steps)
     return [copy for copy in copies.seen if "cpu" not in copy[:2]]
 
 
@@ -164,4 +163,4 @@ def test_two_devices_exchange_ids_rewards_and_slots_alone(fake):
 
 
 def test_every_graph_safe_processor_is_watched_here():
-    assert {type(p) for p in PROCESSORS} == set(graphs.GRAPH_SAFE)
+    assert {type(p) for p in PROCESSORS} == set(SCORES_ALONE)

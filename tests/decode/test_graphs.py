@@ -360,7 +360,7 @@ def test_the_host_counts_each_step_once(capturable):
         if not capturable:
             x.item()
 
-    run = graphs.Runner(step, EmulatedGraph(torch.device("cpu")), [counter])
+    run = graphs.Runner(step, EmulatedGraph(torch.device("cpu")), lambda: [counter])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for left in range(6, 0, -1):

@@ -34,13 +34,13 @@ def forwards(monkeypatch):
     """Batches and tokens of all forwards of joint scorers, and of tree scorers beside them."""
     seen = {"joint": [], "tree": []}
     for name, owner in (("joint", JointScorer), ("tree", TreeScorer)):
-        score = owner._score
+        hidden = owner._hidden
 
-        def counted(self, ids, name=name, score=score):
+        def counted(self, ids, name=name, hidden=hidden):
             seen[name].append(tuple(ids.shape))
-            return score(self, ids)
+            return hidden(self, ids)
 
-        monkeypatch.setattr(owner, "_score", counted)
+        monkeypatch.setattr(owner, "_hidden", counted)
     return seen
 
 

@@ -1,0 +1,48 @@
+"""Everything a run is made of, resolved once; the loop takes it whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from ..scorers.base import Scorer
+from .graphs import Graph
+from .guidance import Guidance
+from .plan import Plan
+from .policies import Policy
+from .record import Record
+
+
+@dataclass
+class Call:
+    """A run: who gives logits, who gives rewards, how to choose, how to go, what to keep.
+
+    `reward_prompt` are the prompts' ids and mask [B, P'] as the scorer sees them. `epilogue`: the
+    reward is one linear head, which the draw takes in (`ops.ratio_step`). A `graph` replays the
+    steps; `streamer` is given every token.
+    """
+
+    policy: Policy
+    scorer: Scorer
+    reward_prompt: tuple[Tensor, Tensor]
+    guidance: Guidance
+    plan: Plan
+    record: Record
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    epilogue: bool = False
+    streamer: Any = None
+    graph: Graph | None = None
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with rows `rows` int64 [n] alone: the others have ended."""
+        self.policy.keep_rows(rows)
+        self.scorer.keep_rows(rows)  # type: ignore[attr-defined]
+        self.guidance = self.guidance.keep_rows(rows)
+
+    def caches(self) -> list[Any]:
+        """The sibling caches that a step fills; there are some once the prompts are in."""
+        return [*self.policy.caches, *getattr(self.scorer, "caches", ())]

@@ -1,0 +1,115 @@
+"""The ratio policy: which candidates there are, and which of them is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .rows import Rows
+
+
+class Choice(NamedTuple):
+    """What a step chose from, and what: log-probabilities under π, rewards and log-probabilities
+    under the ratio policy fp32 [B, k], ids int64 [B, k], `slot` int64 [B]; `keep` bool [B, k] says
+    which candidates were scored (None: all)."""
+
+    slot: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    rewards: Tensor
+    logq: Tensor
+    keep: Tensor | None = None
+
+
+@dataclass
+class Guidance:
+    """The ratio policy of a run: softmax((log π + β r) / T) over the k most likely tokens.
+
+    `beta` and `temperature` are fp32 [B], `seeds` int64 [B], on the device of the ids; `check_nan`
+    True reads a flag at every step, None once at the end, False never. Rewards are clamped to
+    `reward_range`, and with `prune` those that cannot decide a step are not asked for.
+    """
+
+    k: int
+    beta: Tensor
+    temperature: Tensor
+    seeds: Tensor
+    do_sample: bool
+    check_nan: bool | None
+    backend: ops.Backend
+    reward_range: tuple[float, float] | None = None
+    prune: bool = False
+
+    def __post_init__(self) -> None:
+        device, rows = self.seeds.device, len(self.seeds)
+        self._keep = ops.keep_kernel(self.backend, device)
+        self._topk = ops.kernel("topk_logprobs", self.backend, device, rows)
+        self._sample = ops.kernel("ratio_sample", self.backend, device, rows)
+        self._step = ops.kernel("ratio_step", self.backend, device, rows)
+
+    def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The k most likely tokens of processed scores [B, V]: log-probabilities and ids [B, k]."""
+        return self._topk(scores, self.k)
+
+    def contenders(
+        self, logprobs: Tensor, ids: Tensor, known: Tensor | None, rows: Rows
+    ) -> Tensor | None:
+        """Which candidates [B, k] may win, whatever their rewards are; None without pruning.
+
+        The noise of a draw is known before the rewards, and with it each candidate's best and worst
+        possible value: drop a candidate whose best is below another's worst. Those not `known` to
+        the reward model and rows that have ended are out; of all rows together at least one
+        candidate is in.
+        """
+        if not self.prune:
+            return None
+        assert self.reward_range is not None
+        if known is not None:
+            logprobs = logprobs.masked_fill(~known, -torch.inf)
+        policy = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
+        keep = self._keep(logprobs, ids, *policy, *self.reward_range) & rows.unfinished[:, None]
+        keep[:1, 0] |= ~keep.any()
+        return keep
+
+    def bounded(self, rewards: Tensor) -> Tensor:
+        """Rewards within the range; -inf (an id that is no token) stays, and NaN does."""
+        if self.reward_range is None:
+            return rewards
+        return rewards.clamp(*self.reward_range).where(rewards != -torch.inf, rewards)
+
+    def select(
+        self,
+        logprobs: Tensor,
+        rewards: Tensor,
+        ids: Tensor,
+        position: Tensor,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw (or pick) slots int64 [B] from the ratio policy, with its log-probabilities [B, k];
+        `position` int64 [B] counts the answer's tokens. Only those in `keep` [B, k] can win."""
+        if keep is not None:
+            logprobs, rewards = logprobs.masked_fill(~keep, -torch.inf), rewards.where(keep, 0.0)
+        policy = self.beta, self.temperature, self.seeds, position, self.do_sample
+        return self._sample(logprobs, rewards, ids, *policy)
+
+    def step(
+        self,
+        logprobs: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        position: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`select` with the rewards hidden [B, k, H] · weight [H] + bias: slots int64 [B], rewards
+        fp32 [B, k] and log-probabilities [B, k]."""
+        policy = self.beta, self.temperature, self.seeds, position, self.do_sample
+        return self._step(logprobs, hidden, weight, ids, *policy, bias)
+
+    def keep_rows(self, rows: Tensor) -> Guidance:
+        columns = {n: getattr(self, n)[rows] for n in ("beta", "temperature", "seeds")}
+        return replace(self, **columns)
