@@ -16,16 +16,19 @@ BUILT := $(VENV)/.built
 LINT := $(VENV)/.lint
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-oldest wheel bench study assets lint clean
+.PHONY: demo test test-slow test-oldest wheel bench study assets lint clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgtg_fast demo
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(BUILT)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest TORCH="$(OLDEST_TORCH)" PINS="$(OLDEST_PINS)"
+	$(MAKE) test test-slow VENV=.venv-oldest TORCH="$(OLDEST_TORCH)" PINS="$(OLDEST_PINS)"
 
 wheel: $(BUILT)
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHS)" $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .

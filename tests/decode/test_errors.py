@@ -1,11 +1,13 @@
 """Bad input: a ValueError that names the argument and what came, before any model runs."""
 
 import contextlib
+import functools
 import re
 
 import pytest
 import tiny
 import torch
+from calls import guided as call
 from transformers import (
     GenerationConfig,
     LlamaModel,
@@ -18,16 +20,7 @@ import rgtg_fast
 
 V = tiny.vocab_size()
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny.llama_lm()
-
-
-@pytest.fixture(scope="module")
-def rm():
-    return tiny.llama_rm()
+guided = functools.partial(call, **tiny.prompts(5, 9), max_new_tokens=4)
 
 
 @contextlib.contextmanager
@@ -49,11 +42,6 @@ def refused(words, *models):
     for word in words:
         assert re.search(rf"(?<!\w){re.escape(word)}(?![\w])", message), f"{word!r}: {message}"
     assert not ran, f"a model ran before: {message}"
-
-
-def guided(lm, rm, **changes):
-    options = {**tiny.prompts(5, 9), "max_new_tokens": 4} | changes
-    return rgtg_fast.generate(lm, reward_model=rm, **options)
 
 
 # name: (changed arguments, words the message must have)

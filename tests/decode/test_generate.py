@@ -7,6 +7,7 @@ of the processed LM scores, and Hugging Face's own output is the oracle for ever
 import pytest
 import tiny
 import torch
+from calls import unguided
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -22,23 +23,8 @@ NEW = 10
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return tiny.llama_lm()
-
-
-@pytest.fixture(scope="module")
-def rm():
-    return tiny.llama_rm()
-
-
-@pytest.fixture(scope="module")
 def gpt2():
     return tiny.gpt2_lm()
-
-
-def unguided(model, rm, *args, **kwargs):
-    """`rgtg_fast.generate` with the reward taken out."""
-    return rgtg_fast.generate(model, *args, reward_model=rm, beta=0.0, **kwargs)
 
 
 def greedy_tokens(model, inputs, new=NEW):

@@ -5,6 +5,7 @@ import threading
 import pytest
 import tiny
 import torch
+from calls import unguided
 from transformers import (
     DynamicCache,
     StaticCache,
@@ -19,20 +20,6 @@ import rgtg_fast
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 DICT = {"return_dict_in_generate": True}
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny.llama_lm()
-
-
-@pytest.fixture(scope="module")
-def rm():
-    return tiny.llama_rm()
-
-
-def unguided(model, rm, *args, **kwargs):
-    return rgtg_fast.generate(model, *args, reward_model=rm, beta=0.0, **kwargs)
 
 
 class Recorder(BaseStreamer):

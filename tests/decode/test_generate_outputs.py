@@ -1,35 +1,18 @@
 """What `rgtg_fast.generate` returns with `return_dict_in_generate=True`."""
 
+import functools
+
 import pytest
 import tiny
 import torch
+from calls import guided as call
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import rgtg_fast
 
 NEW, K = 8, 6
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny.llama_lm()
-
-
-@pytest.fixture(scope="module")
-def rm():
-    return tiny.llama_rm()
-
-
-def guided(lm, rm, inputs, **options):
-    options = {
-        "k": K,
-        "beta": 0.8,
-        "max_new_tokens": NEW,
-        "return_dict_in_generate": True,
-        "output_candidates": True,
-        "output_scores": True,
-    } | options
-    return rgtg_fast.generate(lm, **inputs, reward_model=rm, **options)
+ALL = {"return_dict_in_generate": True, "output_candidates": True, "output_scores": True}
+guided = functools.partial(call, k=K, beta=0.8, max_new_tokens=NEW, **ALL)
 
 
 def answers(out, inputs):
@@ -47,7 +30,7 @@ def nested_shapes(outputs):
 
 
 def test_type_and_order(lm, rm):
-    out = guided(lm, rm, tiny.prompts(5, 9))
+    out = guided(lm, rm, **tiny.prompts(5, 9))
     assert isinstance(out, GenerateDecoderOnlyOutput)
     assert isinstance(out, rgtg_fast.RewardGuidedOutput)
     assert out[0] is out.sequences
@@ -65,7 +48,7 @@ def test_per_step_tensors_equal_hugging_face(name, cache, lm, rm):
         "output_" + name: True,
     }
     expected = getattr(lm.generate(**inputs, **options), name)
-    got = getattr(guided(lm, rm, inputs, beta=0.0, cache_implementation=cache, **options), name)
+    got = getattr(guided(lm, rm, **inputs, beta=0.0, cache_implementation=cache, **options), name)
     assert isinstance(got, tuple) and len(got) == NEW
     error = {} if cache else {"atol": 1e-4, "rtol": 0.0}  # the own cache sums in another order
     for ours, theirs in zip(got, expected, strict=True):
@@ -80,7 +63,7 @@ def test_per_step_tensors_of_a_bf16_model_are_fp32(name, cache, rm):
     options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_" + name: True}
     expected = getattr(lm.generate(**inputs, do_sample=False, **options), name)
     ours = {"output_scores": False, "cache_implementation": cache} | options
-    got = getattr(guided(lm, rm, inputs, beta=0.0, **ours), name)
+    got = getattr(guided(lm, rm, **inputs, beta=0.0, **ours), name)
     exact = getattr(lm.float().generate(**inputs, do_sample=False, **options), name)
     for ours, theirs, truth in zip(got, expected, exact, strict=True):
         assert ours.dtype == theirs.dtype == torch.float32
@@ -103,7 +86,7 @@ def test_model_internals_equal_hugging_face(name, extra, rm):
         "output_" + name: True,
     } | extra
     expected = getattr(lm.generate(**inputs, **options), name)
-    got = getattr(guided(lm, rm, inputs, beta=0.0, **options), name)
+    got = getattr(guided(lm, rm, **inputs, beta=0.0, **options), name)
     assert nested_shapes(got) == nested_shapes(expected)
     real = inputs["attention_mask"].bool()
     for ours, theirs in zip(got, expected, strict=True):
@@ -114,7 +97,7 @@ def test_model_internals_equal_hugging_face(name, extra, rm):
 
 
 def test_what_was_not_asked_for_is_none(lm, rm):
-    out = guided(lm, rm, tiny.prompts(5), output_scores=False, output_candidates=False)
+    out = guided(lm, rm, **tiny.prompts(5), output_scores=False, output_candidates=False)
     for name in ("scores", "logits", "attentions", "hidden_states"):
         assert getattr(out, name) is None
     for name in ("candidate_ids", "candidate_logprobs", "candidate_rewards"):
@@ -123,13 +106,13 @@ def test_what_was_not_asked_for_is_none(lm, rm):
 
 
 def test_tensor_when_no_dict_is_asked_for(lm, rm):
-    out = guided(lm, rm, tiny.prompts(5), return_dict_in_generate=False, output_candidates=False)
+    out = guided(lm, rm, **tiny.prompts(5), return_dict_in_generate=False, output_candidates=False)
     assert isinstance(out, torch.Tensor) and out.dtype == torch.int64
-    assert torch.equal(out, guided(lm, rm, tiny.prompts(5)).sequences)
+    assert torch.equal(out, guided(lm, rm, **tiny.prompts(5)).sequences)
 
 
 def test_shapes_and_dtypes(lm, rm):
-    out = guided(lm, rm, tiny.prompts(5, 9, 7))
+    out = guided(lm, rm, **tiny.prompts(5, 9, 7))
     for name in ("rewards", "kl"):
         assert getattr(out, name).shape == (3, NEW) and getattr(out, name).dtype == torch.float32
     for name in ("candidate_logprobs", "candidate_rewards"):
@@ -140,7 +123,7 @@ def test_shapes_and_dtypes(lm, rm):
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_candidates_are_the_top_k_of_the_processed_scores(do_sample, lm, rm):
-    out = guided(lm, rm, tiny.prompts(5, 9), do_sample=do_sample, repetition_penalty=1.3, seed=0)
+    out = guided(lm, rm, **tiny.prompts(5, 9), do_sample=do_sample, repetition_penalty=1.3, seed=0)
     logprobs = torch.stack(out.scores, 1).log_softmax(-1)
     top = logprobs.topk(K)
     assert out.candidate_ids.tolist() == top.indices.tolist()
@@ -150,7 +133,7 @@ def test_candidates_are_the_top_k_of_the_processed_scores(do_sample, lm, rm):
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_reward_of_the_chosen_candidate(do_sample, lm, rm):
     inputs = tiny.prompts(5, 9)
-    out = guided(lm, rm, inputs, do_sample=do_sample, seed=0)
+    out = guided(lm, rm, **inputs, do_sample=do_sample, seed=0)
     chosen = out.candidate_ids == answers(out, inputs)[..., None]
     assert (chosen.sum(-1) == 1).all()
     torch.testing.assert_close(out.rewards, out.candidate_rewards[chosen].view(2, NEW))
@@ -161,7 +144,7 @@ def test_reward_of_the_chosen_candidate(do_sample, lm, rm):
 def test_rewards_are_those_of_full_forwards(make_rm, method, lm):
     rm = make_rm()
     inputs = tiny.prompts(5, 9)
-    out = guided(lm, rm, inputs, reward_method=method, do_sample=True, seed=1)
+    out = guided(lm, rm, **inputs, reward_method=method, do_sample=True, seed=1)
     for row, answer in enumerate(answers(out, inputs)):
         for step in range(NEW):
             prefix = seen_by_rm(inputs, row, answer[:step])
@@ -175,7 +158,7 @@ def test_rewards_are_those_of_full_forwards(make_rm, method, lm):
 @pytest.mark.parametrize("beta", [0.0, 0.8, -1.5])
 def test_greedy_takes_the_best_combined_score(beta, lm, rm):
     inputs = tiny.prompts(5, 9)
-    out = guided(lm, rm, inputs, beta=beta)
+    out = guided(lm, rm, **inputs, beta=beta)
     slot = (out.candidate_logprobs + beta * out.candidate_rewards).argmax(-1, keepdim=True)
     assert answers(out, inputs).tolist() == out.candidate_ids.gather(-1, slot)[..., 0].tolist()
 
@@ -184,7 +167,7 @@ def test_greedy_takes_the_best_combined_score(beta, lm, rm):
 def test_kl_is_exact_over_the_candidates(temperature, lm, rm):
     beta = 0.8
     sampled = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
-    out = guided(lm, rm, tiny.prompts(5, 9), beta=beta, **sampled)
+    out = guided(lm, rm, **tiny.prompts(5, 9), beta=beta, **sampled)
     s = (out.candidate_logprobs + beta * out.candidate_rewards).double()
     logq = (s / (temperature or 1.0)).log_softmax(-1)
     expected = (logq.exp() * (logq - out.candidate_logprobs)).sum(-1)
@@ -192,7 +175,7 @@ def test_kl_is_exact_over_the_candidates(temperature, lm, rm):
 
 
 def test_kl_with_fewer_allowed_tokens_than_k(lm, rm):
-    out = guided(lm, rm, tiny.prompts(5, 9), prefix_allowed_tokens_fn=lambda row, ids: [5, 6, 7])
+    out = guided(lm, rm, **tiny.prompts(5, 9), prefix_allowed_tokens_fn=lambda row, ids: [5, 6, 7])
     assert (torch.isfinite(out.candidate_logprobs).sum(-1) == 3).all()
     s = (out.candidate_logprobs + 0.8 * out.candidate_rewards)[..., :3].double()
     logq = s.log_softmax(-1)
@@ -202,9 +185,9 @@ def test_kl_with_fewer_allowed_tokens_than_k(lm, rm):
 
 def test_nan_after_the_row_ended_and_nowhere_else(lm, rm):
     inputs = tiny.prompts(5, 9)
-    plain = guided(lm, rm, inputs)
+    plain = guided(lm, rm, **inputs)
     stop = int(answers(plain, inputs)[0, 2])
-    out = guided(lm, rm, inputs, eos_token_id=stop, pad_token_id=tiny.PAD)
+    out = guided(lm, rm, **inputs, eos_token_id=stop, pad_token_id=tiny.PAD)
     answer = answers(out, inputs)
     ended = (answer == stop).int().cumsum(-1) - (answer == stop).int() > 0
     assert ended[0, 3:].all() and not ended[0, :3].any()
@@ -215,8 +198,8 @@ def test_nan_after_the_row_ended_and_nowhere_else(lm, rm):
 
 def test_length_is_that_of_the_longest_row(lm, rm):
     inputs = tiny.prompts(5, 9)
-    plain = answers(guided(lm, rm, inputs), inputs)
-    out = guided(lm, rm, inputs, eos_token_id=[int(plain[0, 1]), int(plain[1, 4])])
+    plain = answers(guided(lm, rm, **inputs), inputs)
+    out = guided(lm, rm, **inputs, eos_token_id=[int(plain[0, 1]), int(plain[1, 4])])
     length = answers(out, inputs).shape[1]
     assert length <= 5
     assert out.rewards.shape == out.kl.shape == (2, length)
@@ -224,7 +207,7 @@ def test_length_is_that_of_the_longest_row(lm, rm):
 
 
 def test_num_return_sequences_expands_every_output(lm, rm):
-    out = guided(lm, rm, tiny.prompts(5, 9), do_sample=True, num_return_sequences=3, seed=0)
+    out = guided(lm, rm, **tiny.prompts(5, 9), do_sample=True, num_return_sequences=3, seed=0)
     assert out.sequences.shape == (6, 9 + NEW) and out.candidate_rewards.shape == (6, NEW, K)
     for row, ids in enumerate(out.sequences):
         whole = ids[None, 4:] if row < 3 else ids[None]  # the first prompt has four of padding
@@ -235,8 +218,8 @@ def test_num_return_sequences_expands_every_output(lm, rm):
 @pytest.mark.parametrize("eos_reward", ["hidden", "previous"])
 def test_reward_of_the_eos_candidate(eos_reward, lm, rm):
     inputs = tiny.prompts(5, 9)
-    first = int(answers(guided(lm, rm, inputs), inputs)[0, 0])
-    out = guided(lm, rm, inputs, eos_token_id=first, eos_reward=eos_reward, min_new_tokens=0)
+    first = int(answers(guided(lm, rm, **inputs), inputs)[0, 0])
+    out = guided(lm, rm, **inputs, eos_token_id=first, eos_reward=eos_reward, min_new_tokens=0)
     slot = (out.candidate_ids[0, 0] == first).nonzero().item()
     seen = seen_by_rm(inputs, 0, torch.tensor([first] if eos_reward == "hidden" else []).long())
     expected = tiny.full_reward(rm, seen)[0]
@@ -246,10 +229,10 @@ def test_reward_of_the_eos_candidate(eos_reward, lm, rm):
 def test_reward_model_that_pads_with_eos_scores_the_prefix(lm, recwarn):
     """Its public forward takes the EOS for padding: `auto` does the same and says so."""
     inputs = tiny.prompts(5, 9)
-    first = int(answers(guided(lm, tiny.llama_rm(), inputs), inputs)[0, 0])
+    first = int(answers(guided(lm, tiny.llama_rm(), **inputs), inputs)[0, 0])
     rm = tiny.llama_rm()
     rm.config.pad_token_id = first
-    out = guided(lm, rm, inputs, eos_token_id=first)
+    out = guided(lm, rm, **inputs, eos_token_id=first)
     slot = (out.candidate_ids[0, 0] == first).nonzero().item()
     expected = tiny.full_reward(rm, seen_by_rm(inputs, 0, torch.tensor([]).long()))[0]
     torch.testing.assert_close(out.candidate_rewards[0, 0, slot], expected, rtol=1e-4, atol=2e-4)
@@ -261,7 +244,7 @@ def test_reward_model_sees_its_own_prompt(lm, rm):
     out = guided(
         lm,
         rm,
-        inputs,
+        **inputs,
         reward_input_ids=other["input_ids"],
         reward_attention_mask=other["attention_mask"],
     )
@@ -278,12 +261,12 @@ def test_reward_head_may_be_any_callable(squeeze, lm, rm):
         reward = torch.tanh(hidden).sum(-1, keepdim=True)
         return reward.squeeze(-1) if squeeze else reward
 
-    out = guided(lm, rm, inputs, reward_head=head)
+    out = guided(lm, rm, **inputs, reward_head=head)
     ids = seen_by_rm(inputs, 1, answers(out, inputs)[1])
     expected = torch.tanh(rm.model(ids).last_hidden_state[:, -1]).sum(-1)
     torch.testing.assert_close(out.rewards[1, -1:], expected.detach(), rtol=1e-4, atol=5e-4)
 
 
 def test_results_carry_no_graph(lm, rm):
-    out = guided(lm, rm, tiny.prompts(5))
+    out = guided(lm, rm, **tiny.prompts(5))
     assert not any(t.requires_grad for t in (out.rewards, out.kl, out.candidate_rewards))

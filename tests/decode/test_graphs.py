@@ -6,12 +6,14 @@ loop that launches each step, bit for bit.
 
 import importlib
 import itertools
+import re
 import warnings
 
 import pytest
 import torch
 import transformers as tf
 import zoo
+from graph_cases import BATCH, LMS, PROCESSORS, RMS, WIDTH, OddNorm
 from graph_emulated import EmulatedGraph
 from transformers import StoppingCriteria
 
@@ -19,14 +21,7 @@ import rgtg_fast
 from rgtg_fast.decode import graphs
 
 STEPS, K = 14, 4
-BATCH = zoo.left_pad(zoo.prompts())
-WIDTH = BATCH["input_ids"].shape[1]
 COLUMNS = ("rewards", "kl", "candidate_ids", "candidate_logprobs", "candidate_rewards")
-# The families that run on the sibling cache with the attention plug-in.
-LMS = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "olmo2", "gpt2", "gpt_neox")
-# Of the last, transformers 5.17 forgets the softcap, but for eager attention.
-LMS += ("gemma3", "llama4", "gemma2_eager")
-RMS = (*LMS, "phi3", "opt")
 
 
 @pytest.fixture(autouse=True)
@@ -137,18 +132,6 @@ def test_reward_model_with_fewer_ids(made):
     assert_same_with_graph(made, zoo.lm("llama"), rm, k=40, **options)
 
 
-PROCESSORS = {
-    "top_k": 9,
-    "top_p": 0.7,
-    "min_p": 0.05,
-    "typical_p": 0.8,
-    "epsilon_cutoff": 0.02,
-    "remove_invalid_values": True,
-    "renormalize_logits": True,
-    "suppress_tokens": [zoo.PAD, 7, 8],
-}
-
-
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processors_of_scores(made, name):
     assert_same_with_graph(made, do_sample=True, **{name: PROCESSORS[name]})
@@ -228,20 +211,6 @@ def test_few_steps_are_not_worth_a_capture(made, monkeypatch):
     assert not made[0].captures
 
 
-class OddNorm(torch.nn.Module):
-    """A module that asks the device something; at the `limit`-th call only, as a lazy set-up."""
-
-    def __init__(self, norm, limit=0):
-        super().__init__()
-        self.norm, self.limit, self.calls = norm, limit, 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls > self.limit and bool((x != x).any()):
-            return x
-        return self.norm(x)
-
-
 @pytest.mark.parametrize("which", ["lm", "rm"])
 def test_what_cannot_be_captured_runs_eagerly_with_one_warning(made, which):
     lm, rm = zoo.build_lm("mistral"), zoo.build_rm("mistral")
@@ -251,7 +220,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(made, which):
     odd = lm if which == "lm" else rm
     odd.model.layers[1].input_layernorm = OddNorm(odd.model.layers[1].input_layernorm)
     with pytest.warns(
-        UserWarning, match=r"in OddNorm \(test_graphs.py:\d+\): .*not permitted"
+        UserWarning, match=rf"in OddNorm \({re.escape(OddNorm.asks_at())}\): .*not permitted"
     ) as warned:
         got = rgtg_fast.generate(
             lm, reward_model=rm, **BATCH, k=K, seed=5, top_k=0, check_nan=False,

@@ -1,28 +1,15 @@
 """NaN in logits or rewards: an error with row and step, and never a change in another row."""
 
+import functools
+
 import pytest
 import tiny
 import torch
+from calls import guided as call
 from transformers import LogitsProcessor
 
-import rgtg_fast
-
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny.llama_lm()
-
-
-@pytest.fixture(scope="module")
-def rm():
-    return tiny.llama_rm()
-
-
-def guided(lm, rm, **changes):
-    options = {**tiny.prompts(5, 9), "max_new_tokens": 4} | changes
-    return rgtg_fast.generate(lm, reward_model=rm, **options)
+guided = functools.partial(call, **tiny.prompts(5, 9), max_new_tokens=4)
 
 
 class NanLogits(LogitsProcessor):

@@ -1,20 +1,23 @@
 """Generation leaves models, inputs and torch as it found them."""
 
 import copy
+import functools
 import gc
 import weakref
 
 import pytest
 import tiny
 import torch
+from calls import guided as call
 from transformers import GenerationConfig
 
 import rgtg_fast
 
 METHODS = ["auto", "tree", "expand", "reencode"]
+guided = functools.partial(call, **tiny.prompts(5, 9), max_new_tokens=4, beta=2.0)
 
 
-@pytest.fixture
+@pytest.fixture  # new ones for every test: what one leaves behind must not be another's "before"
 def lm():
     return tiny.llama_lm()
 
@@ -22,11 +25,6 @@ def lm():
 @pytest.fixture
 def rm():
     return tiny.llama_rm()
-
-
-def guided(lm, rm, **options):
-    options = {**tiny.prompts(5, 9), "max_new_tokens": 4, "beta": 2.0} | options
-    return rgtg_fast.generate(lm, reward_model=rm, **options)
 
 
 def snapshot(model):

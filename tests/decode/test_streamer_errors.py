@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers.generation.streamers import BaseStreamer
 
@@ -20,18 +19,12 @@ class Recorder(BaseStreamer):
         self.ends += 1
 
 
-@pytest.fixture(scope="module")
-def models():
-    return tiny.llama_lm(), tiny.llama_rm()
-
-
 def failing_head(hidden):
     return torch.full(hidden.shape[:-1], torch.nan)
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"num_beams": 2}, {"reward_head": failing_head}])
-def test_an_error_ends_the_streamer_once(models, options):
-    lm, rm = models
+def test_an_error_ends_the_streamer_once(lm, rm, options):
     streamer = Recorder()
     with pytest.raises(ValueError):
         rgtg_fast.generate(
@@ -45,8 +38,7 @@ def test_an_error_ends_the_streamer_once(models, options):
     assert streamer.ends == 1
 
 
-def test_reward_guided_takes_a_streamer_of_its_own(models):
-    lm, rm = models
+def test_reward_guided_takes_a_streamer_of_its_own(lm, rm):
     ids = torch.ones(1, 5).long()
     streamer = Recorder()
     guide = rgtg_fast.RewardGuided(rm, k=4, streamer=streamer)
@@ -57,8 +49,7 @@ def test_reward_guided_takes_a_streamer_of_its_own(models):
 
 
 @pytest.mark.parametrize("beta", [np.float32(2.0), torch.tensor(2.0), 2])
-def test_scalars_of_other_kinds_are_numbers(models, beta):
-    lm, rm = models
+def test_scalars_of_other_kinds_are_numbers(lm, rm, beta):
     ids = torch.ones(2, 5).long()
     want = rgtg_fast.generate(lm, input_ids=ids, reward_model=rm, beta=2.0, max_new_tokens=4)
     got = rgtg_fast.generate(lm, input_ids=ids, reward_model=rm, beta=beta, max_new_tokens=4)

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 import yaml
+from judge_endpoint import endpoint
 from safetensors.torch import save_file
-from test_evaluation_wins import endpoint
 from tiny import gpt2_rm, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 

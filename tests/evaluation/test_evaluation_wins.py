@@ -1,11 +1,9 @@
 """Preferences of `rgtg_fast.evaluation`: position bias, functions, and a local endpoint."""
 
-import contextlib
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from judge_endpoint import endpoint
 
 from rgtg_fast.evaluation import WinJudge
 from rgtg_fast.evaluation.wins import compare, make_prefer, verdict
@@ -60,48 +58,6 @@ def test_a_function_is_named_when_its_preference_is_out_of_range():
 )
 def test_verdicts_are_read_from_what_models_say(text, value):
     assert verdict(text) == value
-
-
-@contextlib.contextmanager
-def endpoint(answer):
-    """A server for /v1/chat/completions; `answer(body, count)` gives (status, text), text None for
-    a reply that breaks off, bytes for one that is sent as it is."""
-    seen = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, body, dict(self.headers)))
-            status, text = answer(body, len(seen))
-            with contextlib.suppress(OSError):  # a client that has given up
-                self.reply(status, text)
-
-        def do_GET(self):  # what a redirection becomes
-            seen.append((self.path, None, dict(self.headers)))
-            self.send_error(405)
-
-        def reply(self, status, text):
-            reply = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-            content = text if isinstance(text, bytes) else json.dumps(reply).encode()
-            self.send_response(status)
-            if status == 302:
-                self.send_header("Location", text)
-            self.send_header("Content-Length", str(len(content) + (text is None)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def polite(body, count):

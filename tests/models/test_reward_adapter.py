@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import zoo
+from lora_checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,25 +15,6 @@ from rgtg_fast import RewardAdapter
 from rgtg_fast.models.low_rank import LayerInputs, LowRank, LowRankLayers
 
 FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox", "opt"]
-
-
-def make_checkpoint(path, family="llama", dtype=torch.float32, bias=False, rm_changes=(), **lora):
-    """A saved adapter with nothing zero in it: the PEFT model, and the LM on the same base."""
-    lm = zoo.build_lm(family).to(dtype)
-    rm = zoo.build_rm(family, **dict(rm_changes)).to(dtype)
-    if not rm_changes:
-        rm.base_model.load_state_dict(lm.base_model.state_dict())
-    if bias:
-        rm.score = nn.Linear(rm.score.in_features, rm.score.out_features, dtype=dtype)
-    options = {"task_type": "SEQ_CLS", "r": 4, "target_modules": "all-linear"} | lora
-    model = peft.get_peft_model(rm, peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
-    model.save_pretrained(path)
-    return model.eval(), lm
 
 
 @torch.no_grad()

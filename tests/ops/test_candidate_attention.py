@@ -1,8 +1,8 @@
 import pytest
 import torch
+from op_arguments import attention
 from op_support import SIMD_LEVELS, simd_level, threads
 from parity import BACKENDS, check_candidate_attention
-from test_matrix import attention
 
 from rgtg_fast import ops
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from op_arguments import attention, batch, candidates, draw_logits, policy
 from parity import BACKENDS, CHECKS, FUSED, carry
-from test_loss_matrix import batch
-from test_matrix import attention, candidates, draw_logits, policy
 
 pytestmark = pytest.mark.gpu
 COMPILED = [b for b in BACKENDS if b.name in ("triton-gpu", "cuda-gpu")]

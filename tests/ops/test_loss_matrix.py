@@ -3,25 +3,13 @@
 import pytest
 import torch
 from hypothesis import strategies as st
+from op_arguments import batch, examples
 from op_support import FLOATS
 from parity import INF, NAN, SLOW, backends_of, check_prefix_bt_loss
-from test_matrix import examples, generator
 
 from rgtg_fast.ops import reference
 
 over = pytest.mark.parametrize
-
-
-def batch(dtype, rows, width, first=1, smoothing=0.0, centering=0.0):
-    noise = generator(rows, width, first)
-    own = torch.promote_types(dtype, torch.float32)
-    rewards = [(torch.randn(rows, width, generator=noise) * 3).to(dtype) for _ in range(2)]
-    lengths = [torch.randint(1, width + 1, (rows,), generator=noise) for _ in range(2)]
-    lengths[0][::2].clamp_(min=first)
-    lengths[1][1::2].clamp_(min=first)
-    weights = torch.rand(width, generator=noise).to(own) + 0.1
-    margin = torch.randn(rows, generator=noise).to(own)
-    return *rewards, *lengths, weights, margin, smoothing, centering, first
 
 
 @over("backend", backends_of("prefix_bt_loss"))

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_arguments import attention, candidates, draw_logits, examples, generator, policy
 from op_support import FLOATS
 from parity import (
     INF,
     NAN,
-    SLOW,
     backends_of,
     check_ratio_sample,
     check_ratio_step,
@@ -22,40 +21,6 @@ from rgtg_fast import ops
 
 over = pytest.mark.parametrize
 LOGIT_KINDS = ("normal", "ties", "equal", "masked", "peaked", "far from zero", "ascending")
-
-
-def generator(*seed):
-    return torch.Generator().manual_seed(hash(seed) % 2**31)
-
-
-def draw_logits(kind, rows, vocab):
-    x = torch.randn(rows, vocab, generator=generator(rows, vocab), dtype=torch.float64)
-    if kind == "ties":
-        return (x * 2).round()
-    if kind == "equal":
-        return torch.full_like(x, 3.0)
-    if kind == "masked":
-        return torch.where(x > 1.0, -INF, x).index_fill(1, torch.tensor([vocab // 2]), 0.5)
-    if kind == "peaked":
-        return x * 30
-    if kind == "far from zero":
-        return x + 1000.0
-    if kind == "ascending":
-        return x.sort(dim=1).values
-    return x
-
-
-def examples(backend, check, data_to_arguments, count):
-    """Runs ``check`` on drawn arguments; fewer of them where a backend is slow."""
-
-    count = max(4, count // 6) if backend.name in SLOW else count
-
-    @settings(max_examples=count, deadline=None, derandomize=True)
-    @given(data=st.data())
-    def run(data):
-        check(backend, *data_to_arguments(data))
-
-    run()
 
 
 @over("backend", backends_of("topk_logprobs"))
@@ -172,24 +137,6 @@ def test_vocab_reward_of_views_that_read_only_the_gathered_rows(backend):
     check_vocab_reward(backend, torch.ones(1, 16), poisoned, ids[:1])
 
 
-def policy(rows, do_sample=True):
-    noise = generator(rows)
-    return (
-        torch.rand(rows, generator=noise) * 3 - 0.5,
-        torch.rand(rows, generator=noise) + 0.2,
-        torch.randint(-(2**63), 2**63 - 1, (rows,), generator=noise),
-        torch.randint(0, 2**40, (rows,), generator=noise),
-        do_sample,
-    )
-
-
-def candidates(rows, k):
-    noise = generator(rows, k)
-    logprobs = torch.log_softmax(torch.randn(rows, k, generator=noise) * 3, dim=1)
-    rewards = torch.randn(rows, k, generator=noise)
-    return logprobs, rewards, torch.randint(0, 300_000, (rows, k), generator=noise)
-
-
 @over("backend", backends_of("ratio_sample"))
 @over("do_sample", [True, False])
 def test_draw_of_drawn_shapes(backend, do_sample):
@@ -256,28 +203,6 @@ def test_step_with_nan_rows_views_and_a_wide_head(backend):
     check_ratio_step(backend, logprobs, hidden, weight, ids, *policy(4), None)
     rows = (candidates(257, 2)[0], torch.ones(257, 2, 3), torch.ones(3), candidates(257, 2)[2])
     check_ratio_step(backend, *rows, *policy(257), torch.tensor([0.5]))
-
-
-def attention(dtype, rows, k, heads, key_heads, width, prefix, start, length, window, softcap):
-    noise = generator(rows, k, width, prefix)
-
-    def tensor(*shape):
-        return torch.randn(shape, generator=noise).to(dtype)
-
-    query, own = tensor(rows, k, heads, width), (rows, k, key_heads, width)
-    past = (rows, key_heads, prefix, width)
-    bounds = torch.tensor(start), torch.tensor(length)
-    return (
-        query,
-        tensor(*past),
-        tensor(*past),
-        tensor(*own),
-        tensor(*own),
-        *bounds,
-        width**-0.5,
-        window,
-        softcap,
-    )
 
 
 @over("backend", backends_of("candidate_attention"))

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from op_arguments import batch
 from op_support import FLOATS, SIMD_LEVELS, simd_level, threads
 from parity import BACKENDS, check_prefix_bt_loss
-from test_loss_matrix import batch
 
 from rgtg_fast import ops
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_arguments import attention, draw_logits
 from parity import BACKENDS, check_candidate_attention, check_topk_logprobs
-from test_matrix import attention, draw_logits
 
 from rgtg_fast import ops
 from rgtg_fast.ops import installation, reference

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import zoo
-from test_reward_adapter import make_checkpoint
+from lora_checkpoints import make_checkpoint
 
 import rgtg_fast
 from rgtg_fast.scorers import TreeScorer
