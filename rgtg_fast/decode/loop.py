@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .. import ops
 from ..scorers.base import RewardModelScorer, Scorer
-from .plan import Plan, eos_ids, foreign_criterion, last_step
+from .plan import Plan, eos_ids, foreign_criterion, keep_rows, last_step
 from .policies import Policy
 from .record import Record
 
@@ -196,6 +196,7 @@ def guided_decode(
             policy.keep_rows(kept)
             scorer.keep_rows(kept)  # type: ignore[attr-defined]
             guidance = guidance.keep_rows(kept)
+            processors = keep_rows(processors, kept)
     check.finish()
     if streamer is not None:
         streamer.end()
