@@ -17,10 +17,11 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
     Attributes:
         rewards: fp32 [B, T], reward of prompt + answer up to and with each chosen token; NaN after
             the row ended.
-        kl: fp32 [B, T] in nats, KL(q || π) of the step's ratio policy q from π over the
-            candidates, Σ q (log q − log π) with π the full-vocabulary softmax of the processed
-            logits; NaN after the row ended, and at a step where a candidate was not scored.
-            Where all were, `kl.nansum(-1)` is a row's total.
+        kl: fp32 [B, T] in nats, KL(q || π) of the step's policy q from π, the full-vocabulary
+            softmax of the processed logits; NaN after the row ended. Sampled, q is the ratio policy
+            and KL is Σ q (log q − log π) over the candidates; NaN at a step where a candidate was
+            not scored. Greedy, q is certain of the chosen token and KL is −log π of it. Without
+            other NaN, `kl.nansum(-1)` is a row's total: greedy, −log π of its answer.
         candidates_scored: int64 [B, T], candidates that the reward model was asked for (k, fewer
             with pruning); 0 after the row ended.
         candidate_ids: int64 [B, T, k], most likely first (with `output_candidates=True`).

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from ..scorers.base import Scorer
 from .graphs import Graph
 from .guidance import Guidance
-from .plan import Plan
+from .plan import Plan, keep_rows
 from .policies import Policy
 from .record import Record
 
@@ -42,6 +42,7 @@ class Call:
         self.policy.keep_rows(rows)
         self.scorer.keep_rows(rows)  # type: ignore[attr-defined]
         self.guidance = self.guidance.keep_rows(rows)
+        self.processors = keep_rows(self.processors, rows)
 
     def caches(self) -> list[Any]:
         """The sibling caches that a step fills; there are some once the prompts are in."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 import transformers as tf
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 SYNC_EVERY = 16  # steps between two looks at whether rows have ended, on a GPU
@@ -34,6 +35,16 @@ ROW_BY_ROW = (
     tf.SuppressTokensLogitsProcessor,
     tf.SuppressTokensAtBeginLogitsProcessor,
 )
+# What these hold as tensors: the same for all rows, or one value for each row [B], which leaves
+# with its row (from transformers 5.23 on the lengths of the padding, for the repetition penalty).
+SAME_FOR_ALL = (
+    "eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "epsilon",
+    "length_1_bias",
+)
+PER_ROW = ("prompt_ignore_length",)
 
 # Of these, those that make of scores what they make of them whatever the text, without the host: a
 # CUDA graph can hold them. (Not EtaLogitsWarper: torch.distributions checks its arguments there.)
@@ -105,12 +116,31 @@ def make_plan(
         and plain
         and ends
         and not whole_batch
-        and all(type(p) in ROW_BY_ROW for p in processors),
+        and all(map(_row_by_row, processors)),
         pad=pad.to(device) if ends and pad is not None else None,
         foreign=foreign,
         synced_gpus=synced_gpus,
         reads_ids=any(type(p) not in SCORES_ALONE for p in processors),
     )
+
+
+def _row_by_row(processor: LogitsProcessor) -> bool:
+    held = {name for name, value in vars(processor).items() if isinstance(value, Tensor)}
+    return type(processor) in ROW_BY_ROW and held <= {*SAME_FOR_ALL, *PER_ROW}
+
+
+def keep_rows(processors: LogitsProcessorList, rows: Tensor) -> LogitsProcessorList:
+    """The processors for rows `rows` int64 [n] alone; those given, which may be the caller's own,
+    stay as they are."""
+    kept = LogitsProcessorList()
+    for processor in processors:
+        per_row = {n: v for n, v in vars(processor).items() if n in PER_ROW and torch.is_tensor(v)}
+        if per_row:
+            processor = copy.copy(processor)
+            for name, value in per_row.items():
+                setattr(processor, name, value[rows.to(value.device)])
+        kept.append(processor)
+    return kept
 
 
 def foreign_criterion(criteria: StoppingCriteriaList) -> str | None:

@@ -62,15 +62,17 @@ class Record:
         """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where
         asked for."""
         slot, ids, logprobs, rewards, logq, keep = choice
-        # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
-        q = logq.exp()
-        kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
-        chosen = rewards.gather(1, slot[:, None])[:, 0]
-        scored = torch.full_like(slot, ids.shape[1])
-        if keep is not None:  # the ratio policy is not known where a reward is not
-            scored = keep.sum(-1)
+        chosen = slot[:, None]
+        scored = torch.full_like(slot, ids.shape[1]) if keep is None else keep.sum(-1)
+        if self.config.do_sample:
+            # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
+            q = logq.exp()
+            kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
+            # The ratio policy is not known where a reward is not.
             kl = kl.masked_fill(scored < ids.shape[1], torch.nan)
-        columns = {"rewards": chosen, "kl": kl}
+        else:  # all of the policy is on the token taken
+            kl = 0.0 - logprobs.gather(1, chosen)[:, 0]
+        columns = {"rewards": rewards.gather(1, chosen)[:, 0], "kl": kl}
         columns = {n: c.masked_fill(~unfinished, torch.nan) for n, c in columns.items()}
         columns["candidates_scored"] = scored.where(unfinished, 0)
         if self.output_candidates:

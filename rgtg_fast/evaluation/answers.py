@@ -199,7 +199,7 @@ class Answerer:
         candidates = out.candidate_logprobs.double()
         logp = torch.where(drawn, candidates, 0.0).sum(-1)
         if not run.do_sample:
-            return logp, -logp, -logp
+            return logp, out.kl, -logp
         scores = candidates + run.beta * out.candidate_rewards.double()
         logq = torch.log_softmax(scores / run.temperature, -1)
         return logp, out.kl, torch.where(drawn, logq - candidates, 0.0).sum(-1)

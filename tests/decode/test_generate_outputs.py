@@ -163,24 +163,35 @@ def test_greedy_takes_the_best_combined_score(beta, lm, rm):
     assert answers(out, inputs).tolist() == out.candidate_ids.gather(-1, slot)[..., 0].tolist()
 
 
-@pytest.mark.parametrize("temperature", [None, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_kl_is_exact_over_the_candidates(temperature, lm, rm):
-    beta = 0.8
-    sampled = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
-    out = guided(lm, rm, **tiny.prompts(5, 9), beta=beta, **sampled)
-    s = (out.candidate_logprobs + beta * out.candidate_rewards).double()
-    logq = (s / (temperature or 1.0)).log_softmax(-1)
+    sampled = {"do_sample": True, "temperature": temperature, "seed": 0}
+    out = guided(lm, rm, **tiny.prompts(5, 9), **sampled)
+    s = (out.candidate_logprobs + 0.8 * out.candidate_rewards).double()
+    logq = (s / temperature).log_softmax(-1)
     expected = (logq.exp() * (logq - out.candidate_logprobs)).sum(-1)
     torch.testing.assert_close(out.kl.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_kl_with_fewer_allowed_tokens_than_k(lm, rm):
-    out = guided(lm, rm, **tiny.prompts(5, 9), prefix_allowed_tokens_fn=lambda row, ids: [5, 6, 7])
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: [5, 6, 7]}
+    out = guided(lm, rm, **tiny.prompts(5, 9), do_sample=True, **allowed)
     assert (torch.isfinite(out.candidate_logprobs).sum(-1) == 3).all()
     s = (out.candidate_logprobs + 0.8 * out.candidate_rewards)[..., :3].double()
     logq = s.log_softmax(-1)
     expected = (logq.exp() * (logq - out.candidate_logprobs[..., :3])).sum(-1)
     torch.testing.assert_close(out.kl.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kl_of_a_greedy_answer_is_its_surprise_under_the_base(lm, rm):
+    """A policy that always takes the same token is as far from the base as that token is unlikely,
+    over the whole vocabulary."""
+    inputs = tiny.prompts(5, 9)
+    out = guided(lm, rm, **inputs, beta=4.0, output_candidates=False)
+    logp = torch.stack(out.scores, 1).log_softmax(-1)
+    expected = -logp.gather(-1, answers(out, inputs)[..., None])[..., 0]
+    assert expected.max() > 0.5
+    torch.testing.assert_close(out.kl, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nan_after_the_row_ended_and_nowhere_else(lm, rm):

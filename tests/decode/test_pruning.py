@@ -306,6 +306,15 @@ def test_kl_is_not_known_where_a_reward_is_not():
     assert torch.equal(out.kl.isnan(), some)
 
 
+def test_kl_of_a_greedy_answer_is_known_whatever_was_scored():
+    models, greedy = (zoo.lm("llama"), zoo.rm("llama")), {"do_sample": False, "beta": 0.1}
+    out = guided(*models, True, **greedy)
+    assert (out.candidates_scored < 6).any() and not out.kl.isnan().any()
+    whole = guided(*models, False, **greedy)
+    assert torch.equal(out.sequences, whole.sequences)
+    torch.testing.assert_close(out.kl, whole.kl)
+
+
 @over(
     ("options", "pruned"),
     [

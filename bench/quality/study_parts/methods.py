@@ -118,21 +118,15 @@ def _guided(
         do_sample=not greedy,
         max_new_tokens=task.max_new_tokens,
         return_dict_in_generate=True,
-        output_candidates=greedy,
         **({} if greedy else {"top_k": 0}),
     )
     ids = out.sequences[:, inputs["input_ids"].shape[1] :]
     gold, tokens = judge(task, prompts, ids)
-    kl = out.kl
-    if greedy:
-        slot = (out.candidate_ids == ids[..., None]).long().argmax(-1, keepdim=True)
-        chosen = -out.candidate_logprobs.gather(-1, slot)[..., 0]
-        kl = torch.where(out.rewards.isnan(), torch.nan, chosen)
     if cumulative:
         proxy = out.rewards.nansum(1)
     else:
         proxy = out.rewards.gather(1, torch.tensor(tokens)[:, None] - 1)[:, 0]
-    return Answers(gold, kl.nansum(1).tolist(), proxy.tolist(), tokens)
+    return Answers(gold, out.kl.nansum(1).tolist(), proxy.tolist(), tokens)
 
 
 @torch.no_grad()
