@@ -1,4 +1,4 @@
-"""torch.ops.rgtg_fast.* and rgtg_fast_triton.* called with what would be read outside its tensors."""
+"""The operators themselves, called with what would make them read outside their tensors."""
 
 import importlib
 
