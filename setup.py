@@ -43,22 +43,28 @@ def sources(*patterns: str) -> list[str]:
 
 
 def extension():
+    # Error messages name their source file: below the root or the include folder, not where those
+    # lay on the machine that built.
+    folders = [*cpp_extension.include_paths(), pybind11.get_include(), str(ROOT)]
+    no_paths = [f"-ffile-prefix-map={folder}/=" for folder in folders]
     common = ["-O3", "-std=c++20", *STABLE_ABI]
     # The sampler's noise is bit-identical on every backend only if no multiply-add is fused.
-    cxx = [*common, "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    cxx = [*common, *no_paths, "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
     cxx += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # in GCC 12's own intrinsics
     cxx += [f"-DRGTG_BUILD_TORCH={torch.__version__}"]
     nvcc: list[str] = []
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     # Listed as needed though unused, so that the weak CUDA stream symbol resolves on a CUDA torch.
-    link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--strip-all"]
     include = [str(ROOT / "csrc"), pybind11.get_include()]  # before torch's own copy of pybind11
     home = cuda_home()
     if home:
         cpp_extension.CUDA_HOME = str(home)
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0").replace(";", " ")
         cxx += [f"-DRGTG_CUDA_ARCHS={archs}", f"-DRGTG_NVCC={nvcc_version(home)}"]
-        nvcc = [*common, "-DUSE_CUDA", "-lineinfo"]
+        # No -lineinfo: it writes the path of every source into the device code. To profile, set
+        # NVCC_APPEND_FLAGS=-lineinfo.
+        nvcc = [*common, "-DUSE_CUDA", "-Xcompiler", ",".join(no_paths)]
         files += sources("csrc/cuda/*.cu")
         include.append(str(home / "include"))
         link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

@@ -1,4 +1,4 @@
-"""ratio_step against torch: the same as ``python -m rgtg_fast bench ratio_step``."""
+"""ratio_step: the same as ``python -m rgtg_fast bench ratio_step``."""
 
 import sys
 

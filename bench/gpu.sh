@@ -9,7 +9,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 STEPS=${*:-build test sanitize bench}
-OPS="topk_logprobs reward_head ratio_sample ratio_step vocab_reward candidate_attention prefix_bt_loss"
 RESULTS=${RESULTS:-bench/results}
 export PYTHONPATH=$PWD
 unset TRITON_INTERPRET
@@ -21,7 +20,8 @@ for step in $STEPS; do
   echo "== $step"
   case $step in
     build)
-      "$PYTHON" setup.py --quiet build_ext --inplace
+      # The lines of the sources, for the sanitizer's reports.
+      NVCC_APPEND_FLAGS=-lineinfo "$PYTHON" setup.py --quiet build_ext --inplace
       "$PYTHON" -m rgtg_fast info
       ;;
     test)
@@ -37,7 +37,7 @@ for step in $STEPS; do
       done
       ;;
     bench)
-      for op in $OPS; do
+      for op in $("$PYTHON" -c "from rgtg_fast import ops; print(*ops.OPS)"); do
         "$PYTHON" -m rgtg_fast bench "$op" --device cuda --json "$RESULTS/${op}_gpu.json"
       done
       ;;

@@ -1,39 +1,12 @@
-// The Python face: op schemas, what was built, and hooks for tests. The only file that knows
-// pybind11.
+// The Python face: what was built, and hooks for tests. The only file that knows pybind11.
 #include "cpu/dispatch.h"
 #include "gumbel.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <torch/csrc/stable/library.h>
-
 #include <array>
 #include <string>
-
-STABLE_TORCH_LIBRARY(rgtg_fast, m) {
-  m.def("topk_logprobs(Tensor logits, int k) -> (Tensor logprobs, Tensor ids)");
-  m.def("reward_head(Tensor hidden, Tensor weight, Tensor? bias=None) -> Tensor");
-  m.def("vocab_reward(Tensor hidden, Tensor weight, Tensor ids) -> Tensor");
-  m.def(
-      "ratio_sample(Tensor logprobs, Tensor rewards, Tensor ids, Tensor beta, Tensor temperature, "
-      "Tensor seed, Tensor position, bool do_sample) -> (Tensor slot, Tensor logq)");
-  m.def(
-      "ratio_keep(Tensor logprobs, Tensor ids, Tensor beta, Tensor temperature, Tensor seed, "
-      "Tensor position, bool do_sample, float low, float high) -> Tensor");
-  m.def(
-      "ratio_step(Tensor logprobs, Tensor hidden, Tensor weight, Tensor ids, Tensor beta, "
-      "Tensor temperature, Tensor seed, Tensor position, bool do_sample, Tensor? bias=None) -> "
-      "(Tensor slot, Tensor rewards, Tensor logq)");
-  m.def(
-      "prefix_bt_loss(Tensor r_chosen, Tensor r_rejected, Tensor len_chosen, Tensor len_rejected, "
-      "Tensor weights, Tensor margin, float label_smoothing, float centering, int first) -> "
-      "(Tensor loss, Tensor grad_chosen, Tensor grad_rejected)");
-  m.def(
-      "candidate_attention(Tensor q, Tensor k_prefix, Tensor v_prefix, Tensor k_self, "
-      "Tensor v_self, Tensor start, Tensor length, float scale, int? window=None, "
-      "float? softcap=None) -> Tensor");
-}
 
 namespace {
 

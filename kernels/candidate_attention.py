@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, on_device, power_of_two
+from .launch import INTERPRETED, check, check_shape, on_device, power_of_two
 
 MAX_SPLITS = 64
 SHORTEST_SPLIT, LONGEST_SPLIT = 128, 1024
@@ -60,6 +60,7 @@ def _attend_prefix(
 
     end = tl.load(length + row)
     begin = tl.maximum(tl.load(start + row), 0)
+    end = tl.maximum(end, 0)  # from less, a large window may not be subtracted
     if HAS_WINDOW:
         begin = tl.maximum(begin, end - window + 1)
     begin = tl.maximum(begin, split * SPLIT)
@@ -170,6 +171,15 @@ def candidate_attention(
 ) -> Tensor:
     rows, k, query_heads, width = q.shape
     heads, prefix = k_prefix.shape[1:3]
+    check(heads > 0 and query_heads % heads == 0, "q must have a multiple of the key heads")
+    check_shape("k_prefix", k_prefix, rows, heads, prefix, width)
+    check_shape("v_prefix", v_prefix, rows, heads, prefix, width)
+    check_shape("k_self", k_self, rows, k, heads, width)
+    check_shape("v_self", v_self, rows, k, heads, width)
+    check_shape("start", start, rows)
+    check_shape("length", length, rows)
+    check(window is None or window >= 1, "window must be at least 1")
+    check(softcap is None or softcap > 0, "softcap must be positive")
     # The interpreter's conversion to bfloat16 truncates where the GPU's rounds, so there the
     # result leaves the kernel in float32.
     out = q.new_empty(q.shape, dtype=torch.float32 if INTERPRETED else q.dtype)

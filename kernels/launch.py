@@ -11,6 +11,17 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret
 
 
+def check(holds: bool, message: str) -> None:
+    """Refuses a raw call that would read outside its tensors, as the compiled operators do."""
+    if not holds:
+        raise RuntimeError(message)
+
+
+def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name} has shape {list(tensor.shape)}; pass {list(shape)}")
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, so make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, on_device, power_of_two
+from .launch import accumulator, check, check_shape, on_device, power_of_two
 
 # Batches differ in L: a kernel is compiled per power of two up to this, then per multiple of it.
 MAX_BLOCK = 512
@@ -125,6 +125,12 @@ def prefix_bt_loss(
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = r_chosen.shape
+    check_shape("r_rejected", r_rejected, rows, width)
+    check_shape("weights", weights, width)
+    per_pair = {"len_chosen": len_chosen, "len_rejected": len_rejected, "margin": margin}
+    for name, tensor in per_pair.items():
+        check_shape(name, tensor, rows)
+    check(first >= 1, f"first={first} must be at least 1")
     wide = r_chosen.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
     loss = r_chosen.new_empty((rows,), dtype=dtype)

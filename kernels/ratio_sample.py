@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gumbel import gumbel_noise
-from .launch import on_device, power_of_two
+from .launch import check_shape, on_device, power_of_two
 
 
 @triton.jit
@@ -70,6 +70,13 @@ def _ratio_sample(
     tl.store(logq_out + row * k + slots, logq, mask=live)
 
 
+def check_policy(logprobs: Tensor, ids: Tensor, *per_row: Tensor) -> None:
+    """``per_row``: beta, temperature, seed and position."""
+    check_shape("ids", ids, *logprobs.shape)
+    for name, tensor in zip(("beta", "temperature", "seed", "position"), per_row, strict=True):
+        check_shape(name, tensor, logprobs.shape[0])
+
+
 def ratio_sample(
     logprobs: Tensor,
     rewards: Tensor,
@@ -81,6 +88,8 @@ def ratio_sample(
     do_sample: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, k = logprobs.shape
+    check_shape("rewards", rewards, rows, k)
+    check_policy(logprobs, ids, beta, temperature, seed, position)
     slot = logprobs.new_empty((rows,), dtype=torch.int64)
     logq = logprobs.new_empty((rows, k))
     if rows == 0:

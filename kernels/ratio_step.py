@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
-from .ratio_sample import draw
-from .reward_head import candidate_dots, tile
+from rgtg_fast.ops.registry import MAX_CANDIDATES
+
+from .launch import check, check_shape, on_device
+from .ratio_sample import check_policy, draw
+from .reward_head import candidate_dots, check_head, tile
 
 
 @triton.jit
@@ -66,6 +68,11 @@ def ratio_step(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, k = logprobs.shape
+    check_shape("hidden", hidden, rows, k, hidden.shape[2])
+    check_head(hidden, weight, bias)
+    check_policy(logprobs, ids, beta, temperature, seed, position)
+    # The candidates of a row are one tile; more would be left out.
+    check(k <= MAX_CANDIDATES, f"k={k} must be at most {MAX_CANDIDATES}")
     slot = logprobs.new_empty((rows,), dtype=torch.int64)
     rewards, logq = logprobs.new_empty((rows, k)), logprobs.new_empty((rows, k))
     if rows == 0:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, on_device, power_of_two
+from .launch import accumulator, check, check_shape, on_device, power_of_two
 
 MAX_TILE_ROWS = 64
 
@@ -58,6 +58,11 @@ def _reward_head(
     tl.store(out + row * k + slots, reward, mask=live)
 
 
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_shape("weight", weight, hidden.shape[2])
+    check(bias is None or bias.numel() == 1, "bias must have one element")
+
+
 def tile(hidden: Tensor, weight: Tensor) -> dict:
     """Tile and warps of a head's launch: at most 32 Ki elements, half of it in float64."""
     acc = accumulator(hidden, weight)
@@ -77,6 +82,7 @@ def tile(hidden: Tensor, weight: Tensor) -> dict:
 
 def reward_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, k, _ = hidden.shape
+    check_head(hidden, weight, bias)
     out = hidden.new_empty((rows, k), dtype=torch.float32)
     if rows * k == 0:
         return out

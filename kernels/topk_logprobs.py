@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, on_device, power_of_two
+from rgtg_fast.ops.registry import MAX_CANDIDATES
+
+from .launch import accumulator, check, on_device, power_of_two
 from .ordered_key import NAN_CODE, NO_CODE, NO_KEY, best_of_rows, key_id, ordered, pack, top_keys
 
 GROUP = 256
@@ -118,6 +120,8 @@ def _merge(
 
 def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
+    most = min(vocab, MAX_CANDIDATES)
+    check(1 <= k <= most, f"k={k} must be between 1 and {most}")
     logprobs = logits.new_empty((rows, k), dtype=torch.float32)
     ids = logits.new_empty((rows, k), dtype=torch.int64)
     if rows == 0:

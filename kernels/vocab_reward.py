@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, on_device, power_of_two
+from .launch import accumulator, check_shape, on_device, power_of_two
 
 GATHERED = 8
 
@@ -45,6 +45,7 @@ def _vocab_reward(
 
 def vocab_reward(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     rows, k = ids.shape
+    check_shape("hidden", hidden, rows, weight.shape[1])
     out = hidden.new_empty((rows, k), dtype=torch.float32)
     if rows * k == 0:
         return out

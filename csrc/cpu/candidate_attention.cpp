@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -34,9 +35,12 @@ struct Task {
 // Chunks depend on the row's own live range alone, so that neither the number of threads nor the
 // other rows change a result.
 LiveRange live_range(int64_t start, int64_t length, int64_t prefix, std::optional<int64_t> window) {
+  const int64_t end = std::clamp<int64_t>(length, 0, prefix);
   int64_t begin = std::max<int64_t>(start, 0);
-  if (window) begin = std::max(begin, length - *window + 1);
-  const int64_t count = std::max<int64_t>(0, std::min(length, prefix) - begin);
+  // Only for a length > 0, from which a window >= 1 may be subtracted without overflow.
+  if (window && end > 0) begin = std::max(begin, length - *window + 1);
+  begin = std::min(begin, end);  // it becomes an address, even of nothing
+  const int64_t count = end - begin;
   const int64_t even = (count + kMaxChunks - 1) / kMaxChunks;
   const int64_t chunk = std::max(kChunk, (even + kKeyTile - 1) / kKeyTile * kKeyTile);
   return {begin, count, chunk, std::max<int64_t>(1, (count + chunk - 1) / chunk)};
@@ -164,6 +168,8 @@ Tensor candidate_attention(const Tensor& q, const Tensor& k_prefix, const Tensor
                   "k_prefix and v_prefix must be [B, Hkv, T, D] with q's B and D");
   STD_TORCH_CHECK(has_shape(k_self, own) && has_shape(v_self, own),
                   "k_self and v_self must be [B, k, Hkv, D] with q's B, k and D");
+  STD_TORCH_CHECK(!window || *window >= 1, "window must be at least 1");
+  STD_TORCH_CHECK(!softcap || *softcap > 0.0, "softcap must be positive");
   Tensor out = empty_cpu<4>({rows, k, query_heads, width}, q.scalar_type());
   if (rows * k * query_heads * width == 0) return out;
   for (const Tensor* t : {&start, &length}) {
@@ -192,6 +198,13 @@ Tensor candidate_attention(const Tensor& q, const Tensor& k_prefix, const Tensor
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def(
+      "candidate_attention(Tensor q, Tensor k_prefix, Tensor v_prefix, Tensor k_self, "
+      "Tensor v_self, Tensor start, Tensor length, float scale, int? window=None, "
+      "float? softcap=None) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) {
   m.impl("candidate_attention", TORCH_BOX(&candidate_attention));

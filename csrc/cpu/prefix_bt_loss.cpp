@@ -124,6 +124,13 @@ std::tuple<Tensor, Tensor, Tensor> prefix_bt_loss(const Tensor& r_chosen, const 
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def(
+      "prefix_bt_loss(Tensor r_chosen, Tensor r_rejected, Tensor len_chosen, Tensor len_rejected, "
+      "Tensor weights, Tensor margin, float label_smoothing, float centering, int first) -> "
+      "(Tensor loss, Tensor grad_chosen, Tensor grad_rejected)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) {
   m.impl("prefix_bt_loss", TORCH_BOX(&prefix_bt_loss));
 }

@@ -70,6 +70,12 @@ Tensor ratio_keep(const Tensor& logprobs, const Tensor& ids, const Tensor& beta,
   return keep;
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def(
+      "ratio_keep(Tensor logprobs, Tensor ids, Tensor beta, Tensor temperature, Tensor seed, "
+      "Tensor position, bool do_sample, float low, float high) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("ratio_keep", TORCH_BOX(&ratio_keep)); }
 
 }  // namespace rgtg

@@ -87,6 +87,12 @@ std::tuple<Tensor, Tensor> ratio_sample(const Tensor& logprobs, const Tensor& re
   return {slot, logq};
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def(
+      "ratio_sample(Tensor logprobs, Tensor rewards, Tensor ids, Tensor beta, Tensor temperature, "
+      "Tensor seed, Tensor position, bool do_sample) -> (Tensor slot, Tensor logq)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("ratio_sample", TORCH_BOX(&ratio_sample)); }
 
 }  // namespace rgtg

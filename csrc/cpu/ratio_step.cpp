@@ -18,6 +18,13 @@ std::tuple<Tensor, Tensor, Tensor> ratio_step(const Tensor& logprobs, const Tens
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def(
+      "ratio_step(Tensor logprobs, Tensor hidden, Tensor weight, Tensor ids, Tensor beta, "
+      "Tensor temperature, Tensor seed, Tensor position, bool do_sample, Tensor? bias=None) -> "
+      "(Tensor slot, Tensor rewards, Tensor logq)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("ratio_step", TORCH_BOX(&ratio_step)); }
 
 }  // namespace rgtg

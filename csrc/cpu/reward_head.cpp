@@ -9,6 +9,7 @@ Tensor reward_head(const Tensor& hidden, const Tensor& weight, std::optional<Ten
   STD_TORCH_CHECK(hidden.dim() == 3 && weight.dim() == 1, "hidden must be [B, k, H], weight [H]");
   const int64_t rows = hidden.sizes()[0], k = hidden.sizes()[1], width = hidden.sizes()[2];
   STD_TORCH_CHECK(weight.sizes()[0] == width, "weight must have H=", width, " elements");
+  STD_TORCH_CHECK(!bias || bias->numel() == 1, "bias must have one element");
   Tensor rewards = empty_cpu<2>({rows, k}, ScalarType::Float);
   if (rows * k == 0) return rewards;
   const Tensor dense = with_dense_last_dim(hidden), head = with_dense_last_dim(weight);
@@ -24,6 +25,10 @@ Tensor reward_head(const Tensor& hidden, const Tensor& weight, std::optional<Ten
     });
   });
   return rewards;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def("reward_head(Tensor hidden, Tensor weight, Tensor? bias=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("reward_head", TORCH_BOX(&reward_head)); }

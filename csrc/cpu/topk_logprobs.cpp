@@ -85,6 +85,10 @@ std::tuple<Tensor, Tensor> topk_logprobs(const Tensor& logits, int64_t k) {
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def("topk_logprobs(Tensor logits, int k) -> (Tensor logprobs, Tensor ids)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("topk_logprobs", TORCH_BOX(&topk_logprobs)); }
 
 }  // namespace rgtg

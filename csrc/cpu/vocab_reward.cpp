@@ -37,6 +37,10 @@ Tensor vocab_reward(const Tensor& hidden, const Tensor& weight, const Tensor& id
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rgtg_fast, m) {
+  m.def("vocab_reward(Tensor hidden, Tensor weight, Tensor ids) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rgtg_fast, CPU, m) { m.impl("vocab_reward", TORCH_BOX(&vocab_reward)); }
 
 }  // namespace rgtg

@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(kThreads) prefix_bt_loss_kernel(PairArguments 
   using Acc = Accumulator<T>;
   __shared__ double sums[4][kWarps];
   const int64_t pair = blockIdx.x, begin = a.first - 1;
-  const int64_t last_chosen = a.len_chosen[pair] - 1, last_rejected = a.len_rejected[pair] - 1;
+  // A length of -2^63 must not wrap to a large one.
+  const auto last = [](int64_t length) { return length > 0 ? length - 1 : -1; };
+  const int64_t last_chosen = last(a.len_chosen[pair]), last_rejected = last(a.len_rejected[pair]);
   const int64_t end = (last_chosen > last_rejected ? last_chosen : last_rejected) + 1;
   Acc* grad_chosen = static_cast<Acc*>(a.grad_chosen) + pair * a.width;
   Acc* grad_rejected = static_cast<Acc*>(a.grad_rejected) + pair * a.width;

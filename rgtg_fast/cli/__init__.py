@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from rgtg_fast.ops.dispatch import BACKENDS, OPS
+from rgtg_fast.ops import BACKENDS, OPS
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -32,6 +32,8 @@ def _bench(args: argparse.Namespace) -> None:
     if args.op:
         from . import microbench
 
+        if args.threads:
+            torch.set_num_threads(args.threads)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not microbench.run(args.op, args.backend, device, args.repeat, args.json):
             raise SystemExit("an implementation differs from the reference; it has no speed")
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--backend", choices=BACKENDS[1:], help="of the op (default: all there are)")
     bench.add_argument("--repeat", type=int, default=100, help="timed calls of the op's kernels")
+    bench.add_argument("--threads", type=int, help="of torch, for the op's kernels")
     bench.add_argument("--json", type=Path, help="file for the op's raw figures")
     bench.add_argument("--lm", help="causal LM: folder or hub name (default: the embedded one)")
     bench.add_argument("--reward-model", help="one-label classifier with the LM's tokenizer")

@@ -10,19 +10,13 @@ from typing import Any, Literal
 
 import torch
 
-from . import crossover, reference
+from . import crossover
+from .foreign import has_kernel_for
+from .gradients import wanted, with_gradients
+from .registry import MAX_CANDIDATES, OPS
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
-OPS = (
-    "topk_logprobs",
-    "reward_head",
-    "ratio_sample",
-    "ratio_step",
-    "vocab_reward",
-    "candidate_attention",
-    "prefix_bt_loss",
-)
 _COMPILED = {"cpp": ("CPU", "C++"), "cuda": ("CUDA", "CUDA")}  # dispatch key, name
 
 try:
@@ -41,17 +35,18 @@ class BackendUnavailable(ValueError):
 def has_kernel(op: str, backend: str) -> bool:
     """Whether the extension, which must be there, holds a kernel of ``op``."""
     try:
-        key = _COMPILED[backend][0]
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"rgtg_fast::{op}", key)
+        return has_kernel_for(f"rgtg_fast::{op}", _COMPILED[backend][0])
     except RuntimeError:  # no such operator
         return False
 
 
-def _triton_reason() -> str | None:
+def _triton_reason(op: str) -> str | None:
     try:
         library = importlib.import_module("rgtg_fast.kernels.library")
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
+    if op not in library.KERNELS:
+        return f"there is no Triton kernel of {op} in this version"
     if library.INTERPRETED or torch.cuda.is_available():
         return None
     return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
@@ -62,7 +57,7 @@ def unavailable_reason(op: str, backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        return _triton_reason()
+        return _triton_reason(op)
     if missing_extension is not None:
         return f"the compiled extension rgtg_fast._C cannot be imported ({missing_extension})"
     if backend == "cuda" and _C.build_info()["cuda_archs"] is None:
@@ -139,31 +134,41 @@ def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Ca
     """The function behind ``op`` on a backend, for loops: it checks nothing.
 
     Takes the arguments of the op in order, per-row ones (beta, temperature, seed, position) as
-    tensors ``[B]``, a bias as a tensor or None. Raises BackendUnavailable as the op does.
+    tensors ``[B]``, a bias as a tensor or None. A compiled one gives no gradients (torch warns in
+    the backward). Raises BackendUnavailable as the op does.
     """
     chosen = settle(op, backend, device.type, rows)
     if chosen == "reference":
-        return getattr(reference, op)
+        return OPS[op]
     space = torch.ops.rgtg_fast_triton if chosen == "triton" else torch.ops.rgtg_fast
     return getattr(space, op).default
 
 
 def keep_kernel(backend: Backend, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The function behind ``ratio_keep``: which candidates may win for rewards within bounds.
+    """:func:`kernel` of ``ratio_keep`` in C++ if that is there, else the reference.
 
-    It takes ``logprobs`` and ``ids`` ``[B, k]``, ``beta``, ``temperature``, ``seed`` and
-    ``position`` ``[B]``, ``do_sample`` and the bounds ``low``, ``high``, and gives bool ``[B, k]``.
-    False: the candidate's largest possible value, bit for bit as :func:`ratio_sample` computes it,
-    is below the smallest possible value of another. A row that is undefined at a bound is kept
-    whole. There is no GPU kernel: on a GPU it is the reference.
+    There is no GPU kernel of it, so a loop on a GPU prunes with the reference whatever its backend.
     """
     compiled = device.type == "cpu" and unavailable_reason("ratio_keep", "cpp") is None
-    if compiled and backend != "reference":
-        return torch.ops.rgtg_fast.ratio_keep.default
-    return reference.ratio_keep
+    return kernel(
+        "ratio_keep", "cpp" if compiled and backend != "reference" else "reference", device
+    )
 
 
 def run(op: str, backend: Backend, *arguments: Any) -> Any:
     """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
     first = arguments[0]
-    return kernel(op, backend, first.device, first.shape[0])(*arguments)
+    function = kernel(op, backend, first.device, first.shape[0])
+    if function is not OPS[op] and wanted(arguments):
+        return with_gradients(op, function, arguments)
+    return function(*arguments)
+
+
+def limit_k(k: int, op: str, backend: str, first: torch.Tensor) -> None:
+    """The compiled kernels keep their candidates in registers, MAX_CANDIDATES at most."""
+    if k <= MAX_CANDIDATES or settle(op, backend, first.device.type, 1) == "reference":
+        return
+    raise ValueError(
+        f"k={k} candidates asked for but the compiled backends keep at most {MAX_CANDIDATES}; "
+        f"pass k<={MAX_CANDIDATES} or backend='reference'"
+    )

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import ops
-from .dispatch import automatic
+from .dispatch import BACKENDS, automatic, unavailable_reason
+from .registry import OPS
 
 
 def _version(package: str) -> str:
@@ -28,7 +28,7 @@ def info() -> dict[str, Any]:
         ``backends``: op to backend to None where it works, or the reason why not.
     """
     build = simd = None
-    if ops.unavailable_reason("topk_logprobs", "cpp") is None:
+    if unavailable_reason("topk_logprobs", "cpp") is None:
         from .. import _C
 
         build = _C.build_info()
@@ -50,11 +50,11 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "backends": {
             op: {
-                backend: ops.unavailable_reason(op, backend)
-                for backend in ops.BACKENDS
+                backend: unavailable_reason(op, backend)
+                for backend in BACKENDS
                 if backend != "auto"
             }
-            for op in ops.OPS
+            for op in OPS
         },
     }
 
@@ -66,7 +66,7 @@ def show_config() -> None:
         print(f"{name:14} {value}")
     build, simd = facts["build"], facts["simd"]
     if build is None:
-        print(f"{'extension':14} missing: {ops.unavailable_reason('topk_logprobs', 'cpp')}")
+        print(f"{'extension':14} missing: {unavailable_reason('topk_logprobs', 'cpp')}")
     else:
         print(f"{'extension':14} {build['compiler']}, built against torch {build['torch']}")
         cuda = f"nvcc {build['nvcc']} for {build['cuda_archs']}"

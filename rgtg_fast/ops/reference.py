@@ -1,5 +1,8 @@
 """The ops in plain torch: the oracle of the tests and ``backend="reference"``.
 
+What is marked ``op`` is an op; its signature is the schema, and its results tell ``torch.compile``
+what the kernels return and autograd what their gradients are.
+
 Values are computed in float64 from the inputs as given and returned in float32. The noise of the
 sampler is the exception: it is float32 arithmetic, operation for operation that of
 ``csrc/gumbel.h``, so that every backend draws the same tokens.
@@ -7,8 +10,16 @@ sampler is the exception: it is float32 arithmetic, operation for operation that
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+Reference = TypeVar("Reference", bound=Callable[..., Any])
+
+OPS: dict[str, Callable[..., Any]] = {}  # the one list of the ops: name -> reference
+
 
 _WORD = 0xFFFFFFFF
 _ONE_MINUS_SQRT_HALF = 0.292893218813452476
@@ -36,6 +47,12 @@ def ordered_keys(logits: Tensor) -> Tensor:
     return torch.where(torch.isnan(x), torch.full_like(keys, _WORD), keys)
 
 
+def op(reference: Reference) -> Reference:
+    OPS[reference.__name__] = reference
+    return reference
+
+
+@op
 def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # A signed key, so that descending int64 order is descending logit, then ascending id.
     ids = torch.arange(logits.shape[1], device=logits.device)
@@ -49,6 +66,7 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return logprobs.to(torch.float32), chosen
 
 
+@op
 def reward_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rewards = (hidden.to(torch.float64) * weight.to(torch.float64)).sum(dim=-1)
     if bias is not None:
@@ -56,11 +74,13 @@ def reward_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return rewards.to(torch.float32)
 
 
+@op
 def vocab_reward(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     rows = weight[ids].to(torch.float64)  # [B, k, H]
     return (rows * hidden.to(torch.float64).unsqueeze(1)).sum(dim=-1).to(torch.float32)
 
 
+@op
 def ratio_sample(
     logprobs: Tensor,
     rewards: Tensor,
@@ -89,6 +109,7 @@ def ratio_sample(
     return slot, logq.to(torch.float32)
 
 
+@op
 def ratio_keep(
     logprobs: Tensor,
     ids: Tensor,
@@ -113,6 +134,7 @@ def ratio_keep(
     return ~(torch.maximum(*values) < floor) | undefined.unsqueeze(1)
 
 
+@op
 def ratio_step(
     logprobs: Tensor,
     hidden: Tensor,
@@ -131,6 +153,7 @@ def ratio_step(
     return slot, rewards, logq
 
 
+@op
 def candidate_attention(
     q: Tensor,
     k_prefix: Tensor,
@@ -151,9 +174,12 @@ def candidate_attention(
     live = (t >= start.unsqueeze(1)) & (t < end)  # [B, T]
     if window is not None:
         live = live & (t > end - window)
-    values = torch.where(live[:, None, :, None], v_prefix.to(torch.float64), 0.0)
+    # A NaN that is not live would reach the result and, through its zero share, the gradients.
+    keys, values = (
+        torch.where(live[:, None, :, None], x.to(torch.float64), 0.0) for x in (k_prefix, v_prefix)
+    )
     own = (query * k_self.to(torch.float64).unsqueeze(3)).sum(dim=-1, keepdim=True)
-    scores = torch.einsum("bkhgd,bhtd->bkhgt", query, k_prefix.to(torch.float64))
+    scores = torch.einsum("bkhgd,bhtd->bkhgt", query, keys)
     scores = torch.cat([scores, own], dim=-1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -164,6 +190,7 @@ def candidate_attention(
     return out.reshape(q.shape).to(q.dtype)
 
 
+@op
 def prefix_bt_loss(
     r_chosen: Tensor,
     r_rejected: Tensor,

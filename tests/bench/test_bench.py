@@ -19,6 +19,7 @@ def test_an_op_is_measured_from_the_command_line(tmp_path, capsys):
     assert {row["implementation"] for row in record["rows"]} == {"cpp", "torch"}
     assert all(row["p10"] <= row["us"] <= row["p90"] for row in record["rows"])
     assert record["versions"]["torch"] == torch.__version__
+    assert record["processor"] and record["threads"] == torch.get_num_threads()
     assert "% of copy" in capsys.readouterr().out
 
 
@@ -43,7 +44,12 @@ def test_a_missing_backend_is_an_error(monkeypatch):
 
 
 def test_every_op_has_cases():
-    assert set(microbench.CASES) == set(ops.OPS)
+    for op in ops.OPS:
+        for case in microbench.cases_of(op, "cpu"):
+            assert case.least_bytes > 0
+        arguments = next(iter(microbench.cases_of(op, "cpu"))).make()
+        want = (case.ours or getattr(ops, op))(*arguments, backend="reference")
+        assert microbench.agrees((case.ours or getattr(ops, op))(*arguments), want)
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
+import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch.utils.cpp_extension
 
 from rgtg_fast import _C, ops
 
@@ -30,3 +34,16 @@ def test_build_info_agrees_with_the_backends():
     assert (built["cuda_archs"] is None) == (built["nvcc"] is None)
     if built["cuda_archs"] is None:
         assert "without nvcc" in ops.unavailable_reason("topk_logprobs", "cuda")
+
+
+def test_the_binary_says_nothing_of_the_machine_that_built_it():
+    """No symbols but those it is linked by, and no folder: neither the sources' nor the tools'."""
+    sections = {word for line in readelf("-S") for word in line.split() if word.startswith(".")}
+    assert ".dynsym" in sections
+    assert not {name for name in sections if name == ".symtab" or name.startswith(".debug")}
+    binary = Path(_C.__file__).read_bytes()
+    root = Path(__file__).parents[2]
+    for folder in (root, sys.prefix, torch.utils.cpp_extension.include_paths()[0]):
+        assert f"{folder}/".encode() not in binary
+    absolute = re.findall(rb"/[\w./-]+/(?:csrc|include)/[\w./-]+", binary)
+    assert not absolute

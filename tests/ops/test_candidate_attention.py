@@ -2,7 +2,7 @@ import pytest
 import torch
 from op_arguments import attention
 from op_support import SIMD_LEVELS, simd_level, threads
-from parity import BACKENDS, check_candidate_attention
+from parity import BACKENDS, backends_of, check_candidate_attention
 
 from rgtg_fast import ops
 
@@ -70,6 +70,31 @@ def test_only_the_reference_takes_float64():
         ops.candidate_attention(*inputs)
     with pytest.raises(RuntimeError, match="q must be float32, bfloat16 or float16"):
         torch.ops.rgtg_fast.candidate_attention(*inputs)
+
+
+LEAST, MOST = -(2**63), 2**63 - 1
+
+
+@pytest.mark.parametrize("backend", backends_of("candidate_attention"))
+@pytest.mark.parametrize("window", [None, 1, 3, MOST])
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [(5, LEAST), (LEAST, LEAST), (LEAST, MOST), (MOST, MOST), (MOST, LEAST), (0, 2**40), (7, 3)],
+)
+def test_bounds_far_outside_the_prefix_read_nothing_there(backend, window, start, length):
+    inputs = attention(torch.float32, 1, 3, 4, 2, 16, 20, [start], [length], window, None)
+    check_candidate_attention(backend, *inputs)
+
+
+def test_a_key_that_is_not_live_has_no_part_in_the_gradients():
+    *tensors, start, length, scale = attention_inputs()
+    tensors = [t.requires_grad_() for t in tensors]
+    with torch.no_grad():
+        tensors[1][1, :, :4] = tensors[2][1, :, 15:] = float("nan")
+    out = ops.candidate_attention(*tensors, start, length, scale)
+    gradients = torch.autograd.grad(out.square().sum(), tensors)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[1][1, :, :4].any() and gradients[1][1, :, 4:15].any()
 
 
 @pytest.mark.parametrize("level", SIMD_LEVELS)
@@ -188,16 +213,6 @@ def test_instruction_sets_agree():
         assert torch.allclose(other, found[0], rtol=0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("space", ["rgtg_fast", "rgtg_fast_triton"])
-def test_opcheck(space):
-    if space == "rgtg_fast_triton":
-        pytest.importorskip("triton")
-        assert ops.unavailable_reason("candidate_attention", "triton") is None
-    op = getattr(torch.ops, space).candidate_attention.default
-    for window, softcap in ((None, None), (5, 2.0)):
-        torch.library.opcheck(op, (*attention_inputs(), window, softcap))
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 def test_compiles_without_graph_breaks(backend):
     if backend == "triton":
@@ -223,6 +238,7 @@ def test_compiles_without_graph_breaks(backend):
         (5, torch.zeros(2), r"start has dtype torch.float32; pass int64"),
         (6, torch.zeros(3).long(), r"length has shape \[3\]; pass \[2\]"),
         (8, 0, r"window=0; pass at least 1"),
+        (8, 2**63, r"window=9223372036854775808; pass at least 1 .* and less than 2\*\*63"),
         (9, 0.0, r"softcap=0.0; pass a positive number"),
     ],
 )

@@ -37,7 +37,7 @@ def test_show_config_prints_a_reason_for_what_is_missing(capsys, monkeypatch):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_an_absent_backend_is_an_error_with_a_reason(op, monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_reason", lambda: "Triton is not here")
+    monkeypatch.setattr(dispatch, "_triton_reason", lambda op: "Triton is not here")
     with pytest.raises(ops.BackendUnavailable, match=r"Triton is not here; pass backend='refe"):
         dispatch.settle(op, "triton", "cuda", 1)
 

@@ -278,12 +278,6 @@ def test_threads_do_not_change_the_result():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@over("dtype", FLOATS)
-def test_opcheck(dtype):
-    operator = torch.ops.rgtg_fast.prefix_bt_loss.default
-    torch.library.opcheck(operator, batch(dtype, 3, 9, 2, 0.1, 0.2))
-
-
 def test_wrong_arguments_of_the_operator_are_errors():
     chosen, rejected, *rest = batch(torch.float32, 3, 9)
     for change in (

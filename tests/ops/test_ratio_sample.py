@@ -196,15 +196,6 @@ def test_seed_beyond_int64(seed):
         ops.split_seed(seed, 1)
 
 
-def test_opcheck():
-    logprobs, rewards, ids = candidates(3, 5)
-    row_floats, row_ints = torch.ones(3), torch.arange(3)
-    torch.library.opcheck(
-        torch.ops.rgtg_fast.ratio_sample.default,
-        (logprobs, rewards, ids, row_floats, row_floats, row_ints, row_ints, True),
-    )
-
-
 @pytest.mark.parametrize(("backend", "compiler"), [("auto", "aot_eager"), ("reference", "eager")])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_compiles_without_graph_breaks(backend, compiler, per_row):

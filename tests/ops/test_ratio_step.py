@@ -46,17 +46,6 @@ def test_reference_takes_any_k():
         ops.ratio_step(*inputs, 1.0, 1.0, 0, 0, True)
 
 
-@pytest.mark.parametrize("space", ["rgtg_fast", "rgtg_fast_triton"])
-def test_opcheck(space):
-    pytest.importorskip("triton")
-    assert ops.unavailable_reason("ratio_step", "triton") is None
-    logprobs, hidden, weight, ids = step_inputs()
-    per_row = (torch.ones(3), torch.ones(3), torch.arange(3), torch.arange(3))
-    op = getattr(torch.ops, space).ratio_step.default
-    torch.library.opcheck(op, (logprobs, hidden, weight, ids, *per_row, True))
-    torch.library.opcheck(op, (logprobs, hidden, weight, ids, *per_row, False, weight[:1]))
-
-
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 def test_compiles_without_graph_breaks(backend):
     pytest.importorskip("triton")

@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
+import op_cases
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -67,47 +69,24 @@ run = JITFunction.run
 JITFunction.__getitem__ = compile_only
 
 
-def floats(dtype, *shape):
-    return torch.randn(shape).to(dtype)
-
-
-def launch_attention(dtype, k, head, window, softcap):
-    prefix, own = floats(dtype, 2, 2, 600, head), floats(dtype, 2, k, 2, head)
-    count = torch.zeros(2, dtype=torch.int64)
-    arguments = (floats(dtype, 2, k, 8, head), prefix, prefix, own, own, count, count)
-    torch.ops.rgtg_fast_triton.candidate_attention(*arguments, 0.1, window, softcap)
-
-
-def launch_all(dtype, k, width, vocab, head):
-    ids, one = torch.zeros(2, k, dtype=torch.int64), torch.ones(2)
-    count = torch.zeros(2, dtype=torch.int64)
-    policy = (one, one, count, count)
-    ops = torch.ops.rgtg_fast_triton
-    ops.topk_logprobs(floats(dtype, 2, vocab), k)
-    hidden, weight = floats(dtype, 2, k, width), floats(dtype, width)
-    ops.reward_head(hidden, weight)
-    ops.vocab_reward(hidden[:, 0], floats(dtype, 64, width), ids)
-    ops.ratio_sample(torch.randn(2, k), torch.randn(2, k), ids, *policy, False)
-    ops.ratio_step(torch.randn(2, k), hidden, weight, ids, *policy, True, weight[:1])
-    own = torch.float64 if dtype == torch.float64 else torch.float32
-    pair = (floats(dtype, 2, width), floats(dtype, 2, width), count, count)
-    ops.prefix_bt_loss(*pair, floats(own, width), floats(own, 2), 0.1, 0.1, 1)
-    if dtype == torch.float64:
-        return
-    launch_attention(dtype, k, head, None, None)
-    launch_attention(dtype, k, head, 128, 30.0)
+def launch(ops, **size):
+    for op in ops:
+        for arguments in op_cases.arguments(op, op_cases.Size(rows=2, prefix=600, **size)):
+            getattr(torch.ops.rgtg_fast_triton, op)(*arguments)
 
 
 if __name__ == "__main__":
     assert not library.INTERPRETED
     for capability in map(int, sys.argv[1].split(",")):
         triton.runtime.driver.set_active(Driver(capability))
+        every = partial(launch, library.KERNELS, heads=(8, 2))
+        attention = partial(launch, ["candidate_attention"], heads=(8, 2))
         if capability == 90:
-            launch_all(torch.bfloat16, 64, 4096, 151_936, 128)
-            launch_all(torch.float32, 10, 4096, 32_000, 256)
-            launch_all(torch.float64, 1, 100, 61, 64)
-            launch_all(torch.float16, 10, 100, 1000, 64)
-            launch_attention(torch.float32, 10, 128, None, None)
-            launch_attention(torch.bfloat16, 10, 256, None, None)
+            every(dtype=torch.bfloat16, k=64, width=4096, vocab=151_936, head=128)
+            every(dtype=torch.float32, k=10, width=4096, vocab=32_000, head=256)
+            every(dtype=torch.float64, k=1, width=100, vocab=61, head=64)
+            every(dtype=torch.float16, k=10, width=100, vocab=1000, head=64)
+            attention(dtype=torch.float32, k=10, head=128)
+            attention(dtype=torch.bfloat16, k=10, head=256)
         else:
-            launch_all(torch.bfloat16, 10, 4096, 151_936, 128)
+            every(dtype=torch.bfloat16, k=10, width=4096, vocab=151_936, head=128)

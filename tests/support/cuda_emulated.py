@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from rgtg_fast.ops.reference import OPS as REGISTERED
+
 ROOT = Path(__file__).parents[2]
 SIMT = ROOT / "tests" / "support" / "simt"
 FORWARD, REVERSE, RANDOM = 0, 1, 7
@@ -304,14 +306,4 @@ def _op(name):
     return call
 
 
-OPS = {
-    name: _op(name)
-    for name in (
-        "topk_logprobs",
-        "reward_head",
-        "vocab_reward",
-        "ratio_sample",
-        "ratio_step",
-        "prefix_bt_loss",
-    )
-}
+OPS = {name: _op(name) for name in REGISTERED if hasattr(Emulator, name)}

@@ -1,22 +1,32 @@
 """The matrix of ops and backends: who implements what, and what each op's result must be.
 
 A backend is a name, a device and its ops, which take the arguments of ``torch.ops.rgtg_fast.*``. To
-add one, add a row to BACKENDS; to add an op, a function to CHECKS.
+add one, add a row to BACKENDS; to add an op, a function ``check_<op>``.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from op_support import assert_no_worse
 
 from rgtg_fast.ops import reference
-from rgtg_fast.ops.dispatch import OPS
+from rgtg_fast.ops.reference import OPS
 
 INF, NAN = float("inf"), float("nan")
-FUSED = tuple(op for op in OPS if op != "candidate_attention")
+ROOT = Path(__file__).parents[2]
+
+
+def written_in(folder, suffix):
+    """The ops that have a source file of their own there."""
+    return tuple(op for op in OPS if (ROOT / folder / f"{op}{suffix}").exists())
+
+
+IN_CPP, IN_CUDA = written_in("csrc/cpu", ".cpp"), written_in("csrc/cuda", ".cu")
+IN_TRITON = written_in("kernels", ".py")
 
 
 @dataclass(frozen=True)
@@ -35,16 +45,16 @@ class Backend:
 
 
 def _reference():
-    return {op: getattr(reference, op) for op in OPS}
+    return OPS
 
 
 def _compiled():
-    return {op: getattr(torch.ops.rgtg_fast, op) for op in OPS}
+    return {op: getattr(torch.ops.rgtg_fast, op) for op in IN_CPP}
 
 
 def _triton():
     importlib.import_module("rgtg_fast.kernels.library")
-    return {op: getattr(torch.ops.rgtg_fast_triton, op) for op in OPS}
+    return {op: getattr(torch.ops.rgtg_fast_triton, op) for op in IN_TRITON}
 
 
 def _cuda_emulated():
@@ -52,13 +62,13 @@ def _cuda_emulated():
 
 
 BACKENDS = (
-    Backend("reference", "cpu", _reference, OPS),
-    Backend("cpp", "cpu", _compiled, OPS),
-    Backend("triton-interpreted", "cpu", _triton, OPS),
-    Backend("cuda-emulated", "cpu", _cuda_emulated, FUSED),
-    Backend("reference-gpu", "cuda", _reference, OPS),
-    Backend("triton-gpu", "cuda", _triton, OPS),
-    Backend("cuda-gpu", "cuda", _compiled, FUSED),
+    Backend("reference", "cpu", _reference, tuple(OPS)),
+    Backend("cpp", "cpu", _compiled, IN_CPP),
+    Backend("triton-interpreted", "cpu", _triton, IN_TRITON),
+    Backend("cuda-emulated", "cpu", _cuda_emulated, IN_CUDA),
+    Backend("reference-gpu", "cuda", _reference, tuple(OPS)),
+    Backend("triton-gpu", "cuda", _triton, IN_TRITON),
+    Backend("cuda-gpu", "cuda", _compiled, IN_CUDA),
 )
 # Interpreting, emulating, and compiling anew for every shape take their time.
 SLOW = ("triton-interpreted", "cuda-emulated", "triton-gpu")
@@ -155,6 +165,13 @@ def check_ratio_step(backend, logprobs, hidden, weight, *rest):
     assert torch.equal(slot, want_slot)
     assert torch.equal(logq.view(torch.int32), want_logq.view(torch.int32))
     check_draw(slot, logq, logprobs, rewards, *policy)
+
+
+def check_ratio_keep(backend, *arguments):
+    """Bit for bit: what is dropped here must be dropped everywhere."""
+    (got,) = backend("ratio_keep", *arguments)
+    assert got.dtype == torch.bool
+    assert torch.equal(got, reference.ratio_keep(*arguments))
 
 
 def torch_attention(q, k_prefix, v_prefix, k_self, v_self, start, length, scale, window, softcap):
