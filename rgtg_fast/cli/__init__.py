@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -60,9 +61,12 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _by_config(args: argparse.Namespace) -> None:
     try:
-        import_module(args.module).run(args.config, args.overrides)
+        getattr(import_module(args.module), args.function)(args.config, args.overrides)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{args.command}: {error}") from None
+    except KeyboardInterrupt as stop:
+        print(f"\n{args.command}: {stop or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,27 +111,30 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="default: for an op the GPU if there is one, else cpu")
     bench.set_defaults(run=_bench)
 
-    for command, module, does, keys in (
+    for command, module, function, does, keys in (
         (
             "train",
             "training.run",
+            "train",
             "train a reward model for partial sequences",
             "model, train, eval or hold_out, output_dir, loss_type, tokenizer, dtype, lora, "
-            "frozen, l2, resume, and every field of rgtg_fast.training.PrefixRewardConfig, which "
-            "has those of transformers.TrainingArguments; an example is in "
-            "help(rgtg_fast.training)",
+            "frozen, l2, resume, overwrite, and every field of "
+            "rgtg_fast.training.PrefixRewardConfig, which has those of "
+            "transformers.TrainingArguments; an example is in help(rgtg_fast.training)",
         ),
         (
             "eval",
             "evaluation",
+            "run",
             "compare ways to decode over a file of prompts",
             "see help(rgtg_fast.evaluation)",
         ),
         (
             "select-pairs",
-            "training.select_pairs",
+            "training.experimental.select_pairs",
+            "select_pairs",
             "of many unlabelled pairs, those most worth a label",
-            "see help(rgtg_fast.training.select_pairs)",
+            "see help(rgtg_fast.training.experimental.select_pairs)",
         ),
     ):
         by_config = commands.add_parser(
@@ -137,7 +144,9 @@ def parser() -> argparse.ArgumentParser:
         by_config.add_argument(
             "overrides", nargs="*", metavar="key=value", help="instead of the file's"
         )
-        by_config.set_defaults(run=_by_config, module=f"rgtg_fast.{module}", command=command)
+        by_config.set_defaults(
+            run=_by_config, module=f"rgtg_fast.{module}", function=function, command=command
+        )
     return top
 
 

@@ -43,17 +43,9 @@ With `frozen: true` (or `pair_features` and `fit_head` of `rgtg_fast.training.he
 head on a frozen language model is fitted: hidden states once, then a convex problem, for
 `RewardHead(lm, weight)`. The guides are in `rgtg_fast.scorers`.
 
-Four smaller methods, each in a module of its own, fit into this:
-
-- `attention_labels` (arXiv 2402.00782): labels for every prefix out of a full-sequence model, whose
-  last layer's attention shares out its reward; `rad` trains on them. As a guide:
-  `rgtg_fast.scorers.AttentionCreditScorer`.
-- `PessimisticHead` (arXiv 2301.11270): θ·φ - c‖φ‖_{Σ⁻¹} from `pair_features`, for
-  `RewardHead(lm, head)`.
-- `d_optimal`: the pairs most worth a label, by greedy log det Σ;
-  `python -m rgtg_fast select-pairs --config select.yaml` (keys: `SelectSettings`).
-- `reward_consistency` (arXiv 2410.12735): how far two reward models agree on rankings, C, for
-  `PrefixRewardConfig(consistency=C)`.
+One run a folder: where `output_dir` holds one already, `resume: true` goes on from its last
+checkpoint, `overwrite: true` removes what it wrote and starts over; neither is an error that says
+so. `rgtg_fast.training.experimental` has methods that the study found not to pay.
 
 EOS: an answer ends with EOS where it truly ends and nowhere else, so the model learns what ending
 there is worth; answers cut at `max_length` get none (`eos: keep` adds none at all). Over-long rows
@@ -61,14 +53,10 @@ are counted and said; empty answers, equal pairs, and rows that are in train and
 that say how many and what to do. `hold_out` keeps the pairs of a prompt together.
 """
 
-from .attention_credit import attention_labels, dense_rewards
 from .collate import LabelledCollator, PairCollator
 from .config import PrefixRewardConfig
-from .consistency import consistency_rate, kendall_tau, reward_consistency
 from .data import DataReport, LabelledDataset, PreferenceDataset
-from .design import Selection, d_optimal
 from .head_only import HeadFit, PairFeatures, fit_head, pair_features
-from .pessimistic import PessimisticHead
 from .trainer import PrefixRewardTrainer
 
 __all__ = [
@@ -78,17 +66,9 @@ __all__ = [
     "LabelledDataset",
     "PairCollator",
     "PairFeatures",
-    "PessimisticHead",
     "PreferenceDataset",
     "PrefixRewardConfig",
     "PrefixRewardTrainer",
-    "Selection",
-    "attention_labels",
-    "consistency_rate",
-    "d_optimal",
-    "dense_rewards",
     "fit_head",
-    "kendall_tau",
     "pair_features",
-    "reward_consistency",
 ]

@@ -30,7 +30,7 @@ def write_card(
     metrics: dict[str, Any],
     settings: Settings,
     args: PrefixRewardConfig,
-    config: Any,
+    model_config: Any,
     plotted: bool,
 ) -> None:
     """Writes the card: what it is, how to use it, how well it does, how it was made."""
@@ -44,7 +44,7 @@ def write_card(
         "",
         f"{WHAT[args.loss_type]}. Trained from `{settings.model}`.",
         "",
-        *_usage(settings, args, config),
+        *_usage(settings, args, model_config),
         *_accuracy(metrics, plotted),
         "## Training",
         "",
@@ -59,7 +59,7 @@ def write_card(
         *(
             f"{f.name}: {json.dumps(value)}"
             for f in fields(settings)
-            if f.name not in ("args", "resume")
+            if f.name not in ("args", "resume", "overwrite")
             and (value := getattr(settings, f.name)) != f.default
         ),
         *(f"{key}: {json.dumps(value)}" for key, value in sorted(settings.args.items())),
@@ -68,7 +68,7 @@ def write_card(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _usage(settings: Settings, args: PrefixRewardConfig, config: Any) -> list[str]:
+def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> list[str]:
     out = str(args.output_dir)
     head = "SequenceClassification" if OBJECTIVES[args.loss_type].head == "scalar" else "CausalLM"
     guide = GUIDE.get(args.loss_type, "rm")
@@ -84,7 +84,7 @@ def _usage(settings: Settings, args: PrefixRewardConfig, config: Any) -> list[st
         imports.setdefault(package, set()).add(auto)
         labels = ", num_labels=1" if package == "peft" and guide == "rm" else ""
         load = [f"rm = {auto}.from_pretrained({json.dumps(out)}{labels})"]
-    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    pad, eos = (getattr(model_config, name, None) for name in ("pad_token_id", "eos_token_id"))
     extra = ""
     note: list[str] = []
     if pad is not None and pad == eos and args.eos == "append" and guide == "rm":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from .card import write_card
 from .config import USED_BY, PrefixRewardConfig
@@ -17,57 +20,104 @@ from .data import remove_leaks
 from .head_only import fit_head, pair_features
 from .metrics import label_report, plot_report, prefix_report
 from .objectives import OBJECTIVES
+from .output_folder import (
+    FIGURES,
+    check_unused,
+    find_checkpoint,
+    finished_at,
+    how_to_go_on,
+    locked,
+    remove_run,
+    write_figures,
+)
 from .settings import Settings, load_pretrained, load_tokenizer, read_settings
-from .trainer import PrefixRewardTrainer, check_fit, last_checkpoint, make_dataset
+from .summary import print_summary
+from .trainer import PrefixRewardTrainer, check_fit, make_dataset
 
 
-def run(config: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Trains as the config file says; returns what it writes to `output_dir`/metrics.json.
+def train(path: str | os.PathLike[str], overrides: list[str] | None = None) -> dict[str, Any]:
+    """Trains as the config file at `path` says; returns what it writes to metrics.json.
 
-    Beside the model and tokenizer `output_dir` gets metrics.json, README.md (the model card) and,
-    with an eval set of pairs, accuracy_by_prefix.png. Raises `ValueError` as `read_settings` and
-    the trainer do.
+    `output_dir` gets the model, its tokenizer, README.md (the model card), with an eval set of
+    pairs accuracy_by_prefix.png, and at last metrics.json: a folder that has it is finished. A
+    table of the figures ends the run.
+
+    One run a folder: what an earlier one left there is an error, unless the config says
+    `resume: true` (to go on from its last checkpoint) or `overwrite: true`.
+
+    Raises `ValueError` as `read_settings` and the trainer do, for a used `output_dir`, and where
+    another process trains into it; `OSError` where the disk is full; `KeyboardInterrupt`, saying
+    how to go on.
     """
-    settings = read_settings(config, overrides)
+    settings = read_settings(path, overrides)
     args = PrefixRewardConfig(**settings.args)
-    transformers.set_seed(args.seed)
     out = Path(str(args.output_dir))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"output_dir={str(out)!r} is a file; name a folder")
+    try:
+        with locked(out) if args.process_index == 0 else contextlib.nullcontext():
+            return _train_into(out, settings, args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {how_to_go_on(out)}") from None
+    except (RuntimeError, SafetensorError) as error:
+        if not _of_writing(error):
+            raise
+        raise OSError(f"{out} cannot be written to ({error}); {how_to_go_on(out)}") from error
+
+
+def _train_into(out: Path, settings: Settings, args: PrefixRewardConfig) -> dict[str, Any]:
+    start = time.perf_counter()
+    main_process = args.process_index == 0
     _check_target(settings, args, out)
+    transformers.set_seed(args.seed)
     tokenizer = load_tokenizer(settings)
     train, evaluate = make_datasets(settings, args, tokenizer)
-    if args.process_index == 0:
-        for name, data in (("train", train), ("eval", evaluate)):
-            if data is not None:
-                print(f"{name}: {data.report}", flush=True)
+    reports = {"train": train.report} | ({} if evaluate is None else {"eval": evaluate.report})
+    if main_process:
+        for name, report in reports.items():
+            print(f"{name}: {report}", flush=True)
     model = load_model(settings, args)
     metrics: dict[str, Any] = {"loss_type": args.loss_type, "frozen": settings.frozen}
     if settings.frozen:
-        out.mkdir(parents=True, exist_ok=True)
         metrics |= _fit_frozen(model, settings, args, train, evaluate, out)
-        main_process = args.process_index == 0
     else:
         trainer = _trainer(settings, args, model, tokenizer, train, evaluate)
-        metrics |= _train(trainer, settings)
-        main_process = trainer.is_world_process_zero()
-    metrics["data"] = {
-        name: asdict(data.report)
-        for name, data in (("train", train), ("eval", evaluate))
-        if data is not None
-    }
+        if settings.overwrite and main_process:
+            remove_run(out)
+        metrics |= _run_trainer(trainer, settings, out)
+    metrics["data"] = {name: asdict(report) for name, report in reports.items()}
     metrics["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    metrics["seconds"] = round(time.perf_counter() - start, 1)
     if main_process:
         tokenizer.save_pretrained(out)
         _write(metrics, settings, args, model, out)
+        print_summary(metrics, out)
     return metrics
 
 
+def _of_writing(error: Exception) -> bool:
+    """Whether an error of safetensors or torch.save, which raise no OSError, is one of the disk."""
+    words = ("os error", "PytorchStreamWriter", "unexpected pos", "file write failed")
+    return any(word in str(error) for word in words)
+
+
 def _check_target(settings: Settings, args: PrefixRewardConfig, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"output_dir={str(out)!r} is a file; name a folder")
-    if settings.resume is True:
-        last_checkpoint(str(out))
-    if isinstance(settings.resume, str) and not Path(settings.resume).is_dir():
-        raise ValueError(f"resume={settings.resume!r} is no folder; name a checkpoint's, or true")
+    """Raises `ValueError` for an `output_dir` that is not for this run."""
+    if settings.overwrite:
+        if settings.resume:
+            raise ValueError("overwrite and resume are both given; drop one of them")
+        for key in ("model", "tokenizer"):
+            name = getattr(settings, key)
+            if name and out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+                raise ValueError(
+                    f"{key}={name!r} lies in output_dir={str(out)!r}, and overwrite would remove "
+                    "it; name another output_dir"
+                )
+    elif args.process_index == 0:  # the others may come when it has begun to write
+        if settings.resume:
+            find_checkpoint(settings.resume, out)
+        else:
+            check_unused(out, can_resume=not settings.frozen)
     if settings.frozen:
         for name in ("weights", "extension", "margin", "centering"):
             if getattr(args, name) not in (None, USED_BY[name][0]):
@@ -120,8 +170,15 @@ def _trainer(
     )
 
 
-def _train(trainer: PrefixRewardTrainer, settings: Settings) -> dict[str, Any]:
+def _run_trainer(trainer: PrefixRewardTrainer, settings: Settings, out: Path) -> dict[str, Any]:
     done = trainer.train(resume_from_checkpoint=settings.resume or None)
+    if done.metrics["train_runtime"] == 0 and finished_at(out) == done.global_step:
+        raise ValueError(
+            f"the run in output_dir={str(out)!r} is finished, at step {done.global_step}; raise "
+            "max_steps (or num_train_epochs) to go on, or name another output_dir"
+        )
+    if trainer.is_world_process_zero():
+        (out / FIGURES).unlink(missing_ok=True)  # the model they are of goes now
     trainer.save_model()
     history = [h for h in trainer.state.log_history if "loss" in h]
     metrics: dict[str, Any] = {
@@ -166,6 +223,8 @@ def _fit_frozen(
         l2=settings.l2,
         label_smoothing=args.label_smoothing,
     )
+    if settings.overwrite:
+        remove_run(out)
     save_file({"weight": fit.weight}, out / "reward_head.safetensors")
     metrics: dict[str, Any] = {
         "train_loss": fit.loss,
@@ -202,12 +261,10 @@ def _known(value: Any) -> Any:
 def _write(
     metrics: dict[str, Any], settings: Settings, args: PrefixRewardConfig, model: Any, out: Path
 ) -> None:
-    text = json.dumps(_known(metrics), indent=2, allow_nan=False)
-    (out / "metrics.json").write_text(text + "\n")
     plotted = OBJECTIVES[args.loss_type].data == "pairs" and "eval" in metrics
     if plotted:
         plot_report(
             metrics["eval"], out / "accuracy_by_prefix.png", f"{settings.model}, {args.loss_type}"
         )
     write_card(out / "README.md", metrics, settings, args, model.config, plotted)
-    print(f"wrote {out}", flush=True)
+    write_figures(out, _known(metrics))

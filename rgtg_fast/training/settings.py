@@ -24,7 +24,8 @@ class Settings:
     the pairs of a prompt together.
     `lora` holds the options of `peft.LoraConfig`. `frozen` fits a head on the frozen model's hidden
     states (penalty `l2`) and trains nothing else. `resume` is true (the last checkpoint in
-    `output_dir`) or a checkpoint's folder.
+    `output_dir`) or a checkpoint's folder. `overwrite` removes what an earlier run wrote to
+    `output_dir`, and nothing else, before training starts.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Settings:
     frozen: bool = False
     l2: float = 1e-4
     resume: bool | str = False
+    overwrite: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .collate import LabelledCollator, PairCollator
@@ -22,6 +22,7 @@ from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
 from .forward import TrainedParts, call_inside, check_causal
 from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored, answer_columns
+from .output_folder import find_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +38,25 @@ class GroupedByLength(LengthGroupedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class _AtTheEnd(Exception):
+    """The checkpoint is at the last step of the run: nothing is left to train."""
+
+
+class _StepsLeft(TrainerCallback):
+    """Looks, once weights and state of a checkpoint are loaded, whether steps are left: the
+    Trainer would train one more, or none, and say that it had trained."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"the checkpoint is at step {state.global_step}, beyond the {state.max_steps} "
+                "steps of the run; raise max_steps (or num_train_epochs), or train into another "
+                "output_dir"
+            )
+        if state.global_step == state.max_steps:
+            raise _AtTheEnd
 
 
 class PrefixRewardTrainer(Trainer):
@@ -93,6 +113,11 @@ class PrefixRewardTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        for adapter in (getattr(model, "peft_config", None) or {}).values():
+            # As given it would be looked for wherever the adapter is loaded from.
+            base = adapter.base_model_name_or_path
+            if base and Path(base).is_dir():
+                adapter.base_model_name_or_path = str(Path(base).resolve())
         sources = {"train": train_dataset, "eval": eval_dataset}
         train_dataset, eval_dataset = (
             make_dataset(source, args, processing_class, name) for name, source in sources.items()
@@ -124,6 +149,7 @@ class PrefixRewardTrainer(Trainer):
         self._parts: TrainedParts | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._mean_rows: float | None = None
+        self.add_callback(_StepsLeft)
         trained: Any = self.model
         if args.disable_dropout:
             disable_dropout(trained)
@@ -134,10 +160,41 @@ class PrefixRewardTrainer(Trainer):
                 check_fit(data, parts.rm.text_config, name)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer; `resume_from_checkpoint=True` takes the last whole checkpoint."""
+        """As in the Trainer; `resume_from_checkpoint=True` takes the last whole checkpoint.
+
+        From a checkpoint at the last step the weights are loaded and nothing is trained.
+
+        Raises `ValueError` for a checkpoint beyond the last step, and for one with an adapter where
+        the model has none, or the reverse.
+        """
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            path = find_checkpoint(True, Path(str(self.args.output_dir)))
+        else:
+            path = Path(resume_from_checkpoint)
+        adapter, wanted = (
+            (path / "adapter_config.json").exists(),
+            hasattr(self.model, "peft_config"),
+        )
+        if adapter != wanted:  # the Trainer would go on with the weights it does not find as new
+            kinds = "an adapter" if adapter else "a whole model"
+            raise ValueError(
+                f"{path} holds {kinds} and the run trains {'an adapter' if wanted else 'none'}; "
+                "resume with the lora of the run that wrote it, or start over"
+            )
+        try:
+            return super().train(str(path), *args, **kwargs)
+        except _AtTheEnd:
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, math.nan, {"train_runtime": 0.0})
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in the Trainer. A state that an earlier run left in the folder would mark what is
+        half-written as whole, so it goes first."""
+        if self.args.should_save and output_dir is not None:
+            (Path(output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -239,37 +296,19 @@ class PrefixRewardTrainer(Trainer):
         return loss, (rewards[:, 0] - rewards[:, 1]).float(), labels
 
 
-def check_fit(data: TokenRows, config: Any, name: str) -> None:
+def check_fit(data: TokenRows, text_config: Any, name: str) -> None:
     """Raises `ValueError` for rows that the model has no positions or no embeddings for."""
-    longest, positions = max(data.lengths()), getattr(config, "max_position_embeddings", None)
+    longest, positions = max(data.lengths()), getattr(text_config, "max_position_embeddings", None)
     if positions and longest > positions:
         raise ValueError(
             f"{name} has a row of {longest} tokens and the model takes {positions}; set "
             f"max_length={positions}"
         )
-    if data.largest_id() >= config.vocab_size:
+    if data.largest_id() >= text_config.vocab_size:
         raise ValueError(
-            f"{name} holds token id {data.largest_id()} and the model has {config.vocab_size} "
+            f"{name} holds token id {data.largest_id()} and the model has {text_config.vocab_size} "
             "embeddings; use the model's own tokenizer, or resize its embeddings"
         )
-
-
-def last_checkpoint(folder: str) -> str:
-    """The last checkpoint in `folder` that was written to its end, which the Trainer's state marks:
-    a run may have been killed while it wrote one.
-
-    Raises `ValueError` where there is none.
-    """
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append((json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"], path))
-    if not found:
-        raise ValueError(
-            f"{folder!r} holds no whole checkpoint to go on from; start without resuming, and set "
-            "save_steps to less than the steps of the run"
-        )
-    return str(max(found)[1])
 
 
 def disable_dropout(model: nn.Module) -> None:

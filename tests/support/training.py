@@ -1,11 +1,13 @@
 """Small preference data and trainers for the tests of `rgtg_fast.training`."""
 
+import json
 import random
 
 import torch
 import transformers
 from tiny import EOS, gpt2_lm, gpt2_rm, tokenizer, vocab_size
 
+from rgtg_fast.cli import main
 from rgtg_fast.training import PrefixRewardConfig, PrefixRewardTrainer
 
 GOOD, BAD = ("thank you", "the parcel will arrive", "sorry", "please wait"), ("no", "hello")
@@ -39,6 +41,38 @@ def text_pairs(n, seed=0):
         }
         for _ in range(n)
     ]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def command(folder, *overrides, model="rm", evaluate=True):
+    """Writes a config file for the models and pairs in `folder`; the arguments of its command."""
+    lines = [
+        f"model: {folder / model}",
+        f"train: {folder / 'train.jsonl'}",
+        *([f"eval: {folder / 'eval.jsonl'}"] if evaluate else []),
+        f"output_dir: {folder / 'out'}",
+        "max_steps: 20",
+        "learning_rate: 2e-3",
+        "per_device_train_batch_size: 8",
+        "use_cpu: true",
+        "disable_tqdm: true",
+    ]
+    (folder / "cfg.yaml").write_text("\n".join(lines) + "\n")
+    return ["train", "--config", str(folder / "cfg.yaml"), *overrides]
+
+
+def train(folder, *overrides, **keys):
+    """Trains by the command line; the figures, and the folder that it wrote."""
+    main(command(folder, *overrides, **keys))
+    return json.loads((folder / "out" / "metrics.json").read_text()), folder / "out"
+
+
+def normal(*shape, seed=0):
+    """Standard normal numbers, float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def config(tmp_path, **changes):

@@ -6,20 +6,13 @@ import json
 import pytest
 import torch
 from tiny import gpt2_lm, tokenizer
-from training import text_pairs
+from training import normal, text_pairs, write_rows
 
 from rgtg_fast.cli import main
-from rgtg_fast.training import (
-    PreferenceDataset,
-    d_optimal,
-    pair_features,
-)
-from rgtg_fast.training.pessimistic import gram
-from rgtg_fast.training.select_pairs import check
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from rgtg_fast.training import PreferenceDataset, pair_features
+from rgtg_fast.training.experimental import d_optimal
+from rgtg_fast.training.experimental.pessimistic import gram
+from rgtg_fast.training.experimental.select_pairs import check
 
 
 def log_det(features, l2):
@@ -60,7 +53,7 @@ def test_lazy_evaluation_spares_most_gains_and_changes_no_choice(monkeypatch):
     x = normal(3000, 6) * torch.rand(3000, 1, generator=torch.Generator().manual_seed(1))
     lazy = d_optimal(x, 30)
     assert lazy.evaluations < 0.25 * 30 * len(x)
-    monkeypatch.setattr("rgtg_fast.training.design._BLOCK", len(x))
+    monkeypatch.setattr("rgtg_fast.training.experimental.design._BLOCK", len(x))
     assert d_optimal(x, 30).index.tolist() == lazy.index.tolist()
 
 
@@ -84,8 +77,9 @@ def test_bad_features_are_named(features, count, message):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A language model, pairs and a config file."""
+def select(tmp_path):
+    """Runs the command on a language model and 21 pairs, two of whose answers are equal; gives the
+    rows that it writes."""
     gpt2_lm().save_pretrained(tmp_path / "lm")
     tokenizer().save_pretrained(tmp_path / "lm")
     rows = [
@@ -93,21 +87,21 @@ def folder(tmp_path):
         for n, r in enumerate(text_pairs(20))
     ]
     rows.insert(3, {"id": -1, "prompt": "same", "responses": [" no", " no"]})
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "pairs.jsonl", rows)
     (tmp_path / "cfg.yaml").write_text(
         f"model: {tmp_path / 'lm'}\ncandidates: {tmp_path / 'pairs.jsonl'}\n"
         f"count: 6\nout: {tmp_path / 'out.jsonl'}\ninvalid: drop\ndevice: cpu\n"
     )
-    return tmp_path
+
+    def run(*overrides):
+        main(["select-pairs", "--config", str(tmp_path / "cfg.yaml"), *overrides])
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    return run
 
 
-def select(folder, *overrides):
-    main(["select-pairs", "--config", str(folder / "cfg.yaml"), *overrides])
-    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-
-
-def test_the_command_writes_the_rows_that_the_function_chooses(folder, capsys):
-    rows = select(folder)
+def test_the_command_writes_the_rows_that_the_function_chooses(select, capsys):
+    rows = select()
     data = PreferenceDataset(text_pairs(20), tokenizer())
     expected = d_optimal(pair_features(gpt2_lm(), data, full=True).differences, 6)
     assert [row["id"] for row in rows] == expected.index.tolist()
@@ -116,14 +110,14 @@ def test_the_command_writes_the_rows_that_the_function_chooses(folder, capsys):
     assert "20 of 21 rows kept" in capsys.readouterr().out
 
 
-def test_pairs_that_have_labels_count_from_the_start(folder):
-    first = select(folder)
+def test_pairs_that_have_labels_count_from_the_start(select, tmp_path):
+    first = select()
     labelled = []
     for row in first:
         chosen, rejected = row["responses"]
         labelled.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
-    (folder / "done.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
-    then = select(folder, f"labelled={folder / 'done.jsonl'}")
+    write_rows(tmp_path / "done.jsonl", labelled)
+    then = select(f"labelled={tmp_path / 'done.jsonl'}")
     assert then[0]["gain"] < first[-1]["gain"] + 1e-6
     assert not {r["id"] for r in then} & {r["id"] for r in first}
 
@@ -137,9 +131,9 @@ def test_pairs_that_have_labels_count_from_the_start(folder):
         ("out=no/such/folder.jsonl", "folder that does not exist"),
     ],
 )
-def test_the_command_ends_with_the_mistake(folder, override, message):
+def test_the_command_ends_with_the_mistake(select, override, message):
     with pytest.raises(SystemExit, match=message.replace("?", r"\?")):
-        select(folder, override)
+        select(override)
 
 
 def test_missing_keys_are_named():

@@ -1,6 +1,5 @@
 """`python -m rgtg_fast train`: from a config file to a folder that generate can use."""
 
-import json
 import textwrap
 
 import pytest
@@ -8,48 +7,17 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from tiny import gpt2_lm, gpt2_rm, tokenizer
-from training import text_pairs, trainer
+from tiny import gpt2_rm, tokenizer
+from training import train, trainer, write_rows
 
 import rgtg_fast
 from rgtg_fast.cli import main
 from rgtg_fast.training import PreferenceDataset, fit_head, pair_features
 from rgtg_fast.training.metrics import prefix_report
+from rgtg_fast.training.output_folder import last_checkpoint
 from rgtg_fast.training.settings import check_settings, read_settings
-from rgtg_fast.training.trainer import last_checkpoint
 
 MINIMAL = {"model": "m", "train": "t.jsonl", "output_dir": "o"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A language model, a classifier without head training, data, and a config file's writer."""
-    gpt2_lm(initializer_range=0.1).save_pretrained(tmp_path / "lm")
-    gpt2_rm(initializer_range=0.1).save_pretrained(tmp_path / "rm")
-    for name in ("lm", "rm"):
-        tokenizer().save_pretrained(tmp_path / name)
-    for name, rows in (("train", text_pairs(48)), ("eval", text_pairs(24, seed=3))):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(lines)
-    transformers.utils.logging.set_verbosity_error()
-    return tmp_path
-
-
-def train(folder, *overrides, model="rm", evaluate=True):
-    lines = [
-        f"model: {folder / model}",
-        f"train: {folder / 'train.jsonl'}",
-        *([f"eval: {folder / 'eval.jsonl'}"] if evaluate else []),
-        f"output_dir: {folder / 'out'}",
-        "max_steps: 20",
-        "learning_rate: 2e-3",
-        "per_device_train_batch_size: 8",
-        "use_cpu: true",
-        "disable_tqdm: true",
-    ]
-    (folder / "cfg.yaml").write_text("\n".join(lines) + "\n")
-    main(["train", "--config", str(folder / "cfg.yaml"), *overrides])
-    return json.loads((folder / "out" / "metrics.json").read_text()), folder / "out"
 
 
 def fenced(text, language):
@@ -126,7 +94,7 @@ def test_the_example_of_the_package_runs_as_written(folder, monkeypatch, capsys)
 def test_labelled_texts_train_rad(folder):
     rows = [{"text": "thank you", "label": 1}, {"text": "no", "label": 0}] * 4
     path = folder / "labelled.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     metrics, out = train(
         folder, "loss_type=rad", f"train={path}", f"eval={path}", "max_steps=2", "leaks=allow"
     )
@@ -180,7 +148,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(folder):
     cut = folder / "out" / "checkpoint-5"  # killed while it wrote
     cut.mkdir()
     (cut / "trainer_state.json").write_text('{"global_step": 5, ')
-    assert last_checkpoint(str(folder / "out")).endswith("checkpoint-4")
+    assert last_checkpoint(folder / "out").name == "checkpoint-4"
     metrics, out = train(folder, "max_steps=6", "resume=true", *options)
     assert metrics["steps"] == 6 and (out / "checkpoint-6").exists()
     assert [entry["step"] for entry in metrics["history"]] == [1, 2, 3, 4, 5, 6]

@@ -7,27 +7,20 @@ import torch
 import zoo
 from scipy import stats
 from tiny import gpt2_lm, gpt2_rm, llama_lm, llama_rm, prompts
-from training import config, id_pairs, step, trainer
+from training import config, id_pairs, normal, step, trainer
 
 import rgtg_fast
 from rgtg_fast.scorers import AttentionCreditScorer, RewardHead
-from rgtg_fast.training import (
-    LabelledDataset,
+from rgtg_fast.training import LabelledDataset, PreferenceDataset, fit_head, pair_features
+from rgtg_fast.training.experimental import (
     PessimisticHead,
-    PreferenceDataset,
     attention_labels,
     consistency_rate,
     dense_rewards,
-    fit_head,
     kendall_tau,
-    pair_features,
     reward_consistency,
 )
-from rgtg_fast.training.pessimistic import gram
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from rgtg_fast.training.experimental.pessimistic import gram
 
 
 @torch.no_grad()

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from rgtg_fast.training import (
+from rgtg_fast.training import PreferenceDataset, fit_head, pair_features
+from rgtg_fast.training.experimental import (
     PessimisticHead,
-    PreferenceDataset,
     attention_labels,
-    fit_head,
-    pair_features,
     reward_consistency,
 )
 from study_parts.tasks import Task

@@ -10,10 +10,10 @@ from torch import Tensor
 from rgtg_fast.training import (
     PairFeatures,
     PreferenceDataset,
-    d_optimal,
     fit_head,
     pair_features,
 )
+from rgtg_fast.training.experimental import d_optimal
 from study_parts.models import BATCH
 from study_parts.tasks import Task
 from study_parts.training import eval_pairs, training_pairs

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..models.reward_model import as_reward_model
-from .collate import PairCollator
-from .data import PreferenceDataset
+from ...models.reward_model import as_reward_model
+from ..collate import PairCollator
+from ..data import PreferenceDataset
 
 
 def kendall_tau(a: Tensor, b: Tensor, variant: str = "a") -> Tensor:
@@ -78,7 +78,8 @@ def reward_consistency(
 
     Example::
 
-        from rgtg_fast.training import PreferenceDataset, PrefixRewardConfig, reward_consistency
+        from rgtg_fast.training import PreferenceDataset, PrefixRewardConfig
+        from rgtg_fast.training.experimental import reward_consistency
 
         pairs = PreferenceDataset("pairs.jsonl", tokenizer)
         rate = reward_consistency(rm, previous_rm, pairs)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .head_only import PairFeatures
+from ..head_only import PairFeatures
 
 
 class PessimisticHead(nn.Module):

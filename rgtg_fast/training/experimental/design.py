@@ -14,7 +14,7 @@ _BLOCK = 256  # candidates whose gains are brought up to date at once
 
 
 @dataclass
-class Selection:
+class ChosenPairs:
     """`index` int64 [n], the rows chosen, in order; `gain` float64 [n], by how much each raised
     log det Σ; `evaluations`, how many gains were computed for it."""
 
@@ -31,7 +31,7 @@ def d_optimal(
     l2: float = 1.0,
     labelled: Tensor | None = None,
     progress: Callable[[int, float], None] | None = None,
-) -> Selection:
+) -> ChosenPairs:
     """Greedy choice of `count` rows x of `features` that maximises log det Σ, Σ = l2 I + Σ x xᵀ.
 
     For a head fitted to comparisons by Bradley-Terry, x = φ(x, y_1) - φ(x, y_2) of a pair, Σ is the
@@ -110,4 +110,4 @@ def d_optimal(
         gain.append(float(taken.log1p()))
         if progress is not None:
             progress(step + 1, gain[-1])
-    return Selection(torch.tensor(index), torch.tensor(gain, dtype=torch.float64), evaluations)
+    return ChosenPairs(torch.tensor(index), torch.tensor(gain, dtype=torch.float64), evaluations)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.attention import eager_attention, last_attention
-from ..models.reward_model import as_reward_model
-from ..scorers.attention_credit import check_share
-from .collate import LabelledCollator
-from .formats import Row
-from .objectives import answer_columns
+from ...models.attention import eager_attention, last_attention
+from ...models.reward_model import as_reward_model
+from ...scorers.attention_credit import check_share
+from ..collate import LabelledCollator
+from ..formats import Row
+from ..objectives import answer_columns
 
 
 def dense_rewards(
@@ -68,7 +68,8 @@ def attention_labels(
     `dense_rewards`: it grows to R at the answer's end. `loss_type="rad"` fits them by squared
     error, for a reward model of partial sequences without labels of partial sequences::
 
-        from rgtg_fast.training import PreferenceDataset, attention_labels
+        from rgtg_fast.training import PreferenceDataset
+        from rgtg_fast.training.experimental import attention_labels
 
         pairs = PreferenceDataset("pairs.jsonl", tokenizer)
         rows = attention_labels(full_rm, pairs, share=0.8)

@@ -16,12 +16,12 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import Subset
 
-from .config_file import check_keys, read_yaml, typed
-from .data import PreferenceDataset
+from ..config_file import check_keys, read_yaml, typed
+from ..data import PreferenceDataset
+from ..formats import Row, load_rows
+from ..head_only import pair_features
+from ..settings import load_pretrained, load_tokenizer
 from .design import d_optimal
-from .formats import Row, load_rows
-from .head_only import pair_features
-from .settings import load_pretrained, load_tokenizer
 
 
 @dataclass
@@ -62,7 +62,9 @@ class SelectSettings:
 FIELDS = {f.name: f for f in dataclasses.fields(SelectSettings)}
 
 
-def run(config: str | os.PathLike[str], overrides: list[str] | None = None) -> list[dict[str, Any]]:
+def select_pairs(
+    path: str | os.PathLike[str], overrides: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Chooses as the config file says, writes `out` and returns its rows.
 
     The feature of a pair is the difference of the last hidden states of its two whole answers; see
@@ -75,7 +77,7 @@ def run(config: str | os.PathLike[str], overrides: list[str] | None = None) -> l
         count: 200
         out: to_label.jsonl
     """
-    settings = check(read_yaml(config, overrides or ()))
+    settings = check(read_yaml(path, overrides or ()))
     out = Path(settings.out)
     if not out.parent.is_dir():
         raise ValueError(f"out={settings.out!r} lies in a folder that does not exist; make it")
