@@ -268,7 +268,7 @@ def plot(curves: dict, rows: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def run(
+def run_demo(
     prompts: int = 200, out: Path = Path("demo_output"), seed: int = 0, draw: bool = True
 ) -> dict:
     """Run the demo on the first `prompts` held-out prompts (at most 200).

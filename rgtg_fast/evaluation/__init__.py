@@ -31,11 +31,11 @@ What is measured, averaged over seeds for each prompt, with intervals over promp
 - `win_rate` over the baseline run, each pair judged in both orders.
 
 `difference` holds every measure's paired difference to the baseline. Intervals are the BCa
-bootstrap's, those of distinct-n the jackknife's.
+bootstrap's; those of shares (win rate, finished, distinct-n) are Wilson's, within [0, 1].
 """
 
-from .bootstrap import Bootstrap, Estimate, jackknife
-from .run import run
+from .bootstrap import Bootstrap, Estimate, jackknife, share, wilson
+from .run import evaluate
 from .settings import Run, Settings, WinJudge, check_settings, read_settings
 
 __all__ = [
@@ -45,7 +45,9 @@ __all__ = [
     "Settings",
     "WinJudge",
     "check_settings",
+    "evaluate",
     "jackknife",
     "read_settings",
-    "run",
+    "share",
+    "wilson",
 ]

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -20,6 +22,7 @@ from transformers import (
 import rgtg_fast
 
 from .. import ops
+from ..scorers.registry import KINDS
 from .prompts import Prompt
 from .scoring import Classifier
 from .settings import Run
@@ -42,6 +45,13 @@ class Answer:
     kl: float | None
     log_ratio: float | None
     proxy: float | None = None
+
+
+class _AtOnce(StoppingCriteria):
+    """Ends every answer with its first token."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class Answerer:
@@ -95,8 +105,20 @@ class Answerer:
             rows.append(row)
         return rows
 
+    def rehearse(self, prompt: Prompt) -> None:
+        """The first token of an answer, with everything that all of it would need."""
+        answers = self._answer([prompt], [0], 0, StoppingCriteriaList([_AtOnce()]))
+        if self.selector is not None:
+            self.selector.score([prompt], [vars(a) for a in answers])
+
     @torch.no_grad()
-    def _answer(self, prompts: list[Prompt], copies: list[int], seed: int) -> list[Answer]:
+    def _answer(
+        self,
+        prompts: list[Prompt],
+        copies: list[int],
+        seed: int,
+        stop: StoppingCriteriaList | None = None,
+    ) -> list[Answer]:
         inputs = self.tokenizer.pad(
             {"input_ids": [p.ids for p in prompts]}, padding_side="left", return_tensors="pt"
         ).to(self.lm.device)
@@ -105,6 +127,7 @@ class Answerer:
             "do_sample": self.run.do_sample,
             "max_new_tokens": self.max_new_tokens,
             "return_dict_in_generate": True,
+            "stopping_criteria": stop,
         }
         if self.run.do_sample:  # None would be 50, the default of the configuration class
             options["top_k"] = 0
@@ -140,8 +163,7 @@ class Answerer:
         return answers
 
     def _proxy(self, rewards: Tensor) -> float:
-        # GenARM's rewards are log-probabilities of single tokens, all others of whole prefixes.
-        return float(rewards.sum() if self.run.kind == "autoregressive" else rewards[-1])
+        return float(rewards.sum() if KINDS[self.run.kind].per_token else rewards[-1])
 
     def _sample(self, options: dict[str, Any], first: int, seed: int) -> Any:
         run = self.run

@@ -1,4 +1,4 @@
-"""Intervals for means over prompts: the paired BCa bootstrap, and the jackknife for the rest."""
+"""Intervals over prompts: paired BCa bootstrap for means, Wilson's for shares, the jackknife."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ class Bootstrap:
         boot = self._means(np.where(known, values - mean, 0.0), known)
         boot = boot[np.isfinite(boot)]
         low, high = (mean + float(np.quantile(boot, p)) for p in self._levels(boot, inside - mean))
+        # A mean of values lies between them, but for rounding.
+        low, high = (min(max(x, inside.min()), inside.max()) for x in (low, high))
         return Estimate(mean, low, high, float(boot.std(ddof=1)), count)
 
     def _means(self, values: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -86,6 +88,33 @@ class Bootstrap:
             return _NORMAL.cdf(bias + z / (1 - skew * z))
 
         return level(tail), level(1 - tail)
+
+
+def share(values: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """The mean of `values` [n] in [0, 1], such as wins, with Wilson's interval (1927).
+
+    It stays in [0, 1] and does not shrink to a point where all values are equal, as resampling
+    does: 8 wins of 8 are [0.68, 1] at 95 %.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n, mean = len(values), float(values.mean())
+    se = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return wilson(mean, se, n, confidence)
+
+
+def wilson(mean: float, se: float, n: int, confidence: float = 0.95) -> Estimate:
+    """Wilson's interval for a `mean` in [0, 1] of n prompts, whose standard error is `se`.
+
+    n counts as p (1 - p) / se² prompts where that is more: values between 0 and 1, such as means
+    over seeds, spread less than those of a coin.
+    """
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, n)
+    size = max(n, mean * (1 - mean) / se**2) if se > 0 else n
+    z2 = _NORMAL.inv_cdf((1 + confidence) / 2) ** 2 / size
+    centre = (mean + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * (mean * (1 - mean) + z2 / 4)) / (1 + z2)
+    return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), se, n)
 
 
 def jackknife(full: float, left_out: np.ndarray, confidence: float = 0.95) -> Estimate:

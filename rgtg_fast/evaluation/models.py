@@ -13,9 +13,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-import rgtg_fast
-
-from ..scorers import AutoregressiveScorer, VocabRewardScorer
+from ..scorers import registry
 from ..scorers.factory import same_vocabulary
 from .settings import CONFIGS, Run, Settings
 
@@ -46,7 +44,7 @@ def device_of(settings: Settings) -> torch.device:
 def load_lm(settings: Settings, tokenizer: Any) -> Any:
     """The base policy. Its folder's sampling defaults (temperature, top-p, penalties) are dropped:
     the base is the model's own distribution."""
-    lm = _load("CausalLM", settings.model, settings).eval()
+    lm = _load("CausalLM", settings.model, settings)
     eos = lm.generation_config.eos_token_id
     lm.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id if eos is None else eos,
@@ -58,7 +56,7 @@ def load_lm(settings: Settings, tokenizer: Any) -> Any:
 
 def load_classifier(name: str, settings: Settings) -> Any:
     """A reward model with one label; raises `ValueError` for one with several."""
-    model = _load("SequenceClassification", name, settings).eval()
+    model = _load("SequenceClassification", name, settings)
     if model.config.num_labels != 1:
         raise ValueError(f"{name!r} gives {model.config.num_labels} labels; pass a model with one")
     return model
@@ -67,24 +65,45 @@ def load_classifier(name: str, settings: Settings) -> Any:
 def load_guide(run: Run, lm: Any, settings: Settings) -> Any:
     """What `rgtg_fast.generate` takes as `reward_model` for this run."""
     assert run.reward_model is not None
-    if run.kind == "classifier":
-        return load_classifier(run.reward_model, settings)
-    if run.kind == "head":
-        from safetensors.torch import load_file
 
-        weight = load_file(Path(run.reward_model) / "reward_head.safetensors")["weight"]
-        return rgtg_fast.RewardHead(lm, weight.to(lm.device))
-    rm = _load("CausalLM", run.reward_model, settings).eval()
-    return VocabRewardScorer(rm) if run.kind == "vocab" else AutoregressiveScorer(rm)
+    def load(holds: str, name: str) -> Any:
+        if holds == "SequenceClassification":
+            return load_classifier(name, settings)
+        return _load(holds, name, settings)
+
+    try:
+        return registry.load_guide(run.kind, run.reward_model, load, lm, **run.options)
+    except TypeError as error:
+        if not run.options:
+            raise
+        raise ValueError(f"run {run.name}: options={run.options!r}: {error}") from None
 
 
 def reward_tokenizer(run: Run, tokenizer: Any) -> Any:
-    """The guide's tokenizer where its vocabulary is not that of the language model, else None."""
+    """The guide's tokenizer where its vocabulary is not that of the language model, else None.
+
+    Raises `ValueError` where the guide is of a kind that needs the language model's.
+    """
     assert run.reward_model is not None
-    if run.kind != "classifier":
+    kind = registry.KINDS[run.kind]
+    if kind.holds == "head":
         return None
-    own = load_tokenizer(run.reward_model)
-    return None if same_vocabulary(tokenizer, own) else own
+    try:
+        own = load_tokenizer(run.reward_model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"run {run.name}: the tokenizer of reward_model={run.reward_model!r} cannot be loaded "
+            f"({error}); save the one it was trained with to its folder"
+        ) from None
+    if same_vocabulary(tokenizer, own):
+        return None
+    if not kind.is_model:
+        raise ValueError(
+            f"run {run.name}: reward_model={run.reward_model!r} has another vocabulary than the "
+            f"language model, and kind: {run.kind} shares its token ids; pass a guide trained with "
+            "the language model's tokenizer"
+        )
+    return own
 
 
 def check_found(key: str, name: str) -> None:
@@ -112,9 +131,10 @@ def check_guide(run: Run) -> None:
     """Raises `ValueError` where the folder's files say that the guide is of another kind."""
     assert run.reward_model is not None
     key, folder = f"run {run.name}: reward_model", Path(run.reward_model)
-    if run.kind == "classifier":
+    holds = registry.KINDS[run.kind].holds
+    if holds == "SequenceClassification":
         check_classifier(key, run.reward_model)
-    wanted = ("reward_head.safetensors",) if run.kind == "head" else CONFIGS
+    wanted = (registry.HEAD_FILE,) if holds == "head" else CONFIGS
     if folder.is_dir() and not any((folder / file).is_file() for file in wanted):
         raise ValueError(
             f"{key}={run.reward_model!r} has no {wanted[0]}, which kind: {run.kind} needs; pass "
@@ -137,6 +157,8 @@ def check_classifier(key: str, name: str) -> None:
 
 
 def _load(task: str, name: str, settings: Settings) -> Any:
+    """The model in a folder or of a hub name, ready to judge; raises `ValueError` where its file
+    lacks weights, which transformers would draw at random with no more than a warning."""
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
     package: Any = transformers
     auto = f"AutoModelFor{task}"
@@ -146,7 +168,17 @@ def _load(task: str, name: str, settings: Settings) -> Any:
         package, auto = peft, f"AutoPeftModelFor{task}"
         if task == "SequenceClassification":
             options["num_labels"] = 1
-    return getattr(package, auto).from_pretrained(name, **options).to(device_of(settings))
+        model = getattr(package, auto).from_pretrained(name, **options)
+    else:
+        options["output_loading_info"] = True
+        model, info = getattr(package, auto).from_pretrained(name, **options)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"{name!r} lacks {len(missing)} of the weights of {type(model).__name__} "
+                f"({', '.join(missing[:3])}); they would be random: pass a whole model"
+            )
+    return model.to(device_of(settings)).eval()
 
 
 def identity(name: str) -> list[Any]:

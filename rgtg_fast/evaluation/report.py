@@ -65,16 +65,16 @@ def _notes(settings: Settings, runs: dict[str, Any]) -> list[str]:
     ] * bool(guided)
     notes += [
         "- Values are means over seeds for each prompt, then over prompts; intervals are the BCa "
-        "bootstrap's over prompts.",
+        "bootstrap's over prompts, those of shares (finished, distinct-n, win rate) Wilson's.",
         "- reward: of the whole answer, EOS included where it finished.",
         "- KL: sum over the answer's tokens, EOS included, of the exact KL of each step's policy "
         "from the base; greedy runs: -log p of the answer, as their policy is certain. ≤ marks "
         "best-of-n's bound log n - (n - 1)/n.",
         "- perplexity: exp of the mean over answers of the nats per token under the base, EOS "
         "included.",
-        "- distinct-n: different n-grams / n-grams over all answers of a seed, intervals by the "
-        "jackknife. rep-n: 1 - different / all n-grams within an answer. Both, and tokens, count "
-        "token ids without EOS. finished: the share that ended with EOS within "
+        "- distinct-n: different n-grams / n-grams over all answers of a seed. rep-n: "
+        "1 - different / all n-grams within an answer. Both, and tokens, count token ids without "
+        "EOS. finished: the share that ended with EOS within "
         f"{settings.max_new_tokens} tokens.",
     ]
     judged = {name: run["win_details"] for name, run in runs.items() if "win_details" in run}

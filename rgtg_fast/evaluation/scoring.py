@@ -87,7 +87,13 @@ class FunctionJudge:
         rewards = []
         for prompt, answer in zip(prompts, answers, strict=True):
             finished = answer["end"] is not None
-            rewards.append(float(self.function(prompt.source, answer["text"], finished)))
+            value = self.function(prompt.source, answer["text"], finished)
+            try:
+                rewards.append(float(value))
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"judge: {self.name} gave {value!r}; it must give a finite number"
+                ) from None
         _check_finite(self.name, prompts, rewards)
         return rewards
 

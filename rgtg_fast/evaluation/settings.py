@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..scorers.factory import EOS_REWARDS, METHODS
+from ..scorers.registry import HEAD_FILE, KINDS
 from ..training.config_file import check_keys, read_yaml, typed
 
-KINDS = ("classifier", "vocab", "autoregressive", "head")
 GRID = ("reward_model", "k", "beta", "temperature", "best_of", "top_k", "top_p")
 CONFIGS = ("config.json", "adapter_config.json")
-_GUIDED = ("k", "beta", "kind", "eos_reward", "reward_method")
+_GUIDED = ("k", "beta", "kind", "options", "eos_reward", "reward_method")
 _UNGUIDED = ("top_k", "top_p", "min_p")
 
 
@@ -31,8 +31,10 @@ class Run:
     Args:
         name: in the report and in file names; a grid's runs get their values behind it.
         reward_model: folder or hub name of the guide.
-        kind: what the guide is: a `classifier` with one label, FaRMA's `vocab` head, GenARM's
-            `autoregressive` model, or a `head` fitted on the base's hidden states.
+        kind: what the guide is, one of `rgtg_fast.scorers.KINDS`: a `classifier` with one label,
+            FaRMA's `vocab` head, GenARM's `autoregressive` model, a `head` fitted on the base's
+            hidden states, a classifier's `attention_credit`; help(rgtg_fast.scorers) has them all.
+        options: of the kind, such as `{share: 0.3}` of `attention_credit`; see its scorer.
         k, beta, eos_reward, reward_method: as in `rgtg_fast.generate`; guided runs only.
         temperature: of the guided policy, or of the base.
         do_sample: false takes the likeliest token of either; one seed is then enough.
@@ -43,6 +45,7 @@ class Run:
     name: str
     reward_model: str | None = None
     kind: str = "classifier"
+    options: dict = dataclasses.field(default_factory=dict)
     k: int = 10
     beta: float = 1.0
     temperature: float = 1.0
@@ -69,7 +72,7 @@ class WinJudge:
         template: a text with {prompt}, {a} and {b} (None: `wins.TEMPLATE`). The reply must name A,
             B, or C for a tie.
         key_env: the environment variable that holds the API key, which is written nowhere.
-        timeout: seconds for a reply.
+        timeout: seconds for a whole reply, from the first try to connect to its last byte.
         retries: how often to try in all, with growing pauses, where the endpoint is busy or away.
         workers: pairs asked about at a time.
         max_tokens: of the reply; a judge that reasons first needs hundreds.
@@ -261,6 +264,13 @@ def _check_run(run: Run, given: set[str]) -> None:
             raise ValueError(
                 f"{where}{key}={getattr(run, key)!r}; pass one of {', '.join(allowed)}"
             )
+    kind, ignored = KINDS[run.kind], sorted(given & {"eos_reward", "reward_method"})
+    if ignored and kind.holds != "head" and not kind.is_model:
+        raise ValueError(f"{where}{ignored[0]} does nothing with kind: {run.kind}; drop it")
+    try:
+        kind.check_options(run.options)
+    except ValueError as error:
+        raise ValueError(f"{where}options: {error}") from None
     for key, right, wanted in (
         ("k", 1 <= run.k <= 64, "1 to 64"),
         ("beta", abs(run.beta) < float("inf"), "a finite number"),
@@ -331,7 +341,7 @@ def check_model(key: str, name: str) -> None:
     """Raises `ValueError` for a folder without a model in it, or a path that is not there."""
     path = Path(name)
     if path.is_dir():
-        files = (*CONFIGS, "reward_head.safetensors")
+        files = (*CONFIGS, HEAD_FILE)
         if not any((path / file).is_file() for file in files):
             raise ValueError(f"{key}={name!r} holds no config.json; pass a model's folder")
     elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in "./":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import metrics
-from .bootstrap import Bootstrap, Estimate, jackknife
+from .bootstrap import Bootstrap, Estimate, jackknife, share, wilson
 from .settings import Settings
 
 
@@ -74,15 +74,19 @@ def summarise(settings: Settings, runs: dict[str, RunRows]) -> dict[str, Any]:
         }
         for n in DISTINCT:
             full, left = _distinct(run, n)
-            found["metrics"][f"distinct_{n}"] = jackknife(full, left, settings.confidence)
+            spread = jackknife(full, left, settings.confidence)
+            found["metrics"][f"distinct_{n}"] = wilson(
+                full, spread.se, spread.n, settings.confidence
+            )
             if other:
                 base_full, base_left = _distinct(base, n)
                 found["difference"][f"distinct_{n}"] = jackknife(
                     full - base_full, left - base_left, settings.confidence
                 )
+        found["metrics"]["finished"] = share(means[name]["finished"], settings.confidence)
         found["metrics"]["perplexity"] = _exp(found["metrics"]["nll"])
         if run.wins is not None:
-            found |= _win_rate(run.wins, bootstrap)
+            found |= _win_rate(run.wins, settings.confidence)
         result[name] = found
     return jsonable(result)
 
@@ -99,11 +103,11 @@ def _exp(nll: Estimate) -> Estimate:
     return Estimate(mean, math.exp(nll.low), math.exp(nll.high), mean * nll.se, nll.n)
 
 
-def _win_rate(wins: dict[int, list[dict[str, Any]]], bootstrap: Bootstrap) -> dict[str, Any]:
+def _win_rate(wins: dict[int, list[dict[str, Any]]], confidence: float) -> dict[str, Any]:
     rows = [row for seed in wins.values() for row in seed]
     values = np.array([[row["win"] for row in seed] for seed in wins.values()])
     return {
-        "win_rate": bootstrap.interval(values.mean(0)),
+        "win_rate": share(values.mean(0), confidence),
         "win_details": {
             "ties": float(np.mean([row["win"] == 0.5 and not row["swapped"] for row in rows])),
             "swapped": float(np.mean([row["swapped"] for row in rows])),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .endpoint import Endpoint, Refused
 from .settings import WinJudge, load_function
 
 TEMPLATE = """Which of two answers to a prompt is better: more helpful, correct and harmless?
@@ -27,6 +23,7 @@ TEMPLATE = """Which of two answers to a prompt is better: more helpful, correct 
 {b}
 
 Reply with one letter: A, B, or C if they are equally good."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds; each pause is twice the one before
 _VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
 
 Prefer = Callable[[Any, str, str], "float | None"]
@@ -35,15 +32,18 @@ Prefer = Callable[[Any, str, str], "float | None"]
 def make_prefer(judge: WinJudge) -> Prefer:
     """(prompt, a, b) -> the preference for a in [0, 1], or None where the verdict is no verdict."""
     if judge.url is not None:
-        return _Endpoint(judge)
+        return ChatJudge(judge)
     assert judge.function is not None
     function, name = load_function("win_judge", judge.function), judge.function
 
     def prefer(prompt: Any, a: str, b: str) -> float:
-        value = float(function(prompt, a, b))
-        if not 0 <= value <= 1:
-            raise ValueError(f"win_judge {name} gave {value!r}; it must give a number in [0, 1]")
-        return value
+        value = function(prompt, a, b)
+        try:
+            if 0 <= (number := float(value)) <= 1:
+                return number
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(f"win_judge {name} gave {value!r}; it must give a number in [0, 1]")
 
     return prefer
 
@@ -73,8 +73,11 @@ def compare(
     if workers == 1:
         yield from map(ask, pairs)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         yield from pool.map(ask, pairs)
+    finally:  # not `with`: after an error it would wait for every reply that is still to come
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def conversation_text(prompt: Any) -> str:
@@ -84,58 +87,58 @@ def conversation_text(prompt: Any) -> str:
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-class _Endpoint:
-    """An OpenAI-compatible chat endpoint."""
+class ChatJudge:
+    """A model behind an OpenAI-compatible chat endpoint."""
 
     def __init__(self, judge: WinJudge) -> None:
         self.judge = judge
-        self.url = f"{str(judge.url).rstrip('/')}/chat/completions"
-        self.key = os.environ[judge.key_env] if judge.key_env else None
+        key = os.environ[judge.key_env] if judge.key_env else None
+        url = f"{str(judge.url).rstrip('/')}/chat/completions"
+        self.endpoint = Endpoint(url, key, judge.key_env)
 
     def __call__(self, prompt: Any, a: str, b: str) -> float | None:
         text = self.judge.template or TEMPLATE
         parts = {"{prompt}": conversation_text(prompt), "{a}": a, "{b}": b}
         # In one pass: an answer may itself contain {b}.
         text = re.sub(r"\{(prompt|a|b)\}", lambda found: parts[found[0]], text)
+        return verdict(self._ask(text))
+
+    def close(self) -> None:
+        """Break off the questions of other threads."""
+        self.endpoint.close()
+
+    def _ask(self, text: str) -> str:
         body = {
             "model": self.judge.model,
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
             "max_tokens": self.judge.max_tokens,
         }
-        return verdict(self._post(json.dumps(body).encode()))
-
-    def _post(self, body: bytes) -> str:
         said = ""
         for attempt in range(self.judge.retries):
-            if attempt:
-                time.sleep(min(2.0**attempt / 4, 8))
-            request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-            if self.key:  # not passed on where a redirection leads elsewhere
-                request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+            pause = min(FIRST_PAUSE * 2.0 ** (attempt - 1), LONGEST_PAUSE)
+            if attempt and self.endpoint.closed.wait(pause):
+                break
             try:
-                with urllib.request.urlopen(request, timeout=self.judge.timeout) as answer:
-                    content = json.load(answer)["choices"][0]["message"]["content"]
-                if content is None or isinstance(content, str):  # None: only thought so far
-                    return content or ""
-                said = f"its message is {type(content).__name__}, not text"
-            except urllib.error.HTTPError as error:
-                said = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
-                if error.code < 500 and error.code not in (408, 409, 429):
+                return _content(self.endpoint.post(body, self.judge.timeout))
+            except Refused as error:
+                said = str(error)
+                if not error.again:
                     break
-            except (
-                OSError,
-                http.client.HTTPException,
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-            ) as error:
-                said = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"win_judge: {self.url} failed ({said}); check url, model and key_env. What was judged "
-            "is kept: the same command goes on from there"
+            f"win_judge: {self.endpoint.url} failed ({said}); check url, model and key_env. What "
+            "was judged is kept: the same command goes on from there"
         )
+
+
+def _content(reply: Any) -> str:
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (LookupError, TypeError):
+        raise Refused("its reply has no choices[0].message.content") from None
+    if content is None or isinstance(content, str):  # None: only thought so far
+        return content or ""
+    raise Refused(f"its message is {type(content).__name__}, not text")
 
 
 def verdict(text: str) -> float | None:

@@ -12,10 +12,17 @@ from .base import Scorer
 from .expand import ExpandScorer
 from .factory import make_scorer
 from .reencode import ReencodeScorer
+from .registry import KINDS, table
 from .tree import TreeScorer
 from .vocab_head import VocabRewardScorer
 
+# Not by name: a new line of the registry is then all that a scorer needs to be here.
+_made = {kind.make.__name__: kind.make for kind in KINDS.values() if not kind.is_model}
+globals().update(_made)
+__doc__ += f"\nThe kinds of reward, as `eval` (`kind:`) and `train` know them::\n\n{table()}\n"
+
 __all__ = [
+    "KINDS",
     "AttentionCreditScorer",
     "AutoregressiveScorer",
     "ExpandScorer",
@@ -27,4 +34,5 @@ __all__ = [
     "TreeScorer",
     "VocabRewardScorer",
     "make_scorer",
+    *sorted(_made),
 ]

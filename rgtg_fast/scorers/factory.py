@@ -56,7 +56,8 @@ def make_scorer(
     raises `ValueError` where the probe says it would be wrong. `max_length` bounds prompt + answer,
     `vocab_size` is the language model's. Two tokenizers with different vocabularies mean that texts
     are decoded and encoded again; `own_prompt` says that the prompt is in the reward model's ids.
-    A `reward_model` that is a scorer already is returned as it is. `joint_way` ("fused" or
+    A `reward_model` that is a scorer already is returned as it is: `help(rgtg_fast.scorers)` lists
+    the kinds of those. `joint_way` ("fused" or
     "masked") makes one that shares the forwards of the language model: for a `RewardHead` or
     `RewardAdapter` whose language model decodes by the policy that belongs to it (policy.py).
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..scorers.registry import kinds_trained_by
 from .config import PrefixRewardConfig
 from .objectives import OBJECTIVES
 from .settings import Settings
@@ -18,10 +19,6 @@ WHAT = {
     "farma": "FaRMA's vocabulary head (arXiv 2502.04517): output row v is the reward of token v",
     "genarm": "GenARM's autoregressive reward model (arXiv 2410.08193)",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
-}
-GUIDE = {
-    "farma": "rgtg_fast.scorers.VocabRewardScorer(rm)",
-    "genarm": "rgtg_fast.scorers.AutoregressiveScorer(rm)",
 }
 
 
@@ -71,12 +68,11 @@ def write_card(
 def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> list[str]:
     out = str(args.output_dir)
     head = "SequenceClassification" if OBJECTIVES[args.loss_type].head == "scalar" else "CausalLM"
-    guide = GUIDE.get(args.loss_type, "rm")
+    guide, *others = (k.usage for k in kinds_trained_by(args.loss_type, settings.frozen))
     imports: dict[str, set[str]] = {"transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
     if settings.frozen:
         imports["safetensors.torch"] = {"load_file"}
         load = [f'weight = load_file({json.dumps(f"{out}/reward_head.safetensors")})["weight"]']
-        guide = "rgtg_fast.RewardHead(lm, weight)"
     else:
         package, auto = "transformers", f"AutoModelFor{head}"
         if settings.lora is not None:
@@ -114,6 +110,7 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
         "print(tokenizer.decode(out[0]))",
         "```",
         "",
+        *(line for other in others for line in (f"It can guide as `{other}` too.", "")),
         *note,
     ]
 

@@ -10,7 +10,7 @@ import pytest
 import rgtg_fast
 from rgtg_fast.cli import main
 from rgtg_fast.demo import task
-from rgtg_fast.demo.run import run
+from rgtg_fast.demo.run import run_demo
 
 NEW = "customer : hello , my kettle has a crack and it is one month old . please help . agent :"
 OLD = "customer : my lamp came apart and it is four years old . agent :"
@@ -119,7 +119,7 @@ def test_bench_command_prints_three_ways_of_decoding(capsys):
 
 def test_demo_asks_for_no_more_prompts_than_there_are():
     with pytest.raises(ValueError, match="prompts=201"):
-        run(prompts=201)
+        run_demo(prompts=201)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 import yaml
-from judge_endpoint import endpoint
 from safetensors.torch import save_file
 from tiny import gpt2_rm, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -265,7 +264,7 @@ def test_no_verdict_is_lost_where_the_win_judge_fails(copied):
     assert len(calls) == 10 and not asked & set(calls)
 
 
-def test_the_key_of_an_endpoint_is_written_nowhere(tmp_path, monkeypatch):
+def test_the_key_of_an_endpoint_is_written_nowhere(tmp_path, monkeypatch, endpoint):
     monkeypatch.setenv("MY_KEY", "do-not-tell")
     with endpoint(lambda body, count: (200, "A")) as (url, seen):
         judge = {"url": url, "model": "m", "key_env": "MY_KEY"}

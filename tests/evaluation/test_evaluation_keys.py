@@ -1,13 +1,12 @@
-"""Kept rows of an evaluation: what they depend on changes their key; broken files are mended."""
+"""Kept rows of an evaluation: what they depend on changes their key."""
 
 import copy
 
 import pytest
 
+from rgtg_fast.evaluation.prepared import Evaluation
 from rgtg_fast.evaluation.prompts import Prompt
-from rgtg_fast.evaluation.run import Evaluation
 from rgtg_fast.evaluation.settings import check_settings
-from rgtg_fast.evaluation.store import Rows
 
 
 @pytest.fixture
@@ -84,22 +83,3 @@ def test_new_files_of_the_judge_change_rewards_only(keys):
     before = of()
     (folders["judge"] / "config.json").write_text('{"new": true}')
     assert changed(before, of()) == {"rewards"}
-
-
-def test_a_piece_of_a_line_is_dropped_from_a_file_of_rows(tmp_path):
-    Rows(tmp_path, "a", {"x": 1}).add([{"i": 0}, {"i": 1}])
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-3])
-    again = Rows(tmp_path, "a", {"x": 1})
-    assert again.rows == [{"i": 0}]
-    again.add([{"i": 9}])
-    assert Rows(tmp_path, "a", {"x": 1}).rows == [{"i": 0}, {"i": 9}]
-    assert Rows(tmp_path, "a", {"x": 2}).rows == []
-
-
-def test_a_file_killed_in_its_first_line_starts_anew(tmp_path):
-    Rows(tmp_path, "a", {})
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:4])
-    Rows(tmp_path, "a", {}).add([{"i": 0}])
-    assert Rows(tmp_path, "a", {}).rows == [{"i": 0}]
