@@ -194,6 +194,17 @@ def check_mode(asked: dict[str, Any]) -> None:
             )
 
 
+def check_stop_strings(stop_strings: Any, tokenizer: Any) -> None:
+    """Stop strings must be a text or texts, none of them empty, and come with a tokenizer."""
+    texts = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) and t for t in texts):
+        raise ValueError(
+            f"stop_strings={stop_strings!r}; pass a text or a list of texts, none of them empty"
+        )
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer; pass tokenizer=")
+
+
 def _check_keywords(model: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     known = {*GenerationConfig().to_dict(), *_OTHER_MODES, *own, "return_dict"}
