@@ -96,8 +96,8 @@ def generate(
             a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever
             `reward_range` is given and it saves something (a reward model on a CPU scored by
             "tree", or by "reencode" anywhere) and not all rewards are asked for
-            (`output_candidates`). `candidates_scored` says how many were, `kl` of a sampled
-            step with unscored ones is NaN. A NaN reward of a candidate that is not scored goes unseen.
+            (`output_candidates`). `candidates_scored` says how many were, `kl` of a sampled step
+            with unscored ones is NaN. A NaN reward of a candidate that is not scored goes unseen.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no

@@ -102,5 +102,5 @@ def test_an_explicit_none_switches_the_models_strings_off(lm):
 
 @pytest.mark.parametrize("bad", [5, [5], [""], [["a"]], b"x", True])
 def test_what_is_no_text_is_refused(bad, lm):
-    with pytest.raises(ValueError, match="stop_strings=.*texts"):
+    with pytest.raises(ValueError, match=r"stop_strings=.*texts"):
         guided(lm, stop_strings=bad)
