@@ -167,6 +167,7 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
                 raise ValueError(f"{name}= and {CACHE}= are two names of one argument; pass one")
             kwargs[CACHE] = kwargs.pop(name)
     _check_keywords(model, kwargs, own)
+    check_streamers(kwargs.get("streamer"), None)
     check_mode({name: kwargs.get(name) for name in _OTHER_MODES})
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError(
@@ -192,6 +193,19 @@ def check_mode(asked: dict[str, Any]) -> None:
                 f"{name}={value!r} selects another decoding mode; guided decoding is greedy or "
                 f"sampled: leave {name} out, and pass num_return_sequences= for several answers"
             )
+
+
+def check_streamers(of_call: Any, of_guide: Any) -> None:
+    """A call has one streamer, of its own or of its `RewardGuided`, with `put` and `end`."""
+    for streamer in (of_call, of_guide):
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(
+                f"streamer must be a transformers streamer, with put and end; got {streamer!r}"
+            )
+    if of_call is not None and of_guide is not None and of_guide is not of_call:
+        raise ValueError(
+            "streamer is given to model.generate and to RewardGuided; pass one of them"
+        )
 
 
 def check_stop_strings(stop_strings: Any, tokenizer: Any) -> None:
