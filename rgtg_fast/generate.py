@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -97,17 +96,16 @@ def generate(
             a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever
             `reward_range` is given and it saves something (a reward model on a CPU scored by
             "tree", or by "reencode" anywhere) and not all rewards are asked for
-            (`output_candidates`). `candidates_scored` says how many were, `kl` of a sampled
-            step with unscored ones is NaN. A NaN reward of a candidate that is not scored goes
-            unseen.
+            (`output_candidates`). `candidates_scored` says how many were, `kl` of a sampled step
+            with unscored ones is NaN. A NaN reward of a candidate that is not scored goes unseen.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no
             part of a step on the host: no streamer, no own stopping criterion, no `output_scores`
             or `output_logits`, no `check_nan=True`, and of the logits processors only those that
-            see nothing but scores (`graphs.GRAPH_SAFE`). Each call captures once after two steps,
-            and again, up to log2(B) times, when half of the rows have left; a capture costs the
-            time of a few steps, so none is made for fewer than 16 steps to come.
+            see nothing but scores (`decode.plan.SCORES_ALONE`). Each call captures once after two
+            steps, and again, up to log2(B) times, when half of the rows have left; a capture costs
+            the time of a few steps, so none is made for fewer than 16 steps to come.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -145,39 +143,32 @@ def generate(
         )
         if kwargs.get("synced_gpus"):
             bound = functools.partial(bound, synced_gpus=True)
-        with stop_strings_moved(model, tokenizer, kwargs):
-            if inputs is not None:
-                kwargs["inputs"] = inputs
-            return model.generate(custom_generate=bound, **kwargs)
+        stop_strings_as_criterion(model, tokenizer, kwargs)
+        if inputs is not None:
+            kwargs["inputs"] = inputs
+        return model.generate(custom_generate=bound, **kwargs)
 
 
-@contextmanager
-def stop_strings_moved(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Turn `stop_strings` into a criterion in `kwargs`, and keep Hugging Face from seeing them.
+def stop_strings_as_criterion(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> None:
+    """Turn `stop_strings`, of the call or of a configuration, into a criterion in `kwargs`.
 
-    It loses the tokenizer on the way to a callable, and then asks for it. A None in the
-    configuration passed is filled from the model's own, so that one is emptied for the call.
+    Hugging Face loses the tokenizer on the way to a callable, and then asks for it. An explicit
+    None overrides the model's own configuration, and one in a configuration passed does not.
     """
     given, own = kwargs.get("generation_config"), model.generation_config
-    stop_strings = kwargs.pop("stop_strings", None)
-    for config in (given, own):
-        stop_strings = stop_strings or getattr(config, "stop_strings", None)
-    if not stop_strings:
-        yield
-        return
-    if tokenizer is None:
-        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer; pass tokenizer=")
-    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
-    criteria.append(StopStringCriteria(tokenizer, stop_strings))
-    kwargs["stopping_criteria"] = criteria
-    if given is not None:
+    configured = [getattr(c, "stop_strings", None) for c in (given, own)]
+    stop_strings = kwargs.pop("stop_strings", configured[0] or configured[1])
+    if configured[0]:
         kwargs["generation_config"] = copy.deepcopy(given)
         kwargs["generation_config"].stop_strings = None
-    before, own.stop_strings = own.stop_strings, None
-    try:
-        yield
-    finally:
-        own.stop_strings = before
+    if configured[1]:
+        kwargs["stop_strings"] = None
+    if stop_strings:
+        check.check_stop_strings(stop_strings, tokenizer)
+        criterion = StopStringCriteria(tokenizer, stop_strings)
+        kwargs["stopping_criteria"] = StoppingCriteriaList(
+            [*(kwargs.get("stopping_criteria") or []), criterion]
+        )
 
 
 __all__ = ["RewardGuided", "generate"]

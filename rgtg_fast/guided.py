@@ -26,6 +26,7 @@ from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.policies import HFPolicy, LanguageModel, make_policy, plain_language_model
 from .decode.record import Record
+from .models.foreign import streamer_of_caller
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
@@ -39,9 +40,10 @@ class RewardGuided:
     """Reward-guided decoding as a callable for `model.generate(custom_generate=...)`.
 
     Each step samples from softmax((log π + β r)/T) over the k most likely tokens
-    (arXiv 2406.07780); the options are those of `rgtg_fast.generate`, which also takes `streamer=`,
+    (arXiv 2406.07780); the options are those of `rgtg_fast.generate`, which also takes
     `stop_strings=` and `synced_gpus=`: transformers drops these on the way to a `custom_generate`
-    callable, so a streamer is given as an option of this object. One object can serve many calls.
+    callable. A `streamer` may be given to `model.generate`, or here for all calls. One object can
+    serve many calls.
 
     Raises `ValueError` for options out of range, at construction.
     """
@@ -91,8 +93,12 @@ class RewardGuided:
 
         `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
         """
+        found = streamer_of_caller(model) if streamer is None else None
+        streamer = found if streamer is None else streamer
         own_streamer = self.streamer if streamer is None else None
-        with ended_on_error(own_streamer), alone(self.reward_model):
+        ends = ended_on_error(found, None if self.streamer is streamer else self.streamer)
+        with ends, alone(self.reward_model):
+            check.check_streamers(streamer, self.streamer)
             call = self.resolve(
                 model,
                 input_ids,
@@ -340,13 +346,14 @@ def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProc
 
 
 @contextmanager
-def ended_on_error(streamer: Any) -> Iterator[None]:
-    """End the streamer when a call fails: a thread that reads from it must not wait forever."""
+def ended_on_error(*streamers: Any) -> Iterator[None]:
+    """End the streamers when a call fails: a thread that reads from one must not wait forever."""
     try:
         yield
     except BaseException:
-        if streamer is not None:
-            streamer.end()
+        for streamer in streamers:
+            if hasattr(streamer, "end"):
+                streamer.end()
         raise
 
 

@@ -160,6 +160,7 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
                 raise ValueError(f"{name}= and {CACHE}= are two names of one argument; pass one")
             kwargs[CACHE] = kwargs.pop(name)
     _check_keywords(model, kwargs, own)
+    check_streamers(kwargs.get("streamer"), None)
     check_mode({name: kwargs.get(name) for name in _OTHER_MODES})
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError(
@@ -185,6 +186,30 @@ def check_mode(asked: dict[str, Any]) -> None:
                 f"{name}={value!r} selects another decoding mode; guided decoding is greedy or "
                 f"sampled: leave {name} out, and pass num_return_sequences= for several answers"
             )
+
+
+def check_streamers(of_call: Any, of_guide: Any) -> None:
+    """A call has one streamer, of its own or of its `RewardGuided`, with `put` and `end`."""
+    for streamer in (of_call, of_guide):
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(
+                f"streamer must be a transformers streamer, with put and end; got {streamer!r}"
+            )
+    if of_call is not None and of_guide is not None and of_guide is not of_call:
+        raise ValueError(
+            "streamer is given to model.generate and to RewardGuided; pass one of them"
+        )
+
+
+def check_stop_strings(stop_strings: Any, tokenizer: Any) -> None:
+    """Stop strings must be a text or texts, none of them empty, and come with a tokenizer."""
+    texts = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) and t for t in texts):
+        raise ValueError(
+            f"stop_strings={stop_strings!r}; pass a text or a list of texts, none of them empty"
+        )
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer; pass tokenizer=")
 
 
 def _check_keywords(model: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:

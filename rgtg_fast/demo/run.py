@@ -110,19 +110,21 @@ def answer(assets: Assets, prompts: list[str], method: Method, beta: float, seed
         "return_dict_in_generate": True,
         **({"top_k": 0} if method.do_sample else {}),
     }
-    kl = torch.zeros(len(prompts))
     started = time.perf_counter()
     if method.reward_model is None:
         torch.manual_seed(seed)
-        sequences = assets.lm.generate(**settings).sequences
+        out: Any = assets.lm.generate(**settings, output_logits=not method.do_sample)
     else:
         rm = assets.reward_models[method.reward_model]
-        out: Any = rgtg_fast.generate(
-            assets.lm, reward_model=rm, k=K, beta=beta, seed=seed, **settings
-        )
-        sequences, kl = out.sequences, out.kl.nansum(1)
+        out = rgtg_fast.generate(assets.lm, reward_model=rm, k=K, beta=beta, seed=seed, **settings)
     seconds = time.perf_counter() - started
-    ids = sequences[:, inputs["input_ids"].shape[1] :]
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    kl = torch.zeros(len(prompts))
+    if method.reward_model is not None:
+        kl = out.kl.nansum(1)
+    elif not method.do_sample:  # all of the policy is on the token taken
+        logp = torch.stack(out.logits, 1).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        kl = -logp.where(ids != tokenizer.pad_token_id, 0.0).sum(1)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     finished = (ids == tokenizer.eos_token_id).any(1).tolist()
     gold = [task.gold_reward(*row) for row in zip(prompts, texts, finished, strict=True)]
@@ -216,7 +218,7 @@ def _show_summary(console: Console, rows: dict, paired: dict, count: int) -> Non
             name,
             f"{row['beta']:g}" if row["beta"] else "-",
             f"{row['gold']:+.2f} ± {row['se']:.2f}",
-            f"{row['kl']:.2f}" if row["beta"] else "-",
+            f"{row['kl']:.2f}" if row["kl"] else "-",
             f"{row['distinct_2']:.3f}",
             f"{row['tokens_per_second']:.0f}",
         )

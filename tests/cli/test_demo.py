@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import rgtg_fast
 from rgtg_fast.cli import main
 from rgtg_fast.demo import task
-from rgtg_fast.demo.run import run_demo
+from rgtg_fast.demo.run import METHODS, answer, load_assets, run_demo
 
 NEW = "customer : hello , my kettle has a crack and it is one month old . please help . agent :"
 OLD = "customer : my lamp came apart and it is four years old . agent :"
@@ -145,6 +146,22 @@ def test_demo_reports_gold_of_the_texts_it_wrote(demo):
     mean = sum(task.gold_reward(r["prompt"], r["PARGS"]) for r in rows) / len(rows)
     reported = json.loads((out / "results.json").read_text())["methods"]["PARGS"]["gold"]
     assert reported == pytest.approx(mean, abs=0.5)  # an unfinished text costs up to 1 of 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["base-G", "PARGS-G"])
+def test_divergence_of_greedy_answers_is_their_surprise_under_the_base(name):
+    assets = load_assets()
+    prompts = assets.prompts["test"][:3]
+    got = answer(assets, prompts, METHODS[name], beta=1.0, seed=0)
+    for prompt, text, kl in zip(prompts, got.texts, got.kl, strict=True):
+        start = assets.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        eos = [[assets.tokenizer.eos_token_id]]
+        new = assets.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ids = torch.cat([start, new, torch.tensor(eos)], 1)
+        logp = assets.lm(ids).logits[0, start.shape[1] - 1 : -1].log_softmax(-1)
+        expected = -logp.gather(1, ids[0, start.shape[1] :, None]).sum()
+        assert kl.item() == pytest.approx(expected.item(), abs=1e-3)
 
 
 def test_demo_prints_texts_table_and_speed_without_a_terminal(demo):

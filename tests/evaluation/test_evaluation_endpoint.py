@@ -68,9 +68,11 @@ def test_a_whole_verdict_that_came_too_late_is_none(socket_endpoint):
 
 def test_a_silent_endpoint_ends_with_an_error(socket_endpoint):
     release = threading.Event()
-    with socket_endpoint(lambda sock: release.wait(30)) as (url, _):
-        with pytest.raises(ValueError, match=r"no whole reply within 0.1 s"):
-            ask(url, timeout=0.1)
+    with (
+        socket_endpoint(lambda sock: release.wait(30)) as (url, _),
+        pytest.raises(ValueError, match=r"no whole reply within 0.1 s"),
+    ):
+        ask(url, timeout=0.1)
         release.set()
 
 
@@ -89,9 +91,11 @@ def test_a_huge_reply_is_not_taken_into_memory(socket_endpoint, length):
 
     tracemalloc.start()
     try:
-        with socket_endpoint(reply) as (url, asked):
-            with pytest.raises(ValueError, match="its reply is larger than 8 MB"):
-                ask(url)
+        with (
+            socket_endpoint(reply) as (url, asked),
+            pytest.raises(ValueError, match="its reply is larger than 8 MB"),
+        ):
+            ask(url)
         assert tracemalloc.get_traced_memory()[1] < 4 * module.LARGEST_REPLY
     finally:
         tracemalloc.stop()
@@ -119,17 +123,21 @@ def test_a_huge_reply_is_not_taken_into_memory(socket_endpoint, length):
     ],
 )
 def test_a_broken_reply_is_asked_for_again_and_then_named(socket_endpoint, data, message):
-    with socket_endpoint(lambda sock: sock.sendall(data)) as (url, asked):
-        with pytest.raises(ValueError, match=f"failed .*{message}.*the same command goes on"):
-            ask(url)
+    with (
+        socket_endpoint(lambda sock: sock.sendall(data)) as (url, asked),
+        pytest.raises(ValueError, match=f"failed .*{message}.*the same command goes on"),
+    ):
+        ask(url)
     assert len(asked) == 2
 
 
 def test_redirections_in_a_circle_end_at_the_first(socket_endpoint):
     data = b"HTTP/1.1 307 Go\r\nLocation: /v1/chat/completions\r\nContent-Length: 0\r\n\r\n"
-    with socket_endpoint(lambda sock: sock.sendall(data)) as (url, asked):
-        with pytest.raises(ValueError, match="HTTP 307: a redirection, which is not followed"):
-            ask(url)
+    with (
+        socket_endpoint(lambda sock: sock.sendall(data)) as (url, asked),
+        pytest.raises(ValueError, match="HTTP 307: a redirection, which is not followed"),
+    ):
+        ask(url)
     assert len(asked) == 1
 
 
@@ -145,9 +153,11 @@ def test_a_key_that_no_header_takes_is_an_error_that_does_not_show_it(monkeypatc
 
 def test_a_key_that_the_endpoint_repeats_is_not_shown(monkeypatch, endpoint):
     monkeypatch.setenv("MY_KEY", "s3cret")
-    with endpoint(lambda body, count: (401, b"no such key: s3cret")) as (url, _):
-        with pytest.raises(ValueError, match=r"HTTP 401: no such key: \*\*\*") as error:
-            ask(url, key_env="MY_KEY")
+    with (
+        endpoint(lambda body, count: (401, b"no such key: s3cret")) as (url, _),
+        pytest.raises(ValueError, match=r"HTTP 401: no such key: \*\*\*") as error,
+    ):
+        ask(url, key_env="MY_KEY")
     assert "s3cret" not in str(error.value)
 
 
