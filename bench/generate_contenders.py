@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,17 +208,19 @@ class Bench:
         return self._prompt_seconds
 
     def run(self, name):
-        """Run contender `name` -> seconds of a call of `new` tokens and of its first token.
+        """Run contender `name` -> seconds of a call of `new` tokens, of its first token, and of CPU.
 
         The time after the first token is that of decoding alone. Where a contender does not show
         when its first token was there, a second call of one token tells.
         """
+        cpu = time.process_time()
         call, first = self.slow(name) if name in SLOW else self.fast(name)
+        cpu = time.process_time() - cpu
         if first is None:
             start = now(self.prompt.device)
             self.call(name, 1)
             first = now(self.prompt.device) - start
-        return {"call": call, "first": first}
+        return {"call": call, "first": first, "cpu": cpu}
 
     def run_for_memory(self, name):
         """As `run`, with the peak memory; giving memory back before it may cost a little time."""

@@ -220,6 +220,7 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     assert (tmp_path / "out" / "study_frontier.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(study, small_task, tmp_path):
     units = study("units")
     paths = [units.unit_path(tmp_path, "recipe", seed, "head") for seed in (1, 2)]

@@ -26,6 +26,9 @@ TREE_RMS = tuple(n for n in zoo.RMS if n not in zoo.NO_TREE)
 EXPAND_RMS = tuple(n for n in zoo.RMS if n not in (*zoo.ENCODERS, *zoo.RECURRENT))
 SAMPLED = {"do_sample": True, "temperature": 0.8}
 both = pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+# For every family: a draw needs all of the log-probs and rewards, the argmax their best alone.
+greedy = pytest.param(False, id="greedy", marks=pytest.mark.slow)
+sampled_first = pytest.mark.parametrize("sampled", [greedy, pytest.param(True, id="sampled")])
 
 
 def guided(lm: Any, rm: Any, **options: Any) -> Any:
@@ -63,13 +66,13 @@ def check(lm: str, rm: str, sampled: bool, method: str) -> None:
     assert_same(out, rows, WIDTH)
 
 
-@both
+@sampled_first
 @pytest.mark.parametrize("lm", zoo.LMS)
 def test_every_lm(lm: str, sampled: bool) -> None:
     check(lm, "llama", sampled, "auto")
 
 
-@both
+@sampled_first
 @pytest.mark.parametrize("rm", zoo.RMS)
 def test_every_rm(rm: str, sampled: bool) -> None:
     check("llama", rm, sampled, "auto")

@@ -190,6 +190,7 @@ MISSING_BARRIERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, occurrence, where", MISSING_BARRIERS)
 def test_a_missing_barrier_is_found(tmp_path, file, occurrence, where):
     broken = mutant(tmp_path, file, BARRIER, "", occurrence)
@@ -213,6 +214,7 @@ BROKEN_BOUNDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, old, new", BROKEN_BOUNDS)
 def test_a_read_outside_the_buffers_is_found(tmp_path, file, old, new):
     broken = mutant(tmp_path, file, old, new)
@@ -247,6 +249,7 @@ def test_a_missing_barrier_in_the_sums_of_a_pair_is_found(tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "occurrence", "length"),
     [(" || end > a.width", "", 0, 302), ("at < a.width", "at <= a.width", 1, 20)],

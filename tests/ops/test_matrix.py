@@ -48,7 +48,7 @@ def test_topk_of_drawn_shapes(backend, kind):
         (1, 2047, 63),
         (1, 2048, 2),
         (1, 2049, 33),
-        (257, 11, 1),
+        pytest.param(257, 11, 1, marks=pytest.mark.slow),
         (0, 40, 3),
     ],
 )
@@ -166,7 +166,7 @@ def test_draw_with_nan_infinite_and_extreme_rows(backend, do_sample):
     check_ratio_sample(backend, logprobs, rewards, ids, *policy(8, do_sample))
 
 
-@over("backend", backends_of("ratio_sample"))
+@over("backend", backends_of("ratio_sample", slow=["triton-interpreted"]))
 def test_draw_of_views_and_many_rows(backend):
     logprobs, rewards, ids = candidates(20, 30)
     check_ratio_sample(
@@ -192,7 +192,7 @@ def test_step_of_drawn_shapes(backend, dtype):
     examples(backend, check_ratio_step, arguments, 24)
 
 
-@over("backend", backends_of("ratio_step"))
+@over("backend", backends_of("ratio_step", slow=["triton-interpreted"]))
 def test_step_with_nan_rows_views_and_a_wide_head(backend):
     logprobs, _, ids = candidates(4, 20)
     logprobs, ids = logprobs[:, ::2], ids[:, 1::2]

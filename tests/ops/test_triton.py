@@ -40,7 +40,7 @@ def _noise(words, out, N: tl.constexpr):
     tl.store(out + at, gumbel_from_word(tl.load(words + at).to(tl.uint32)))
 
 
-@pytest.mark.parametrize("archs", ["90", "80,100,120"])
+@pytest.mark.parametrize("archs", ["90", pytest.param("80,100,120", marks=pytest.mark.slow)])
 def test_every_kernel_compiles_to_machine_code_without_a_gpu(archs):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT.parents[1]), *sys.path])
@@ -67,7 +67,7 @@ def test_topk_over_several_chunks_of_groups(monkeypatch):
     check_topk_logprobs(TRITON, logits, 5)
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 100])
 def test_attention_over_several_splits_and_tiles_of_queries(monkeypatch, window):
     shape = (2, 40, 4, 1, 64, 500, [0, 300], [500, 420])
     check_candidate_attention(TRITON, *attention(torch.float32, *shape, window, None))

@@ -74,13 +74,16 @@ BACKENDS = (
 SLOW = ("triton-interpreted", "cuda-emulated", "triton-gpu")
 
 
-def backends_of(op):
-    """Parameters for the tests of ``op``; those on a GPU carry the mark ``gpu``."""
+def backends_of(op, slow=()):
+    """Parameters for the tests of ``op``; those on a GPU carry the mark ``gpu``, those named in
+    ``slow`` the mark ``slow``."""
     chosen = []
     for backend in BACKENDS:
         if op not in backend.ops:
             continue
         marks = [pytest.mark.gpu] if backend.device == "cuda" else []
+        if backend.name in slow:
+            marks.append(pytest.mark.slow)
         if backend.name == "triton-interpreted":
             missing = importlib.util.find_spec("triton") is None
             marks.append(pytest.mark.skipif(missing, reason="triton is not installed"))

@@ -7,12 +7,11 @@ rewards differ by about one between candidates: a wrong choice shows.
 import functools
 
 import torch
+import zoo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -52,61 +51,37 @@ def vocab_size():
     return len(tokenizer())
 
 
-def _llama_config(**changes):
-    return LlamaConfig(
-        **{
-            "vocab_size": vocab_size(),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.5,
-            "pad_token_id": PAD,
-            "bos_token_id": BOS,
-            "eos_token_id": EOS,
-        }
-        | changes
-    )
+def _config(family, changes):
+    """The zoo's, for the tokenizer, with weights wide enough to tell answers apart."""
+    own = {"vocab_size": vocab_size(), "initializer_range": 0.5}
+    own |= {"bos_token_id": BOS, "eos_token_id": EOS}
+    return zoo.config_of(family, **own | changes)
 
 
-def _gpt2_config(**changes):
-    return GPT2Config(
-        **{
-            "vocab_size": vocab_size(),
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 64,
-            "initializer_range": 0.5,
-            "tie_word_embeddings": False,
-            "pad_token_id": PAD,
-            "bos_token_id": BOS,
-            "eos_token_id": EOS,
-        }
-        | changes
-    )
+def _gpt2_config(changes):
+    # Few positions, for prompts that are too long; dropout as GPT-2 has it, for training.
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
+    return _config("gpt2", {"n_positions": 64} | dropout | changes)
 
 
 def llama_lm(seed=1, **changes):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(_llama_config(**changes)).eval()
+    return LlamaForCausalLM(_config("llama", changes)).eval()
 
 
 def gpt2_lm(seed=2, **changes):
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(_gpt2_config(**changes)).eval()
+    return GPT2LMHeadModel(_gpt2_config(changes)).eval()
 
 
 def llama_rm(seed=3, **changes):
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(_llama_config(**{"num_labels": 1} | changes)).eval()
+    return LlamaForSequenceClassification(_config("llama", {"num_labels": 1} | changes)).eval()
 
 
 def gpt2_rm(seed=4, **changes):
     torch.manual_seed(seed)
-    return GPT2ForSequenceClassification(_gpt2_config(**{"num_labels": 1} | changes)).eval()
+    return GPT2ForSequenceClassification(_gpt2_config({"num_labels": 1} | changes)).eval()
 
 
 def prompts(*lengths, seed=0):
