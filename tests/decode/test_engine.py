@@ -103,9 +103,12 @@ def test_ended_rows_are_no_longer_scored(models, method, seen, monkeypatch):
 
     batches = []
     score = RewardModelScorer.score
-    monkeypatch.setattr(
-        RewardModelScorer, "score", lambda self, ids: batches.append(len(ids)) or score(self, ids)
-    )
+
+    def counted(self, ids, *keep):  # `keep` comes from the probe, which runs here where it is first
+        batches.append(len(ids))
+        return score(self, ids, *keep)
+
+    monkeypatch.setattr(RewardModelScorer, "score", counted)
     out = guided(models, *LENGTHS, reward_method=method)
     last = sorted(ends(out, 9))
     batches = batches[-(min(last[-1] + 1, NEW)) :]
