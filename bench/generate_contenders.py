@@ -208,7 +208,7 @@ class Bench:
         return self._prompt_seconds
 
     def run(self, name):
-        """Run contender `name` -> seconds of a call of `new` tokens, of its first token, and of CPU.
+        """Run contender `name` -> seconds of a call, of its first token, and of CPU.
 
         The time after the first token is that of decoding alone. Where a contender does not show
         when its first token was there, a second call of one token tells.

@@ -60,18 +60,28 @@ LogSum<double> topk_slice(const T* x, int64_t n, int64_t first_id, TopkList& bes
   float padded[kBlock];
   for (int64_t start = 0; start < n; start += kBlock) {
     const int length = static_cast<int>(std::min<int64_t>(kBlock, n - start));
-    const auto scan = [&](float base) {
-      if (length == kBlock) return block_stats(x + start, kBlock, base);
-      const int whole = (length + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth);
-      for (int i = 0; i < whole; ++i) padded[i] = i < length ? widen(x[start + i]) : -kInfinity;
-      return block_stats(padded, whole, base);
-    };
+    const int whole = (length + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth);
+    BlockStats stats;
     // A reference of -inf would make NaN of -inf logits; 0 serves until there is a finite one.
-    BlockStats stats = scan(std::max(reference, kLowest));
+    const float base = std::max(reference, kLowest);
+    if (length == kBlock) {
+      stats = block_stats(x + start, kBlock, base);
+    } else {
+      for (int i = 0; i < whole; ++i) padded[i] = i < length ? widen(x[start + i]) : -kInfinity;
+      stats = block_stats(padded, whole, base);
+    }
     if (stats.max > reference + kSlack && stats.max < kInfinity) {
       reference = stats.max;
       sum.rebase(reference);
-      stats = scan(reference);
+      // The maxima are counted, not summed: small terms would be rounded away beside their 1.
+      int maxima = 0;
+      for (int i = 0; i < whole; ++i) {
+        const float v = i < length ? widen(x[start + i]) : -kInfinity;
+        maxima += v == reference;
+        padded[i] = v == reference ? -kInfinity : v;
+      }
+      stats.sum = block_stats(padded, whole, reference).sum;
+      sum.total += maxima;
     }
     const bool undefined = stats.sum != stats.sum || stats.max == kInfinity;
     if (undefined) {
