@@ -133,13 +133,8 @@ def measure(op: str, device: str, backends: list[str], repeat: int) -> list[dict
             deciles = statistics.quantiles(taken, n=10)
             median = statistics.median(taken)
             rate = 0.0 if name == EMPTY else 1e-3 * case.least_bytes / median
-            row |= {
-                "us": median,
-                "least": min(taken),
-                "p10": deciles[0],
-                "p90": deciles[-1],
-                "GB/s": rate,
-            }
+            spread = {"least": min(taken), "p10": deciles[0], "p90": deciles[-1]}
+            row |= {"us": median, **spread, "GB/s": rate}
             rows.append(row | {"% of copy": 100 * rate / copy, "x torch": base / median})
     return rows
 
@@ -166,25 +161,15 @@ def circumstances() -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the rows as a table."""
-    columns = [
-        "case",
-        "implementation",
-        "us",
-        "least",
-        "p10",
-        "p90",
-        "GB/s",
-        "% of copy",
-        "x torch",
-    ]
-    lines = [columns]
+    numbers = ["us", "least", "p10", "p90", "GB/s", "% of copy", "x torch"]
+    lines = [["case", "implementation", *numbers]]
     for row in rows:
         if row["us"] is None:
             lines.append([row["case"], row["implementation"], row["note"], *[""] * 6])
         else:
-            numbers = [f"{row[name]:.2f}" for name in columns[2:]]
-            lines.append([row["case"], row["implementation"], *numbers])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+            cells = [f"{row[name]:.2f}" for name in numbers]
+            lines.append([row["case"], row["implementation"], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip())
