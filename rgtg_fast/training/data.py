@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from .encode import encode_labelled, encode_pairs
-from .formats import Row, load_rows
+from .formats import UNUSABLE, Loaded, Row, load_rows
 
 OVERLONG = ("truncate", "drop", "error")
 EOS_RULES = ("append", "keep")
@@ -55,7 +55,7 @@ class TokenRows(Dataset, ABC):
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | Iterable[Row],
+        source: str | os.PathLike[str] | Iterable[Row] | Loaded,
         tokenizer: Any = None,
         *,
         split: str = "train",
@@ -70,15 +70,17 @@ class TokenRows(Dataset, ABC):
         one_of("overlong", overlong, OVERLONG)
         one_of("invalid", invalid, INVALID)
         one_of("eos", eos, EOS_RULES)
-        raw, named, left_out = load_rows(source, split, seed)
-        if named is not None:
-            min_answer_tokens = max(min_answer_tokens, named.min_answer_tokens)
-        self.report = DataReport(rows=len(raw) + left_out, left_out_by_recipe=left_out)
+        loaded = load_rows(source, split, seed)
+        left_out = loaded.left_out
+        if loaded.named is not None:
+            min_answer_tokens = max(min_answer_tokens, loaded.named.min_answer_tokens)
+        self.report = DataReport(rows=len(loaded.rows) + left_out, left_out_by_recipe=left_out)
         self.rows: list[Row] = []
         self.sources: list[int] = []
         bad: Counter[str] = Counter()
-        for number, row in enumerate(self.encode(raw, tokenizer, eos)):
-            reason = self.fault(row)
+        places: dict[str, str] = {}
+        for number, row in enumerate(self.encode(loaded, tokenizer, eos, max_length)):
+            reason = None if row.pop("begins", False) else row.get(UNUSABLE) or self.fault(row)
             if reason is None and not self._fits(row, min_answer_tokens, max_length, overlong):
                 continue
             if reason is None and row.pop("cut", False):
@@ -89,12 +91,13 @@ class TokenRows(Dataset, ABC):
                 self.sources.append(number)
             else:
                 bad[reason] += 1
-        self._settle(dict(bad), invalid, overlong, max_length)
+                places.setdefault(reason, loaded.place(number))
+        self._settle(dict(bad), places, invalid, overlong, max_length)
 
     @staticmethod
     @abstractmethod
-    def encode(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
-        """Rows of token ids."""
+    def encode(loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None) -> list[Row]:
+        """Rows of token ids; of texts much longer than `max_length` those of the beginning."""
 
     @staticmethod
     @abstractmethod
@@ -180,7 +183,12 @@ class TokenRows(Dataset, ABC):
         return True
 
     def _settle(
-        self, bad: dict[str, int], invalid: str, overlong: str, max_length: int | None
+        self,
+        bad: dict[str, int],
+        places: dict[str, str],
+        invalid: str,
+        overlong: str,
+        max_length: int | None,
     ) -> None:
         report = self.report
         report.invalid = bad
@@ -193,7 +201,9 @@ class TokenRows(Dataset, ABC):
                 f"max_length={max_length}; raise max_length, or pass overlong='truncate' or 'drop'"
             )
         if bad and invalid == "error":
-            counts = ", ".join(f"{n} with {reason}" for reason, n in bad.items())
+            counts = ", ".join(
+                f"{n} with {reason} (the first: {places[reason]})" for reason, n in bad.items()
+            )
             raise ValueError(
                 f"of {report.rows} rows there are {counts}; mend them, or pass "
                 "invalid='drop' to leave them out"
@@ -218,8 +228,9 @@ class PreferenceDataset(TokenRows):
         max_length: tokens of prompt + answer; None for no limit.
         overlong: what to do with longer rows: "truncate" their answers on the right, "drop" the
             row, or "error". The report counts them in each case.
-        invalid: "error" (with counts), or "drop", for rows with an empty prompt or answer, for
-            equal pairs, and for pairs that the cut at `max_length` made equal or empty.
+        invalid: "error" (with counts and places), or "drop", for rows with an empty prompt or
+            answer, for equal pairs, for pairs that the cut at `max_length` made equal or empty, and
+            for rows that are no text (lone surrogates, JSON nested too deeply).
         min_answer_tokens: rows whose longer answer is shorter are dropped and counted.
 
     Raises:

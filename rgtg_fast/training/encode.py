@@ -5,32 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .formats import Row, common_prefix, finite_number, normalise
+from .formats import UNUSABLE, Loaded, Row, common_prefix, finite_number, normalise
+
+# Characters that are tokenised for each token of max_length. A row of 20 MB takes a minute
+# otherwise, to be cut to 512 tokens.
+_HEAD = 64
 
 
-def encode_pairs(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
+def encode_pairs(
+    loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None = None
+) -> list[Row]:
     """Rows `prompt_ids`, `chosen_ids`, `rejected_ids` (and `margin`) of raw pairs.
 
-    Raises `ValueError`, naming the row, for rows of another shape.
+    Of texts much longer than `max_length` only so much is encoded that they are still longer. A row
+    whose text is no text is {UNUSABLE: why}.
+
+    Raises `ValueError`, naming the row's place, for rows of another shape.
     """
+    raw = [row for row in loaded.rows if UNUSABLE not in row]
     done = sum("chosen_ids" in row for row in raw)
     if done == len(raw):
-        return _each(raw, _ready)
+        return _each(loaded, _ready)
     if done:
         raise ValueError(
             f"{done} of {len(raw)} rows hold token ids and the rest text; pass one kind"
         )
     _need_tokenizer(tokenizer)
-    return _each(raw, lambda row: _encode_pair(row, tokenizer, eos))
+    return _each(loaded, lambda row: _encode_pair(row, tokenizer, eos, max_length))
 
 
-def encode_labelled(raw: list[Row], tokenizer: Any, eos: str) -> list[Row]:
-    """Rows `prompt_ids`, `answer_ids`, `label` (and `targets`); raises as `encode_pairs` does."""
-    return _each(raw, lambda row: _encode_labelled(row, tokenizer, eos))
+def encode_labelled(
+    loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None = None
+) -> list[Row]:
+    """Rows `prompt_ids`, `answer_ids`, `label` (and `targets`); as `encode_pairs` otherwise."""
+    return _each(loaded, lambda row: _encode_labelled(row, tokenizer, eos, max_length))
 
 
-def encode_prompt(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """Ids of a prompt with the tokenizer's special tokens, but for an EOS or SEP at its end."""
+def encode_prompt(
+    tokenizer: Any, text: str, special: bool = True, max_length: int | None = None
+) -> list[int]:
+    """Ids of a prompt with the tokenizer's special tokens, but for an EOS or SEP at its end.
+
+    Of a text much longer than `max_length` those of its beginning, more than `max_length`.
+    """
+    if _is_long(text, max_length):
+        ids = encode_prompt(tokenizer, text[: _HEAD * max_length], special)  # type: ignore[operator]
+        if len(ids) > 2 * max_length:  # type: ignore[operator]
+            return ids  # where it is cut, tokens differ, but max_length are far from there
     ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     extra = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)}
     if special and ids and ids[-1] in extra:
@@ -41,7 +62,13 @@ def encode_prompt(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 
 
 def encode_answer(
-    tokenizer: Any, prompt: str, prompt_ids: list[int], text: str, special: bool, eos: str
+    tokenizer: Any,
+    prompt: str,
+    prompt_ids: list[int],
+    text: str,
+    special: bool,
+    eos: str,
+    max_length: int | None = None,
 ) -> list[int]:
     """Ids of the answer behind the prompt, with EOS at its end as `eos` says; empty for no text.
 
@@ -49,11 +76,13 @@ def encode_answer(
     """
     if not text.strip():
         return []
-    whole = encode_prompt(tokenizer, prompt + text, special)
-    if whole[: len(prompt_ids)] == prompt_ids:
+    whole = None
+    if not _is_long(prompt, max_length):
+        whole = encode_prompt(tokenizer, prompt + text, special, max_length)
+    if whole is not None and whole[: len(prompt_ids)] == prompt_ids:
         ids = whole[len(prompt_ids) :]
     else:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = encode_prompt(tokenizer, text, False, max_length)
     if eos == "append" and ids and ids[-1] != tokenizer.eos_token_id:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -64,13 +93,19 @@ def encode_answer(
     return ids
 
 
-def _each(raw: list[Row], encode: Callable[[Row], Row]) -> list[Row]:
+def _is_long(text: str, max_length: int | None) -> bool:
+    return max_length is not None and len(text) > _HEAD * max_length
+
+
+def _each(loaded: Loaded, encode: Callable[[Row], Row]) -> list[Row]:
     encoded = []
-    for number, row in enumerate(raw, 1):
+    for number, row in enumerate(loaded.rows):
         try:
-            encoded.append(encode(row))
+            encoded.append(row if UNUSABLE in row else encode(row))
+        except UnicodeEncodeError:
+            encoded.append({UNUSABLE: "a lone surrogate, which is half a character"})
         except ValueError as error:
-            raise ValueError(f"row {number} of {len(raw)}: {error}") from None
+            raise ValueError(f"{loaded.place(number)}: {error}") from None
     return encoded
 
 
@@ -79,14 +114,21 @@ def _need_tokenizer(tokenizer: Any) -> None:
         raise ValueError("rows of text need a tokenizer; pass tokenizer= (processing_class=)")
 
 
-def _encode_pair(row: Row, tokenizer: Any, eos: str) -> Row:
+def _encode_pair(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> Row:
     row = normalise(row, tokenizer)
     special = not row["templated"]
-    prompt = encode_prompt(tokenizer, row["prompt"], special)
+    for side in ("prompt", "chosen", "rejected"):
+        row[side].encode()
+    prompt = encode_prompt(tokenizer, row["prompt"], special, max_length)
     entry: Row = {"prompt_ids": prompt}
     for side in ("chosen", "rejected"):
         entry[f"{side}_ids"] = encode_answer(
-            tokenizer, row["prompt"], prompt, row[side], special, eos
+            tokenizer, row["prompt"], prompt, row[side], special, eos, max_length
+        )
+    if entry["chosen_ids"] == entry["rejected_ids"] != []:
+        # Whether long answers are equal is not known of their beginnings.
+        entry["begins"] = row["chosen"] != row["rejected"] and _is_long(
+            row["prompt"] + row["chosen"], max_length
         )
     return entry | {name: row[name] for name in ("margin",) if name in row}
 
@@ -106,7 +148,7 @@ def _ready(row: Row) -> Row:
     return entry
 
 
-def _encode_labelled(row: Row, tokenizer: Any, eos: str) -> Row:
+def _encode_labelled(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> Row:
     if "completion" in row:
         row = {**row, "text": row["completion"]}
     if "label" not in row or not ("text" in row or "answer_ids" in row):
@@ -122,8 +164,9 @@ def _encode_labelled(row: Row, tokenizer: Any, eos: str) -> Row:
                 f"text={text!r:.60} and prompt={before!r:.60}; pass strings (conversations as the "
                 "text that the chat template makes of them)"
             )
-        prompt = encode_prompt(tokenizer, before)
-        answer = encode_answer(tokenizer, before, prompt, text, True, eos)
+        (before + text).encode()
+        prompt = encode_prompt(tokenizer, before, True, max_length)
+        answer = encode_answer(tokenizer, before, prompt, text, True, eos, max_length)
     entry: Row = {"prompt_ids": prompt, "answer_ids": answer}
     entry["label"] = finite_number("label", row["label"])
     if row.get("targets") is not None:

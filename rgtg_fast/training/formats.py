@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+UNUSABLE = "<unusable>"
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,21 @@ NAMED = {
 
 
 class Loaded(NamedTuple):
-    """Raw rows, the named set they belong to, and how many of its rows the recipe leaves out."""
+    """Raw rows, the named set they belong to, how many of its rows the recipe leaves out, and the
+    rows' places in a file. A row that cannot be read is {UNUSABLE: why}."""
 
     rows: list[Row]
     named: NamedSet | None = None
     left_out: int = 0
+    places: list[str] | None = None
+
+    def place(self, number: int) -> str:
+        """Where row `number` (from 0) stands, for an error."""
+        return self.places[number] if self.places else f"row {number + 1} of {len(self.rows)}"
 
 
 def load_rows(
-    source: str | os.PathLike[str] | Iterable[Row], split: str = "train", seed: int = 0
+    source: str | os.PathLike[str] | Iterable[Row] | Loaded, split: str = "train", seed: int = 0
 ) -> Loaded:
     """Raw rows of a source.
 
@@ -102,33 +109,37 @@ def load_rows(
 
     Raises `ValueError` for a source that is none of these, or a line that is no JSON object.
     """
+    if isinstance(source, Loaded):
+        return source
     if not isinstance(source, (str, os.PathLike)):
         return Loaded([dict(row) for row in source])
     text = os.fspath(source)
     name, _, path = text.partition(":")
     named = NAMED.get(name)
     if named is None:
-        return Loaded(_read(text, {"train": "train", "eval": "test"}[split]))
+        return _read(text, {"train": "train", "eval": "test"}[split])
     if path:
-        raw = _read(path, named.splits[split])
+        loaded = _read(path, named.splits[split])
     else:
         raw = _hub(named.hub, named.hub_config, named.splits[split])
         order = random.Random(seed).sample(range(len(raw)), min(len(raw), named.sizes[split]))
-        raw = [raw[i] for i in order]
+        loaded = Loaded([raw[i] for i in order])
+    raw = loaded.rows
     try:
-        rows = [named.convert(row) for row in raw]
+        rows = [row if UNUSABLE in row else named.convert(row) for row in raw]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{text!r} holds rows with the keys {sorted(raw[0])}, which are not as in {named.hub}; "
             f"pass {path or named.hub!r} alone for rows of prompt, chosen and rejected"
         ) from None
     kept = [row for row in rows if row is not None]
-    return Loaded(kept, named, len(rows) - len(kept))
+    places = [loaded.place(n) for n, row in enumerate(rows) if row is not None]
+    return Loaded(kept, named, len(rows) - len(kept), places)
 
 
-def _read(text: str, split: str) -> list[Row]:
+def _read(text: str, split: str) -> Loaded:
     if Path(text).is_dir():
-        return _folder(text, split)
+        return Loaded(_folder(text, split))
     if Path(text).is_file():
         return _jsonl(text)
     if text.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet")) or text.count("/") != 1:
@@ -136,11 +147,12 @@ def _read(text: str, split: str) -> list[Row]:
             f"no data at {text!r}; pass a JSONL file, a folder of datasets.save_to_disk, a dataset "
             f"name owner/name, or one of {', '.join(NAMED)}"
         )
-    return _hub(text, None, split)
+    return Loaded(_hub(text, None, split))
 
 
-def _jsonl(text: str) -> list[Row]:
-    rows = []
+def _jsonl(text: str) -> Loaded:
+    rows: list[Row] = []
+    places = []
     # Not splitlines: a text may hold U+2028 and its kin, which end no line of a file.
     with open(text, encoding="utf-8-sig") as file:
         try:
@@ -156,13 +168,16 @@ def _jsonl(text: str) -> list[Row]:
             raise ValueError(
                 f"{text} line {number} is not JSON ({error}); write one JSON object a line (JSONL)"
             ) from None
+        except RecursionError:
+            row = {UNUSABLE: "JSON that is nested too deeply"}
         if not isinstance(row, dict):
             raise ValueError(
                 f"{text} line {number} is {type(row).__name__}; write an object with the keys "
                 "prompt, chosen and rejected"
             )
         rows.append(row)
-    return rows
+        places.append(f"{text} line {number}")
+    return Loaded(rows, places=places)
 
 
 def _folder(text: str, split: str) -> list[Row]:
@@ -264,8 +279,15 @@ def _is_text(value: Any) -> bool:
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """The number of elements with which both begin."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    # By halves: a loop over the characters of a long text takes seconds.
+    same, end = 0, min(len(a), len(b))
+    while same < end:
+        middle = (same + end + 1) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            end = middle - 1
+    return same
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import time
@@ -59,10 +60,12 @@ def train(path: str | os.PathLike[str], overrides: list[str] | None = None) -> d
             return _train_into(out, settings, args)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {how_to_go_on(out)}") from None
-    except (RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if not _of_writing(error):
             raise
-        raise OSError(f"{out} cannot be written to ({error}); {how_to_go_on(out)}") from error
+        raise OSError(
+            f"{out} cannot be written to, is the disk full? ({error}); {how_to_go_on(out)}"
+        ) from error
 
 
 def _train_into(out: Path, settings: Settings, args: PrefixRewardConfig) -> dict[str, Any]:
@@ -96,7 +99,9 @@ def _train_into(out: Path, settings: Settings, args: PrefixRewardConfig) -> dict
 
 
 def _of_writing(error: Exception) -> bool:
-    """Whether an error of safetensors or torch.save, which raise no OSError, is one of the disk."""
+    """Whether an error is one of a full disk; that of safetensors and torch.save is no OSError."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     words = ("os error", "PytorchStreamWriter", "unexpected pos", "file write failed")
     return any(word in str(error) for word in words)
 

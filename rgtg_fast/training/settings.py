@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -91,11 +93,28 @@ def load_pretrained(auto: Any, key: str, name: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
+        base = _missing_base(name)
+        if base is not None:
+            raise ValueError(
+                f"{key}={name!r} is an adapter and its base model {base!r} is not there; put it "
+                "there, or mend base_model_name_or_path in its adapter_config.json"
+            ) from None
         why = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise ValueError(
             f"{key}={name!r} cannot be loaded by {auto.__name__} ({why}); give a folder that holds "
             "it, or a name on the hub"
         ) from None
+
+
+def _missing_base(name: str) -> str | None:
+    """The base model of an adapter's folder where that is a path to nothing."""
+    try:
+        text = (Path(name) / "adapter_config.json").read_text(encoding="utf-8")
+        base = json.loads(text)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError):
+        return None
+    local = base and (os.path.isabs(base) or base.startswith(".") or base.count("/") > 1)
+    return base if local and not Path(base).is_dir() else None
 
 
 def load_tokenizer(settings: Any) -> Any:

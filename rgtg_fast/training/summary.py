@@ -15,9 +15,8 @@ def print_summary(metrics: dict[str, Any], out: Path) -> None:
     table = Table("reward model", metrics["loss_type"], title="Training", title_justify="left")
     for name, value in summary_rows(metrics):
         table.add_row(name, value)
-    table.add_row("written to", str(out))
-    # A folder's name is copied from here, so it is never cut.
-    Console(soft_wrap=True).print(table)
+    Console().print(table)
+    print(f"wrote {out}", flush=True)  # not in the table, which would cut it to its width
 
 
 def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:

@@ -121,7 +121,7 @@ def test_bad_conversations_are_counted_as_what_they_are(words, fault):
 
 
 def test_tldr_has_the_authors_prompt_and_skips_articles_and_short_summaries():
-    rows, named, left_out = load_rows(f"tldr:{DATA / 'tldr.jsonl'}")
+    rows, named, left_out, _ = load_rows(f"tldr:{DATA / 'tldr.jsonl'}")
     assert left_out == 1
     assert [tldr_row(row) is None for row in read("tldr.jsonl")] == [False, True, False]
     assert rows[0]["prompt"].startswith('Content: "I moved') and named.first == 2

@@ -112,7 +112,8 @@ def select_pairs(
     for index, gain in zip(chosen.index.tolist(), chosen.gain.tolist(), strict=True):
         source = candidates.sources[index]
         rows.append(raw[source] | {"gain": gain, "row": source})
-    with out.open("w", encoding="utf-8") as file:
+    # A lone surrogate becomes its own escape in JSON.
+    with out.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     total = chosen.gain.sum()
     print(
@@ -136,13 +137,13 @@ def _pairs(
     source: str, settings: SelectSettings, tokenizer: Any
 ) -> tuple[list[Row], PreferenceDataset]:
     """The raw rows, and the pairs of them as token ids."""
-    raw = load_rows(source).rows
+    loaded = load_rows(source)
     pairs = []
-    for number, row in enumerate(raw):
+    for number, row in enumerate(loaded.rows):
         if "responses" in row:
             if not isinstance(row["responses"], list) or len(row["responses"]) != 2:
                 raise ValueError(
-                    f"{source} row {number}: responses must be a list of two answers; write one "
+                    f"{loaded.place(number)}: responses must be a list of two answers; write one "
                     "row per pair"
                 )
             row = {k: v for k, v in row.items() if k == "prompt"} | dict(
@@ -150,14 +151,14 @@ def _pairs(
             )
         pairs.append(row)
     data = PreferenceDataset(
-        pairs,
+        loaded._replace(rows=pairs),
         tokenizer,
         max_length=settings.max_length,
         overlong=settings.overlong,
         invalid=settings.invalid,
         eos=settings.eos,
     )
-    return raw, data
+    return loaded.rows, data
 
 
 def _features(
