@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rgtg_fast.ops import BackendUnavailable
 
@@ -27,7 +28,15 @@ COMMANDS: dict[str, Any] = {
     "select-pairs": select_pairs,
 }
 # What a user can mend, said in one line. Others are faults of ours, and show their traceback.
-_FORESEEN = (ValueError, OSError, ImportError, BackendUnavailable, torch.OutOfMemoryError)
+_FORESEEN = (
+    ValueError,
+    OSError,
+    ImportError,
+    MemoryError,
+    SafetensorError,
+    BackendUnavailable,
+    torch.OutOfMemoryError,
+)
 _INTERRUPTED = 130  # as a shell has it for SIGINT
 
 

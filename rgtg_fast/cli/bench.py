@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
 def _kernels(args: argparse.Namespace) -> None:
     from . import microbench
 
+    if args.json is not None and (args.json.is_dir() or args.json.parent.is_file()):
+        raise ValueError(f"--json={str(args.json)!r}: name a file, in a folder")
     if args.threads:
         torch.set_num_threads(args.threads)
     place = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from safetensors import SafetensorError
 
 from ..scorers import registry
 from ..scorers.factory import same_vocabulary
@@ -157,27 +158,31 @@ def check_classifier(key: str, name: str) -> None:
 
 
 def _load(task: str, name: str, settings: Settings) -> Any:
-    """The model in a folder or of a hub name, ready to judge; raises `ValueError` where its file
-    lacks weights, which transformers would draw at random with no more than a warning."""
+    """The model in a folder or of a hub name, ready to judge. Raises `ValueError` for one that
+    cannot be loaded, or whose file lacks weights: transformers would draw them at random with no
+    more than a warning."""
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
-    package: Any = transformers
-    auto = f"AutoModelFor{task}"
-    if (Path(name) / "adapter_config.json").is_file():
-        import peft
+    adapter = (Path(name) / "adapter_config.json").is_file()
+    missing: Any = ()
+    try:
+        if adapter:
+            import peft
 
-        package, auto = peft, f"AutoPeftModelFor{task}"
-        if task == "SequenceClassification":
-            options["num_labels"] = 1
-        model = getattr(package, auto).from_pretrained(name, **options)
-    else:
-        options["output_loading_info"] = True
-        model, info = getattr(package, auto).from_pretrained(name, **options)
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"{name!r} lacks {len(missing)} of the weights of {type(model).__name__} "
-                f"({', '.join(missing[:3])}); they would be random: pass a whole model"
+            if task == "SequenceClassification":
+                options["num_labels"] = 1
+            model = getattr(peft, f"AutoPeftModelFor{task}").from_pretrained(name, **options)
+        else:
+            model, info = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
+                name, output_loading_info=True, **options
             )
+            missing = sorted(info["missing_keys"])
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be loaded ({error})") from None
+    if missing:
+        raise ValueError(
+            f"{name!r} lacks {len(missing)} of the weights of {type(model).__name__} "
+            f"({', '.join(missing[:3])}); they would be random: pass a whole model"
+        )
     return model.to(device_of(settings)).eval()
 
 

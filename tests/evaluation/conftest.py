@@ -63,16 +63,16 @@ def endpoint():
 
 @contextlib.contextmanager
 def _socket_endpoint(reply):
-    """A server that reads each request and leaves its socket to `reply(sock)`, in a thread."""
+    """A server that reads each request and leaves its socket to `reply(sock, request)`."""
     asked = []
 
     def serve(sock):
         with sock, contextlib.suppress(OSError):
-            data = b""
-            while b"\r\n\r\n" not in data:
-                data += sock.recv(1 << 16)
-            asked.append(data)
-            reply(sock)
+            request = b""
+            while not request.endswith(b"}"):  # of the JSON that ends it
+                request += sock.recv(1 << 16)
+            asked.append(request)
+            reply(sock, request)
 
     def accept(server):
         with contextlib.suppress(OSError):

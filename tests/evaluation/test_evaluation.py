@@ -1,19 +1,27 @@
 """`python -m rgtg_fast eval` on the embedded models, against slow plain computations."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import gpt2_rm, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import rgtg_fast
 from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.evaluation import answers
+from rgtg_fast.evaluation import models as prepared_models
+from rgtg_fast.evaluation.store import locked
+from rgtg_fast.scorers import KINDS, AttentionCreditScorer
 
 PROMPTS, TOKENS, K, BETA = 8, 8, 10, 2.0
 GUIDE = str(ASSETS / "rm_partial")
@@ -227,7 +235,7 @@ def test_what_is_finished_is_not_generated_again(copied, monkeypatch):
 def test_a_run_goes_on_where_it_was_killed(copied, monkeypatch):
     path, before = rows(copied, "pargs_beta=2.0.0.answers")
     lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join(lines[:7]) + b"\n" + lines[7][:20])  # six rows and a piece
+    path.write_bytes(b"\n".join([*lines[:7], lines[7][:20]]))  # six rows and a piece
     batches = []
     batch = answers.Answerer.batch
 
@@ -236,7 +244,8 @@ def test_a_run_goes_on_where_it_was_killed(copied, monkeypatch):
         return batch(self, prompts, numbers, seed)
 
     monkeypatch.setattr(answers.Answerer, "batch", counted)
-    main(["eval", "--config", config(copied)])
+    with pytest.warns(UserWarning, match="cut short"):
+        main(["eval", "--config", config(copied)])
     assert batches == [("pargs beta=2.0", [5, 6, 7], 0)]
     after = rows(copied, "pargs_beta=2.0.0.answers")[1]
     assert [row["ids"] for row in after] == [row["ids"] for row in before]
@@ -359,16 +368,18 @@ def test_guides_of_every_kind_answer(tmp_path, loaded):
     save_file({"weight": weight}, tmp_path / "reward_head.safetensors")
     gpt2_rm(n_positions=256).save_pretrained(tmp_path / "other")
     tokenizer().save_pretrained(tmp_path / "other")
+    folders = {"SequenceClassification": GUIDE, "CausalLM": lm, "head": str(tmp_path)}
     runs = [
-        {"name": "vocab", "kind": "vocab", "reward_model": lm},
-        {"name": "genarm", "kind": "autoregressive", "reward_model": lm},
-        {"name": "head", "kind": "head", "reward_model": str(tmp_path)},
+        *(
+            {"name": name, "kind": name, "reward_model": folders[kind.holds]}
+            for name, kind in KINDS.items()
+        ),
         {"name": "text", "reward_model": str(tmp_path / "other"), "k": 3},
         {"name": "both", "reward_model": GUIDE, "best_of": 2, "select_by": GUIDE},
     ]
     main(["eval", "--config", config(tmp_path, runs=runs), "limit=2", "max_new_tokens=2"])
     results, _ = read(tmp_path)
-    for name in ("vocab", "genarm", "head", "text"):
+    for name in (*KINDS, "text"):
         metrics = results["runs"][name]["metrics"]
         assert metrics["kl"]["mean"] > 0 and math.isfinite(metrics["proxy"]["mean"])
     for row in rows(tmp_path, "head.0.answers")[1]:
@@ -377,5 +388,186 @@ def test_guides_of_every_kind_answer(tmp_path, loaded):
         assert row["proxy"] == pytest.approx(reward.item(), abs=1e-4)
     assert results["runs"]["both"]["metrics"]["kl"]["mean"] is None  # of its best: unknown
     # The base as its own guide, so that the reward of an answer is its log-probability.
-    for row in rows(tmp_path, "genarm.0.answers")[1]:
+    for row in rows(tmp_path, "autoregressive.0.answers")[1]:
         assert row["proxy"] == pytest.approx(row["logp"], abs=1e-4)
+
+
+def test_the_options_of_a_kind_reach_its_scorer(tmp_path, loaded):
+    credit = {"name": "credit", "kind": "attention_credit", "reward_model": GUIDE, "beta": 3.0}
+    runs = [credit | {"options": {"share": 0.9}, "do_sample": False}]
+    options = {"limit": 2, "seeds": 1, "win_judge": None, "plots": False}
+    main(["eval", "--config", config(tmp_path, runs=runs, **options)])
+    for row in rows(tmp_path, "credit.0.answers")[1]:
+        out = rgtg_fast.generate(
+            loaded[0],
+            torch.tensor([prompt_ids(loaded, row)]),
+            reward_model=AttentionCreditScorer(loaded[1]["rm_partial"], share=0.9),
+            beta=3.0,
+            max_new_tokens=TOKENS,
+            return_dict_in_generate=True,
+        )
+        assert out.sequences[0, -len(whole(row)) :].tolist() == whole(row)
+        assert row["proxy"] == pytest.approx(out.rewards[0, -1].item(), abs=1e-4)
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """Copies one of the embedded models, and changes the tensors in its file by a function."""
+
+    def copy(name, change):
+        shutil.copytree(ASSETS / name, tmp_path / "changed")
+        file = tmp_path / "changed" / "model.safetensors"
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file, metadata={"format": "pt"})
+        return str(tmp_path / "changed")
+
+    return copy
+
+
+def without_head(weights):
+    del weights["score.weight"]
+
+
+def of_nan(weights):
+    weights["score.weight"].fill_(math.nan)
+
+
+def truncated(weights):
+    pass
+
+
+@pytest.mark.parametrize("place", ["reward_model", "select_by", "judge"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_head, "lacks 1 of the weights of .*score.weight.*would be random"),
+        (of_nan, "nan|NaN"),
+        (truncated, "safetensors|header|incomplete"),
+    ],
+)
+def test_a_broken_model_is_found_before_the_first_answer(
+    tmp_path, copy_of, monkeypatch, place, change, message
+):
+    broken = copy_of("rm_partial", change)
+    if change is truncated:
+        os.truncate(f"{broken}/model.safetensors", 5000)
+    last = {"name": "last", place: broken}
+    last |= {"best_of": 2} if place == "select_by" else {}
+    judge = {} if place != "judge" else {"judge": broken}
+    runs = [{"name": "base"}, *([] if judge else [last])]
+    monkeypatch.setattr(answers.Answerer, "batch", None)
+    path = config(tmp_path, runs=runs, limit=2, win_judge=None, **judge)
+    with pytest.raises(SystemExit, match=f"eval: .*({message})") as error:
+        main(["eval", "--config", path])
+    assert "\n" not in str(error.value)
+
+
+def test_one_guide_is_in_memory_at_a_time_and_each_is_tried_first(tmp_path, monkeypatch):
+    other = str(shutil.copytree(GUIDE, tmp_path / "other"))
+    events = []
+    load, batch = prepared_models.load_classifier, answers.Answerer.batch
+
+    def loads(name, settings):
+        model = load(name, settings)
+        alive = [ref for ref in loads.alive if ref() is not None]
+        loads.alive = [*alive, weakref.ref(model)]
+        events.append(("load", Path(name).name, len(alive)))
+        return model
+
+    def batches(self, *args):
+        events.append(("batch", self.run.name))
+        return batch(self, *args)
+
+    loads.alive = []
+    monkeypatch.setattr(prepared_models, "load_classifier", loads)
+    monkeypatch.setattr(answers.Answerer, "batch", batches)
+    runs = [
+        {"name": "one", "reward_model": GUIDE},
+        {"name": "two", "reward_model": other},
+        {"name": "three", "reward_model": GUIDE, "beta": 3.0},
+    ]
+    path = config(tmp_path, runs=runs, limit=2, seeds=1, max_new_tokens=2, win_judge=None)
+    main(["eval", "--config", path, "plots=false"])
+    assert events == [
+        ("load", "rm_full", 0),  # the judge
+        ("load", "other", 0),
+        ("load", "rm_partial", 0),
+        ("batch", "one"),
+        ("load", "other", 0),
+        ("batch", "two"),
+        ("load", "rm_partial", 0),
+        ("batch", "three"),
+        ("load", "rm_full", 0),
+    ]
+
+
+def test_a_guide_that_cannot_hold_the_longest_answer_is_found_first(tmp_path, monkeypatch):
+    gpt2_rm(n_positions=16, vocab_size=loaded_vocabulary()).save_pretrained(tmp_path / "short")
+    AutoTokenizer.from_pretrained(ASSETS / "lm").save_pretrained(tmp_path / "short")
+    monkeypatch.setattr(answers.Answerer, "batch", None)
+    runs = [{"name": "base"}, {"name": "short", "reward_model": str(tmp_path / "short")}]
+    with pytest.raises(SystemExit, match="but reward_model has 16 positions"):
+        main(["eval", "--config", config(tmp_path, runs=runs, win_judge=None)])
+
+
+def loaded_vocabulary():
+    return AutoModelForCausalLM.from_pretrained(ASSETS / "lm").config.vocab_size
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path, monkeypatch, capsys):
+    path = config(tmp_path, runs=RUNS[:1], seeds=1, win_judge=None, plots=False)
+    batch, numbers = answers.Answerer.batch, []
+
+    def interrupted(self, prompts, own, seed):
+        numbers.append(list(own))
+        if len(numbers) == 2:
+            raise KeyboardInterrupt
+        return batch(self, prompts, own, seed)
+
+    monkeypatch.setattr(answers.Answerer, "batch", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--config", path])
+    assert stop.value.code == 130
+    said = capsys.readouterr().err
+    assert "eval: stopped. What is done is kept in output_dir: the same command goes on" in said
+    assert "Traceback" not in said
+    main(["eval", "--config", path])
+    assert numbers == [[0, 1, 2, 3, 4], [5, 6, 7], [5, 6, 7]]
+
+
+def test_a_full_disk_is_named_and_what_was_kept_stays(tmp_path, monkeypatch):
+    path = config(tmp_path, runs=RUNS[:1], seeds=1, win_judge=None, plots=False)
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:  # the key, a batch, and this one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr("rgtg_fast.evaluation.store.os.fsync", full)
+    message = r"eval: no space left on the disk for .*base\.0\.answers.*the same command goes on"
+    with pytest.raises(SystemExit, match=message):
+        main(["eval", "--config", path])
+    main(["eval", "--config", path])
+    assert [row["i"] for row in rows(tmp_path, "base.0.answers")[1]] == list(range(PROMPTS))
+
+
+def test_a_folder_that_another_process_writes_is_not_touched(copied, monkeypatch):
+    monkeypatch.setattr(answers.Answerer, "batch", None)
+    before = {file: file.read_bytes() for file in copied.rglob("*.jsonl")}
+    with locked(copied / "out"), pytest.raises(SystemExit, match=r"eval: .*another process"):
+        main(["eval", "--config", config(copied), "max_new_tokens=3"])
+    assert {file: file.read_bytes() for file in copied.rglob("*.jsonl")} == before
+
+
+def test_a_row_that_is_there_twice_does_not_change_the_figures(copied):
+    before = read(copied)[0]["runs"]
+    for kind in ("answers", "wins"):
+        path, _ = rows(copied, f"pargs_beta=2.0.0.{kind}")
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[:3], lines[1], *lines[4:]]))
+    with pytest.warns(UserWarning, match="has i=0 where i=2 belongs"):
+        main(["eval", "--config", config(copied)])
+    assert read(copied)[0]["runs"] == before

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rgtg_fast.evaluation import Bootstrap, jackknife
+from rgtg_fast.evaluation import Bootstrap, jackknife, share, wilson
 from rgtg_fast.evaluation.metrics import distinct, distinct_without, diversity, repetition
 from rgtg_fast.evaluation.settings import check_settings
 from rgtg_fast.evaluation.summary import RunRows, summarise
@@ -199,3 +199,42 @@ def test_win_rates_say_how_they_came_about(settings):
     found = summarise(settings, {"a": RunRows(run.by_seed), "b": run})["b"]
     assert found["win_rate"]["mean"] == 0.5
     assert found["win_details"] == {"ties": 0.25, "swapped": 0.25, "unread": 2}
+
+
+@pytest.mark.parametrize(("wins", "n"), [(0, 8), (8, 8), (1, 20), (13, 40), (500, 1000)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_of_a_share_is_wilsons(wins, n, confidence):
+    got = share(np.array([1.0] * wins + [0.0] * (n - wins)), confidence)
+    want = stats.binomtest(wins, n).proportion_ci(confidence, method="wilson")
+    assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-12)
+    assert got.mean == wins / n and got.n == n and 0 <= got.low <= got.high <= 1
+
+
+def test_values_that_spread_less_than_a_coins_have_a_narrower_interval():
+    halves = share(np.array([0.5, 0.75] * 20))
+    coin = share(np.array([1.0] * 25 + [0.0] * 15))
+    assert halves.mean == coin.mean
+    assert halves.high - halves.low < (coin.high - coin.low) / 3
+
+
+def test_the_interval_of_a_share_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for p in (0.02, 0.5, 0.97):
+        draws = rng.random((2000, 50)) < p
+        found = [share(row.astype(float)) for row in draws]
+        covered = np.mean([one.low <= p <= one.high for one in found])
+        assert 0.91 < covered < 0.99
+
+
+def test_a_share_of_a_single_prompt_has_no_interval():
+    assert np.isnan(share(np.array([1.0])).low) and np.isnan(wilson(0.5, np.nan, 1).high)
+
+
+@pytest.mark.parametrize("ids", [[[1, 2, 3]] * 4, [[1, 2], [3, 4], [5, 6], [7, 7]]])
+def test_intervals_of_shares_stay_between_0_and_1(settings, ids):
+    rows = [_row(i, 0.0, ids=own) for i, own in enumerate(ids)]
+    found = summarise(settings, {"a": RunRows({0: rows}), "b": RunRows({0: rows})})["a"]
+    for name in ("distinct_1", "distinct_2", "distinct_3", "finished", "diversity"):
+        value = found["metrics"][name]
+        assert 0 <= value["low"] <= value["mean"] <= value["high"] <= 1
+    assert found["metrics"]["finished"]["low"] < 1  # four of four are no certainty

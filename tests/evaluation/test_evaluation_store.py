@@ -155,9 +155,8 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
 
 HOLD = """
 import sys
-from pathlib import Path
-from rgtg_fast.evaluation.store import locked
-with locked(Path(sys.argv[1])):
+from filelock import FileLock
+with FileLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -165,7 +164,8 @@ with locked(Path(sys.argv[1])):
 
 def test_a_folder_is_held_by_one_process_even_one_that_is_killed(tmp_path):
     folder = tmp_path / "out"
-    command = [sys.executable, "-c", HOLD, str(folder)]
+    folder.mkdir()
+    command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
