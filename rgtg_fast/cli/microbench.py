@@ -171,8 +171,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             lines.append([row["case"], row["implementation"], *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip())
+        row_text = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(row_text).rstrip())
 
 
 def draw(op: str, rows: list[dict[str, Any]], path: Path) -> None:

@@ -105,8 +105,8 @@ def _check_available(op: str, backend: str, device: str) -> None:
 @torch.compiler.assume_constant_result
 def _compiled_for(op: str, device: str) -> str:
     """The compiled backends of ``op`` that work on ``device``, separated by blanks."""
-    if device == "cpu":  # without the extension this is an error that says so
-        return "cpp" if missing_extension is not None or has_kernel(op, "cpp") else ""
+    if device == "cpu":
+        return "cpp" if missing_extension is None and has_kernel(op, "cpp") else ""
     names = ("cuda", "triton") if device == "cuda" else ()
     return " ".join(name for name in names if unavailable_reason(op, name) is None)
 
@@ -124,7 +124,10 @@ def settle(op: str, backend: str, device: str, rows: int) -> str:
     """The backend that runs this call; raises BackendUnavailable where it cannot."""
     chosen = _requested(backend)
     if chosen == "auto":
-        chosen = automatic(op, device, rows)
+        if missing_extension is None:
+            return automatic(op, device, rows)
+        # On a CPU this is an error that says what is amiss with the extension.
+        chosen = "cpp" if device == "cpu" else automatic(op, device, rows)
     if chosen != "reference":
         _check_available(op, chosen, device)
     return chosen
