@@ -167,8 +167,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         if row["us"] is None:
             lines.append([row["case"], row["implementation"], row["note"], *[""] * 6])
         else:
-            cells = [f"{row[name]:.2f}" for name in numbers]
-            lines.append([row["case"], row["implementation"], *cells])
+            figures = [f"{row[name]:.2f}" for name in numbers]
+            lines.append([row["case"], row["implementation"], *figures])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         row_text = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
