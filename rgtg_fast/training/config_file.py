@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import numbers
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,7 +73,10 @@ def typed(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
             value = float(value)
     if isinstance(value, bool):
         fits = "bool" in names
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, numbers.Real):
+        # What is beyond 64 bits ends as an overflow deep in torch, or in a run without end.
+        if not -(2**63) < value < 2**63:  # a NaN neither
+            raise ValueError(f"{key}: {value!s:.40} is out of range; pass a finite number")
         if "float" in names:
             return float(value)
         fits = "int" in names and float(value).is_integer()
