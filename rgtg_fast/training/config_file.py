@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import numbers
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,11 +73,15 @@ def typed(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
             value = float(value)
     if isinstance(value, bool):
         fits = "bool" in names
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, numbers.Real):
+        number: Any = value  # numpy's too
+        # What is beyond 64 bits ends as an overflow deep in torch, or in a run without end.
+        if not -(2**63) < number < 2**63:  # a NaN neither
+            raise ValueError(f"{key}: {number!s:.40} is out of range; pass a finite number")
         if "float" in names:
-            return float(value)
-        fits = "int" in names and float(value).is_integer()
-        value = int(value) if fits else value
+            return float(number)
+        fits = "int" in names and float(number).is_integer()
+        value = int(number) if fits else number
     else:
         fits = type(value).__name__ in names
     if not fits:

@@ -228,7 +228,7 @@ def test_an_adapter_whose_base_is_gone_is_an_error_that_names_the_base(folder):
 
 def test_a_run_ends_with_a_table_of_its_figures(folder, capsys):
     metrics, out = train(folder, "max_steps=3", "hold_out=12", evaluate=False)
-    table = capsys.readouterr().out.split("Training\n")[1]
+    table = capsys.readouterr().out
     rows = dict(
         [cell.strip() for cell in line.strip("│\n").split("│")]
         for line in table.splitlines()

@@ -387,3 +387,62 @@ def test_texts_shorter_than_the_first_prefix_are_dropped_and_counted():
 def test_labelled_rows_of_another_kind_are_named(row, message):
     with pytest.raises(ValueError, match=f"row 1 of 1: .*{message}"):
         LabelledDataset([row], tokenizer())
+
+
+def unreadable(tmp_path):
+    """Three lines: a good pair, one with half a character, one nested too deeply."""
+    good = json.dumps({"prompt": "a", "chosen": " b", "rejected": " c"})
+    deep = good[:-1] + ', "more": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([good, good.replace(" b", "\\ud800"), deep]))
+    return path
+
+
+def test_rows_that_are_no_text_are_named_by_file_and_line(tmp_path):
+    path = unreadable(tmp_path)
+    with pytest.raises(ValueError) as error:
+        PreferenceDataset(path, tokenizer())
+    assert f"1 with a lone surrogate, which is half a character (the first: {path} line 2)" in str(
+        error.value
+    )
+    assert f"nested too deeply (the first: {path} line 3)" in str(error.value)
+
+
+def test_rows_that_are_no_text_are_counted_where_they_are_dropped(tmp_path):
+    data = PreferenceDataset(unreadable(tmp_path), tokenizer(), invalid="drop")
+    assert len(data) == 1 and data.report.dropped_invalid == 2
+    assert sorted(data.report.invalid.values()) == [1, 1]
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self):
+        self.seen, self.eos_token_id = 0, EOS
+
+    def __call__(self, text, **options):
+        self.seen += len(text)
+        return tokenizer()(text, **options)
+
+
+@pytest.mark.parametrize("at", ["prompt", "chosen"])
+def test_of_a_long_text_only_what_is_kept_is_encoded(at):
+    row = {"prompt": "order:", "chosen": " yes", "rejected": " no"}
+    row[at] = " the parcel will arrive;" * 20_000
+    counting = Counting()
+    kept = (
+        PreferenceDataset([row] * 2, counting, max_length=32, overlong="truncate").rows
+        if at == "chosen"
+        else []
+    )
+    dropped = PreferenceDataset(
+        [row, {"prompt": "a", "chosen": " b", "rejected": " c"}],
+        counting,
+        max_length=32,
+        overlong="drop",
+    )
+    assert dropped.report.dropped_overlong == 1
+    assert counting.seen < len(row[at]) / 10
+    whole = tokenizer()(row["prompt"] + row["chosen"])["input_ids"]
+    for short in kept:
+        assert short["prompt_ids"] + short["chosen_ids"] == whole[:32]
