@@ -23,6 +23,7 @@ from .decode.loop import Guidance, guided_decode
 from .decode.plan import make_plan
 from .decode.policies import HFPolicy, LanguageModel, make_policy, plain_language_model
 from .decode.record import Record
+from .models import foreign
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
@@ -52,6 +53,7 @@ class RewardGuided:
     reward_tokenizer: Any = None
     tokenizer: Any = None
     reward_head: Callable[[Tensor], Tensor] | None = None
+    reward_label: str | int | None = None
     reward_method: str = "auto"
     eos_reward: str = "auto"
     output_candidates: bool = False
@@ -78,9 +80,13 @@ class RewardGuided:
             self.prune,
             self.cuda_graph,
         )
-        self._rm: RewardModel | None = None
-        if not is_scorer(self.reward_model):
-            self._rm = as_reward_model(self.reward_model, self.reward_head)
+        self._taken_apart()
+
+    def _taken_apart(self) -> RewardModel | None:
+        """The reward model as it is now: its head or modules may be others at the next call."""
+        if is_scorer(self.reward_model):
+            return None
+        return as_reward_model(self.reward_model, self.reward_head, self.reward_label)
 
     @torch.no_grad()
     def __call__(
@@ -100,24 +106,27 @@ class RewardGuided:
         `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
         """
         own_streamer = self.streamer if streamer is None else None
+        rm = self._taken_apart()
         with ended_on_error(own_streamer):
             batch = max(input_ids.shape[0], 1)
             copies = generation_config.num_return_sequences or 1
             vocab_size = model.get_input_embeddings().weight.shape[0]
             check.check_config(model, generation_config, self.k, vocab_size)
             mask = self._lm_mask(model, input_ids, generation_config, model_kwargs, vocab_size)
-            reward_ids, reward_mask = self._reward_prompt(input_ids, mask, copies)
+            reward_ids, reward_mask = self._reward_prompt(rm, input_ids, mask, copies)
             temperature, processors = take_temperature(logits_processor)
             guidance = self._guidance(
                 batch, copies, input_ids.device, generation_config, temperature
             )
             new_tokens = generation_config.max_length - input_ids.shape[1]
-            as_text = self._check_reward_prompt(reward_ids, reward_mask, new_tokens, vocab_size)
+            as_text = self._check_reward_prompt(rm, reward_ids, reward_mask, new_tokens, vocab_size)
             found = plain_language_model(
                 model, input_ids, mask, generation_config, model_kwargs, self.backend
             )
             max_length = reward_ids.shape[1] + new_tokens
-            scorer = self._make_scorer(as_text, max_length, generation_config, vocab_size, found)
+            scorer = self._make_scorer(
+                rm, as_text, max_length, generation_config, vocab_size, found
+            )
             if self.reward_range is not None:
                 guidance.prune = check.prunes(scorer, self.prune, self.output_candidates)
             policy = make_policy(
@@ -131,7 +140,7 @@ class RewardGuided:
                 input_ids.device,
                 processors,
                 stopping_criteria,
-                getattr(generation_config, "_pad_token_tensor", None),
+                foreign.pad_tensor(generation_config),
                 sync_every=self.sync_every,
                 compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
                 # Hugging Face's cache must hold no token beyond the last step when it is returned.
@@ -193,7 +202,7 @@ class RewardGuided:
         if mask is None:
             mask = torch.ones_like(input_ids)
         check.check_left_padded("attention_mask", mask)
-        seen = max(mask.shape[1], getattr(config, "_mask_length", 0) or 0)
+        seen = max(mask.shape[1], foreign.mask_length(config))
         if seen != input_ids.shape[1] and self.reward_input_ids is None:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens and the cache given makes them {seen}; "
@@ -209,7 +218,9 @@ class RewardGuided:
         )
         return mask
 
-    def _reward_prompt(self, input_ids: Tensor, mask: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+    def _reward_prompt(
+        self, rm: RewardModel | None, input_ids: Tensor, mask: Tensor, copies: int
+    ) -> tuple[Tensor, Tensor]:
         """The prompts as the reward model sees them: ids and mask [B, P]."""
         ids, own_mask = self.reward_input_ids, self.reward_attention_mask
         if ids is None:
@@ -228,7 +239,7 @@ class RewardGuided:
             )
         if own_mask is None:
             own_mask = torch.ones_like(ids)
-            pad = getattr(self._rm.text_config, "pad_token_id", None) if self._rm else None
+            pad = getattr(rm.text_config, "pad_token_id", None) if rm else None
             if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
                 raise ValueError(
                     f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
@@ -240,10 +251,9 @@ class RewardGuided:
         return ids, own_mask
 
     def _check_reward_prompt(
-        self, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
+        self, rm: RewardModel | None, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
     ) -> bool:
         """Whether the reward model must be given text; raises for a prompt that does not fit it."""
-        rm = self._rm
         if rm is None:
             return False
         own_prompt = self.reward_input_ids is not None
@@ -258,15 +268,15 @@ class RewardGuided:
 
     def _make_scorer(
         self,
+        rm: RewardModel | None,
         as_text: bool,
         max_length: int,
         config: GenerationConfig,
         vocab_size: int,
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
-        if self._rm is None:
+        if rm is None:
             return self.reward_model
-        rm = self._rm
         own_prompt = self.reward_input_ids is not None
         joint = (
             found is not None
@@ -285,7 +295,7 @@ class RewardGuided:
             tokenizer=self.tokenizer if as_text else None,
             reward_tokenizer=self.reward_tokenizer if as_text else None,
             own_prompt=own_prompt,
-            eos_ids=getattr(config, "_eos_token_tensor", None),
+            eos_ids=foreign.eos_tensor(config),
             eos_reward=self.eos_reward,
             max_length=max_length,
             backend=self.backend,
