@@ -32,6 +32,7 @@ def generate(
     reward_tokenizer: Any = None,
     tokenizer: Any = None,
     reward_head: Callable[[Tensor], Tensor] | None = None,
+    reward_label: str | int | None = None,
     reward_method: str = "auto",
     eos_reward: str = "auto",
     output_candidates: bool = False,
@@ -55,10 +56,11 @@ def generate(
     Args:
         model: a causal language model (or a PEFT model around one).
         inputs: prompts int64 [B, P]; or `input_ids=`.
-        reward_model: a sequence-classification model with one label, any module with a base model
-            and a head (`score`, `classifier`, `v_head`, `regression_head`), a `RewardHead` or
-            `RewardAdapter` on the language model's own weights, or a scorer object with `prefill`,
-            `score` and `commit`. May live on another device and in another dtype.
+        reward_model: a sequence-classification model (with several labels: see `reward_label`), any
+            module with a base model and a head (`score`, `classifier`, `v_head`,
+            `regression_head`), a `RewardHead` or `RewardAdapter` on the language model's own
+            weights, or a scorer object with `prefill`, `score` and `commit`. May live on another
+            device and in another dtype.
         k: candidates per step, 1 to 64.
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts
@@ -70,6 +72,10 @@ def generate(
         reward_tokenizer, tokenizer: the two tokenizers. Where their vocabularies differ, each
             candidate text is decoded and encoded again.
         reward_head: hidden states [..., H] -> rewards [...] or [..., 1], where no head is found.
+        reward_label: of a model with several labels, the one to be likely: a name in its `id2label`
+            ("POSITIVE") or an index. The reward is the label's log-probability: its log-softmax
+            over the labels (its log-sigmoid with `problem_type="multi_label_classification"`, its
+            logit as it is with `problem_type="regression"` in the reward model's configuration).
         reward_method: "tree", "expand", "reencode" or "auto" (the fastest that a numerical probe
             finds right for this model; see `rgtg_fast.scorers.make_scorer`).
         eos_reward: reward of prefix + EOS: "hidden" (the head at the EOS token), "previous" (that
@@ -123,6 +129,7 @@ def generate(
             reward_tokenizer=reward_tokenizer,
             tokenizer=tokenizer,
             reward_head=reward_head,
+            reward_label=reward_label,
             reward_method=reward_method,
             eos_reward=eos_reward,
             output_candidates=output_candidates,

@@ -26,7 +26,7 @@ from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.policies import HFPolicy, LanguageModel, make_policy, plain_language_model
 from .decode.record import Record
-from .models.foreign import streamer_of_caller
+from .models import foreign
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
@@ -58,6 +58,7 @@ class RewardGuided:
     reward_tokenizer: Any = None
     tokenizer: Any = None
     reward_head: Callable[[Tensor], Tensor] | None = None
+    reward_label: str | int | None = None
     reward_method: str = "auto"
     eos_reward: str = "auto"
     output_candidates: bool = False
@@ -72,9 +73,13 @@ class RewardGuided:
 
     def __post_init__(self) -> None:
         check.check_options(self)
-        self._rm: RewardModel | None = None
-        if not is_scorer(self.reward_model):
-            self._rm = as_reward_model(self.reward_model, self.reward_head)
+        self._taken_apart()
+
+    def _taken_apart(self) -> RewardModel | None:
+        """The reward model as it is now: its head or modules may be others at the next call."""
+        if is_scorer(self.reward_model):
+            return None
+        return as_reward_model(self.reward_model, self.reward_head, self.reward_label)
 
     @torch.no_grad()
     def __call__(
@@ -93,7 +98,7 @@ class RewardGuided:
 
         `keep_cache`: the caller keeps the cache in `model_kwargs` and will look at it.
         """
-        found = streamer_of_caller(model) if streamer is None else None
+        found = foreign.streamer_of_caller(model) if streamer is None else None
         streamer = found if streamer is None else streamer
         own_streamer = self.streamer if streamer is None else None
         ends = ended_on_error(found, None if self.streamer is streamer else self.streamer)
@@ -112,7 +117,11 @@ class RewardGuided:
             )
             if own_streamer is not None:  # one that Hugging Face knows has had the prompt already
                 own_streamer.put(input_ids.cpu())
-            result = decode(call, input_ids)
+            try:
+                result = decode(call, input_ids)
+            finally:
+                if hasattr(call.scorer, "finish"):
+                    call.scorer.finish()
         return result if isinstance(result, Tensor) else RewardGuidedOutput(**result)
 
     def resolve(
@@ -129,19 +138,20 @@ class RewardGuided:
         keep_cache: bool,
     ) -> Call:
         """Everything that the run will be made of, after every check that can be made before it."""
+        rm = self._taken_apart()
         batch = max(input_ids.shape[0], 1)
         copies = config.num_return_sequences or 1
         vocab_size = model.get_input_embeddings().weight.shape[0]
         check.check_config(model, config, self.k, vocab_size)
         mask = self._lm_mask(model, input_ids, config, model_kwargs, vocab_size)
-        reward_prompt = self._reward_prompt(input_ids, mask, copies)
+        reward_prompt = self._reward_prompt(rm, input_ids, mask, copies)
         new_tokens = config.max_length - input_ids.shape[1]
-        as_text = self._check_reward_prompt(*reward_prompt, new_tokens, vocab_size)
+        as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
         temperature, processors = take_temperature(logits_processor)
         guidance = self._guidance(batch, copies, input_ids.device, config, temperature)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
-        scorer = self._make_scorer(as_text, max_length, config, vocab_size, found)
+        scorer = self._make_scorer(rm, as_text, max_length, config, vocab_size, found)
         if self.reward_range is not None:
             guidance.prune = check.prunes(scorer, self.prune, self.output_candidates)
         policy = make_policy(model, found, scorer, mask, config, model_kwargs, self.backend)
@@ -152,7 +162,7 @@ class RewardGuided:
             input_ids,
             processors,
             criteria,
-            getattr(config, "_pad_token_tensor", None),
+            foreign.pad_tensor(config),
             sync_every=self.sync_every,
             compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
             # Hugging Face's cache must hold no token beyond the last step when it is returned.
@@ -221,7 +231,7 @@ class RewardGuided:
         if mask is None:
             mask = torch.ones_like(input_ids)
         check.check_left_padded("attention_mask", mask)
-        seen = max(mask.shape[1], getattr(config, "_mask_length", 0) or 0)
+        seen = max(mask.shape[1], foreign.mask_length(config))
         if seen != input_ids.shape[1] and self.reward_input_ids is None:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens and the cache given makes them {seen}; "
@@ -237,7 +247,9 @@ class RewardGuided:
         )
         return mask
 
-    def _reward_prompt(self, input_ids: Tensor, mask: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+    def _reward_prompt(
+        self, rm: RewardModel | None, input_ids: Tensor, mask: Tensor, copies: int
+    ) -> tuple[Tensor, Tensor]:
         """The prompts as the reward model sees them: ids and mask [B, P]."""
         ids, own_mask = self.reward_input_ids, self.reward_attention_mask
         if ids is None:
@@ -256,7 +268,7 @@ class RewardGuided:
             )
         if own_mask is None:
             own_mask = torch.ones_like(ids)
-            pad = getattr(self._rm.text_config, "pad_token_id", None) if self._rm else None
+            pad = getattr(rm.text_config, "pad_token_id", None) if rm else None
             if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
                 raise ValueError(
                     f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
@@ -268,10 +280,9 @@ class RewardGuided:
         return ids, own_mask
 
     def _check_reward_prompt(
-        self, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
+        self, rm: RewardModel | None, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
     ) -> bool:
         """Whether the reward model must be given text; raises for a prompt that does not fit it."""
-        rm = self._rm
         if rm is None:
             return False
         own_prompt = self.reward_input_ids is not None
@@ -286,15 +297,15 @@ class RewardGuided:
 
     def _make_scorer(
         self,
+        rm: RewardModel | None,
         as_text: bool,
         max_length: int,
         config: GenerationConfig,
         vocab_size: int,
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
-        if self._rm is None:
+        if rm is None:
             return self.reward_model
-        rm = self._rm
         own_prompt = self.reward_input_ids is not None
         joint = (
             found is not None
@@ -313,7 +324,7 @@ class RewardGuided:
             tokenizer=self.tokenizer if as_text else None,
             reward_tokenizer=self.reward_tokenizer if as_text else None,
             own_prompt=own_prompt,
-            eos_ids=getattr(config, "_eos_token_tensor", None),
+            eos_ids=foreign.eos_tensor(config),
             eos_reward=self.eos_reward,
             max_length=max_length,
             backend=self.backend,

@@ -18,11 +18,14 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from .. import ops
+from ..models import foreign
 from ..models.cache import SiblingCache
 from ..models.foreign import CACHE
 from ..models.language_model import LanguageModel
 from ..models.padding import has_holes, positions_of
+from ..models.parts import computing_dtype, numerics
 from ..models.siblings import SiblingForward, fill_cache
+from ..models.twin import Twins
 from ..scorers.joint import JointScorer
 from ..scorers.probe import TOLERANCE, probe
 from .rows import Rows
@@ -56,11 +59,7 @@ class Policy(Protocol):
 
 
 class HFPolicy:
-    """`model.forward` with what `model.generate` prepared; any cache, embeddings, no cache at all.
-
-    `_prefill` and `_update_model_kwargs_for_generation` are the only private helpers of
-    transformers in use.
-    """
+    """`model.forward` with what `model.generate` prepared; any cache, embeddings, no cache."""
 
     capturable = False
     caches: Sequence[SiblingCache] = ()
@@ -72,7 +71,9 @@ class HFPolicy:
         self.attentions = self.hidden_states = None
 
     def prefill(self, input_ids: Tensor) -> Tensor:
-        return self._take(self.model._prefill(input_ids, self.config, self.model_kwargs), input_ids)
+        return self._take(
+            foreign.prefill(self.model, input_ids, self.config, self.model_kwargs), input_ids
+        )
 
     def step(self, rows: Rows) -> Tensor:
         """One LM forward on the last token (on the whole sequence with `use_cache=False`)."""
@@ -85,9 +86,7 @@ class HFPolicy:
         return self._take(self.model(**inputs, return_dict=True), input_ids)
 
     def _take(self, outputs: Any, input_ids: Tensor) -> Tensor:
-        self.model_kwargs = self.model._update_model_kwargs_for_generation(
-            outputs, self.model_kwargs
-        )
+        self.model_kwargs = foreign.updated_kwargs(self.model, outputs, self.model_kwargs)
         self.attentions = outputs.get("attentions")
         self.hidden_states = outputs.get("hidden_states")
         return outputs.logits[:, -1].to(input_ids.device)
@@ -126,23 +125,22 @@ class CachedPolicy:
         cache: DynamicCache,
     ) -> None:
         self.view, self.attention_mask, self.cache = view, attention_mask, cache
-        self.forward = SiblingForward(view, 1, capacity, True, backend)
+        self.forward = SiblingForward(view.twin(eval_mode=False), 1, capacity, True, backend)
+        self.rest = view.rest()
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
         device = self.view.device
         mask = self.attention_mask.to(device)
-        with self.view.fast_linears.active():
-            hidden = self.forward.prefill(input_ids.to(device), mask)
-            logits = self.view.logits(hidden[:, -1], self.forward.output_type)
+        hidden = self.forward.prefill(input_ids.to(device), mask)
+        logits = self.rest.logits(hidden[:, -1], self.forward.output_type)
         self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
         return logits.to(input_ids.device)
 
     def step(self, rows: Rows) -> Tensor:
-        with self.view.fast_linears.active():
-            hidden = self.forward.siblings(rows.last().to(self.view.device))
-            self.forward.commit(self.slot)
-            logits = self.view.logits(hidden[:, 0], self.forward.output_type)
+        hidden = self.forward.siblings(rows.last().to(self.view.device))
+        self.forward.commit(self.slot)
+        logits = self.rest.logits(hidden[:, 0], self.forward.output_type)
         return logits.to(rows.ids.device)
 
     def can_keep_rows(self) -> bool:
@@ -170,6 +168,7 @@ class JointPolicy:
 
     def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:
         self.view, self.scorer, self.cache = view, scorer, cache
+        self.rest = view.rest()
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
@@ -179,8 +178,7 @@ class JointPolicy:
         return self._logits().to(rows.ids.device)
 
     def _logits(self) -> Tensor:
-        with self.view.fast_linears.active():
-            return self.view.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
+        return self.rest.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
 
     def can_keep_rows(self) -> bool:
         return True
@@ -275,14 +273,14 @@ def language_model(
         type(model).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation
         or "prepare_inputs_for_generation" in model.__dict__
-        or getattr(model, "_compiled_call_impl", None) is not None
+        or foreign.compiled(model)
     ):
         return None
     view = LanguageModel(model)
     if view.base is model:
         return None
     for module in (model, view.base):
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        if "forward" in module.__dict__ or foreign.hooked(module) or foreign.compiled(module):
             return None
     way = probe(view, max_length, ("tree",), backend).way("tree")
     if way is None or not _head_is_right(view):
@@ -293,14 +291,15 @@ def language_model(
 def _head_is_right(view: LanguageModel) -> bool:
     """Whether `view.logits` of the base's hidden state are what the whole model gives."""
     known = _head_verdicts.setdefault(view.model, {})
-    key = (view.dtype, str(view.device))
+    key = (view.dtype, str(view.device), numerics(view.device))
     if key not in known:
         ids = torch.arange(1, 4, device=view.device)[None] % view.vocab_size
-        with view.evaluating():
-            want = view.model(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
-            hidden, out = view.forward_base(ids, use_cache=False)
-            got = view.logits(hidden[:, -1], type(out))
+        whole = Twins([view.model], eval_mode=True)[view.model]
+        want = whole(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
+        hidden, out = view.twin().forward_base(ids, use_cache=False)
+        got = view.rest(eval_mode=True).logits(hidden[:, -1], type(out))
         spread = want.float().std()
         error = (got.float() - want.float()).abs().max()
-        known[key] = bool(error <= TOLERANCE[view.dtype] * spread) or bool(want.isnan().any())
+        allowed = TOLERANCE[computing_dtype(view)] * spread
+        known[key] = bool(error <= allowed) or bool(want.isnan().any())
     return known[key]

@@ -1,32 +1,31 @@
 """What k siblings may attend to, and the plug-in that reads it from the cache without a mask.
 
-Fused: transformers' attention interface is pointed at the op `candidate_attention`, for one model
-and only while it decodes. The prefix stays in the `SiblingCache`; instead of a mask the model is
-handed each row's first visible slot, as a [B, 1, 1, 1] tensor that transformers passes through
-(it takes any 4D mask for a prepared one). Masked: models that do not let their attention be
-replaced, or add to it, get a dense additive mask [B, 1, k, k + L] instead.
+Fused: transformers' attention interface is pointed at the op `candidate_attention`, for the twin of
+one call (twin.py) and from its first step on. The prefix stays in the `SiblingCache`; instead of a
+mask the model is handed each row's first visible slot, as a [B, 1, 1, 1] tensor that transformers
+passes through (it takes any 4D mask for a prepared one). Masked: models that do not let their
+attention be replaced, or add to it, get a dense additive mask [B, 1, k, k + L] instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from .. import ops
 from ..ops.dispatch import settle
 from .cache import SiblingCache
+from .foreign import Unsupported, set_attention
 from .padding import has_holes
 
 NAME = "rgtg_candidates"
+_DECODING = "rgtg_decoding"  # of a twin's configuration: the cache, weakly, and the kernel
 Spans = dict[str, int | None]
-
-_decoding: ContextVar[tuple[SiblingCache, Callable[..., Tensor]]] = ContextVar("rgtg_decoding")
 
 
 def attend(
@@ -43,15 +42,22 @@ def attend(
     """transformers' attention function: query [B, Hq, k, D], key and value [B, Hkv, k, D].
 
     Returns [B, k, Hq, D]; for a packed selection, whose query is [1, Hq, N, D], [1, N, Hq, D].
-    Raises `ValueError` for attention that is more than softmax over scaled, capped products; the
+    Raises `Unsupported` for attention that is more than softmax over scaled, capped products; the
     probe then has the model use masks.
     """
-    cache, kernel = _decoding.get()
+    held, kernel = module.config.__dict__[_DECODING]
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        raise ValueError(f"{type(module).__name__} makes an attention mask of its own")
+        raise Unsupported(f"{type(module).__name__} makes an attention mask of its own")
     if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} has attention sinks")
+        raise Unsupported(f"{type(module).__name__} has attention sinks")
+    if value.shape[-1] != query.shape[-1]:
+        raise Unsupported(f"{type(module).__name__} has values of another width than its keys")
+    cache = held()
     layer, packed = cache.current, cache.packed
+    dtype = layer.prefix_keys.dtype
+    if query.dtype is not dtype or key.dtype is not dtype or value.dtype is not dtype:
+        # Under autocast rotary embeddings leave fp32; torch's attention rounds them like this too.
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if packed is not None:  # keys and values were spread by the cache
         query = packed.spread(query)
     out = kernel(
@@ -83,44 +89,24 @@ def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[...
     return ops.kernel("candidate_attention", backend, device)
 
 
-class plugged_in:
-    """Inside, models of `configs` attend by `attend` on `cache`; afterwards as they did before."""
-
-    # Twice a token: no generator, and no attribute access, which is slow on configurations.
-    def __init__(
-        self, configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]
-    ) -> None:
-        self.configs = [config.__dict__ for config in configs]
-        self.decoding = cache, kernel
-
-    def __enter__(self) -> None:
-        self.own = [config["_attn_implementation_internal"] for config in self.configs]
-        self.token = _decoding.set(self.decoding)
-        for config in self.configs:
-            config["_attn_implementation_internal"] = NAME
-
-    def __exit__(self, *error: object) -> None:
-        for config, name in zip(self.configs, self.own, strict=True):
-            config["_attn_implementation_internal"] = name
-        _decoding.reset(self.token)
+def plug_in(configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]) -> None:
+    """From now on the modules of a twin's `configs` attend by `attend` on `cache`."""
+    for config in configs:
+        set_attention(config, NAME)
+        # Weakly: nothing that a twin holds on to keeps keys and values alive.
+        config.__dict__[_DECODING] = weakref.ref(cache), kernel
 
 
-def attention_configs(model: Any) -> list[Any]:
-    """The configurations that the modules of `model` read their attention implementation from."""
-    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    return [c for c in found.values() if "_attn_implementation_internal" in vars(c)]
-
-
-def plain_attention(config: Any) -> bool:
-    """Whether the attention in use takes a dense additive 4D mask (FlashAttention takes 2D ones
+def plain_attention(implementation: str | None) -> bool:
+    """Whether the attention named takes a dense additive 4D mask (FlashAttention takes 2D ones
     only, and flex_attention with a dense one has crashed the process on CPU)."""
-    return getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa")
+    return implementation in (None, "eager", "sdpa")
 
 
 def attention_spans(config: Any) -> Spans:
     """Layer type -> how far back a query sees: None for all, a window or chunk size otherwise.
 
-    Raises `ValueError` for a layer type whose mask is not known here.
+    Raises `Unsupported` for a layer type whose mask is not known here.
     """
     window = getattr(config, "sliding_window", None)
     types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
@@ -133,7 +119,7 @@ def attention_spans(config: Any) -> Spans:
     }
     unknown = [t for t in types if t not in known]
     if unknown:
-        raise ValueError(f"layers of type {unknown} have no sibling mask")
+        raise Unsupported(f"layers of type {unknown} have no sibling mask")
     return {t: known[t] for t in types}
 
 
@@ -245,20 +231,6 @@ class SiblingMask:
             start = first_visible(name, span, self.left_padding, length)
             view = self.buffers[name][..., self.width : self.width + self.length]
             view.masked_fill_((slots < start[:, None])[:, None, None, :], self.hidden)
-
-
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules of `model` use the one attention that gives its weights away."""
-    configs = [config.__dict__ for config in attention_configs(model)]
-    own = [config["_attn_implementation_internal"] for config in configs]
-    for config in configs:
-        config["_attn_implementation_internal"] = "eager"
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, own, strict=True):
-            config["_attn_implementation_internal"] = name
 
 
 def last_attention(rm: Any, out: Any) -> Tensor:

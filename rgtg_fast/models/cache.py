@@ -8,6 +8,7 @@ width of 1 it is an ordinary static cache, and serves language models too.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class SiblingLayer(CacheLayerMixin):
     """One layer's view of the stores: `keys` and `values` are [B, Hkv, k + capacity, D]."""
 
     is_sliding = False
-    cache: SiblingCache | None = None  # set when the prompt is in
+    # Set when the prompt is in. Weakly: a reference cycle would keep the stores after the call.
+    cache: weakref.ref[SiblingCache] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -30,10 +32,10 @@ class SiblingLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        cache = self.cache
+        cache = None if self.cache is None else self.cache()
         if cache is None:  # the prompt: kept as computed until the stores are built
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = _as_attended(key_states), _as_attended(value_states)
+            self.lazy_initialization(self.keys, self.values)
             return key_states, value_states
         assert self.keys is not None and self.values is not None
         if cache.packed is not None:
@@ -51,7 +53,8 @@ class SiblingLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.cache is None else self.cache.length
+        cache = None if self.cache is None else self.cache()
+        return 0 if cache is None else cache.length
 
     def get_max_length(self) -> int:
         return -1
@@ -59,6 +62,14 @@ class SiblingLayer(CacheLayerMixin):
     # transformers 5.17 declares this one abstract; 5.23 renamed it to get_max_length.
     def get_max_cache_shape(self) -> int:
         return -1
+
+
+def _as_attended(states: Tensor) -> Tensor:
+    """Keys or values as torch's attention reads them: under autocast, rounded to its dtype."""
+    device = states.device.type
+    if states.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return states.to(torch.get_autocast_dtype(device))
+    return states
 
 
 class SiblingCache(Cache):
@@ -112,14 +123,17 @@ class SiblingCache(Cache):
                 if order is not None:
                     index = order.to(device).view(batch, 1, length, 1)
                     prompt = prompt.gather(2, index.expand(-1, heads, -1, dim))
-                store[i, :, :, : self.width] = 0  # read, times 0, by a masked forward of fewer
+                # A masked forward of fewer siblings reads these at weight 0; a NaN would spread.
+                store[i, :, :, : self.width] = 0
                 store[i, :, :, self.width : self.width + length] = prompt
                 setattr(layer, name, store[i])
             self.stores.append(store)
-            self.lengths[device] = torch.full((batch,), length, device=device)
-            self.ends[device] = torch.full((1,), self.width + length, device=device)
+            self.lengths[device] = torch.full((batch,), length, dtype=torch.int64, device=device)
+            self.ends[device] = torch.full(
+                (1,), self.width + length, dtype=torch.int64, device=device
+            )
         for layer in self.layers:
-            layer.cache = self
+            layer.cache = weakref.ref(self)
         self._set_prefixes()
 
     def commit(self, slot: Tensor) -> None:

@@ -9,79 +9,71 @@ stored; nothing is packed or copied.
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Rows from which it is faster: one row of a Conv1D, whose weights lie the other way round, is not.
-_FEWEST: dict[type, int] = {nn.Linear: 1, Conv1D: 2}
+from .foreign import FORWARD_HOOKS, PARAMETERS, PRE_HOOKS, onednn_linear
+
 _LARGE = 1 << 19  # weights; below, the call's own cost (some 30 µs) outweighs the gain
 _WIDE = 128  # inputs; rows of weights that are shorter are read no faster
 
 
-class FastLinears:
-    """The linear layers of `model` that can take the faster kernel; `active()` switches them.
+def quicken(twins: list[nn.Module]) -> None:
+    """Give the linear layers among `twins` (see twin.py) that can take it the faster kernel.
 
-    Only plain `nn.Linear` and GPT-2's `Conv1D` without hooks, with fp32 weights on CPU. The modules
-    keep their parameters; inside `active()` each has an instance attribute `forward`, gone after.
+    Only plain `nn.Linear` and GPT-2's `Conv1D` without hooks, with fp32 weights on CPU.
     """
+    kernel = onednn_linear()
+    if kernel is None:
+        return
+    for module in twins:  # one loop, without a call for each module
+        kind = type(module)
+        if kind is not nn.Linear and kind is not Conv1D:
+            continue
+        attributes = module.__dict__
+        weight: Any = attributes[PARAMETERS].get("weight")
+        if (
+            type(weight) is nn.Parameter
+            and weight.dtype is torch.float32
+            and weight.numel() >= _LARGE
+            and weight.shape[0 if kind is Conv1D else 1] >= _WIDE
+            and weight.device.type == "cpu"
+            and not (attributes[FORWARD_HOOKS] or attributes[PRE_HOOKS])
+            and "forward" not in attributes  # accelerate and others patch it too
+        ):
+            bias = attributes[PARAMETERS]["bias"]
+            forward = _conv1d if kind is Conv1D else _linear
+            # Not bound to the module: that would be a reference cycle.
+            attributes["forward"] = partial(forward, kernel, weight, bias)
 
-    def __init__(self, model: nn.Module) -> None:
-        self._patches: list[tuple[dict, Callable]] = []
-        if not _available():
-            return
-        for module in model.modules():
-            if type(module) in (nn.Linear, Conv1D) and _is_plain(module):
-                self._patches.append((module.__dict__, _forward_of(module)))
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        for attributes, forward in self._patches:
-            attributes["forward"] = forward
-        try:
-            yield
-        finally:
-            for attributes, _ in self._patches:
-                del attributes["forward"]
+def _linear(
+    kernel: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    if _falls_through(x):
+        return nn.functional.linear(x, weight, bias)
+    return kernel(x, weight, bias, "none", [], "")
 
 
-def _available() -> bool:
+def _conv1d(kernel: Callable[..., Tensor], weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows < 2 or _falls_through(
+        x
+    ):  # one row, whose weights lie the other way round, is no faster
+        out = torch.addmm(bias, x.view(-1, x.shape[-1]), weight)
+        return out.view(*x.shape[:-1], weight.shape[1])
+    return kernel(x, weight.t(), bias, "none", [], "")
+
+
+def _falls_through(x: Tensor) -> bool:
     return (
-        platform.machine() in ("x86_64", "AMD64")
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        x.numel() == 0
+        or x.dtype is not torch.float32
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
     )
-
-
-def _is_plain(module: nn.Module) -> bool:
-    weight: Any = module.weight
-    return (
-        type(weight) is nn.Parameter
-        and weight.dtype == torch.float32
-        and weight.numel() >= _LARGE
-        and weight.shape[0 if isinstance(module, Conv1D) else 1] >= _WIDE
-        and weight.device.type == "cpu"
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in module.__dict__  # accelerate and others patch it too
-    )
-
-
-def _forward_of(module: Any) -> Callable[[Tensor], Tensor]:
-    original = module.forward
-    stored_by_input = isinstance(module, Conv1D)
-    fewest = _FEWEST[type(module)]
-
-    def forward(x: Tensor) -> Tensor:
-        rows = x.numel() // max(1, x.shape[-1])
-        if rows < fewest or x.dtype != torch.float32 or torch.is_grad_enabled():
-            return original(x)
-        weight = module.weight.t() if stored_by_input else module.weight
-        return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
-
-    return forward

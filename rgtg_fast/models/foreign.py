@@ -1,4 +1,4 @@
-"""Names of transformers that are private or have moved: all of them stand in this file.
+"""Names of transformers and torch that are private or have moved: all of them stand in this file.
 
 Each is read plainly, so that a rename is an error here and not a wrong text elsewhere;
 tests/models/test_foreign.py holds what each must still mean.
@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import platform
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from transformers import GenerationMixin
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+class Unsupported(ValueError):
+    """What a model's own structure does not allow, whatever the call: worth remembering."""
+
 
 # What generation calls the key/value cache, in its arguments and in its output: transformers 5.24
 # renamed `past_key_values` to `cache`, and takes the old name, with a warning, until 5.40.
@@ -50,3 +61,103 @@ def streamer_of_caller(model: Any) -> Any:
             return frame.f_locals["streamer"]
         frame = frame.f_back
     return None
+
+
+# Configurations. `config._attn_implementation` is a property over `_attn_implementation_internal`;
+# its setter checks the name against the installed packages and sets sub-configurations too, which
+# share nothing with each other here. Ends with a public way to choose attention for a configuration
+# (`set_attn_implementation` is one of models, and refuses functions that it did not check).
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation in use; None before transformers has chosen one."""
+    return config.__dict__["_attn_implementation_internal"]
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Have the modules of `config` attend by the registered function `name`."""
+    attention_of(config)  # a KeyError where the attribute has another name by now
+    config.__dict__["_attn_implementation_internal"] = name
+
+
+def name_or_path(config: Any) -> str:
+    """Where a model was loaded from, "" where it was not."""
+    return config._name_or_path
+
+
+# Generation configurations as `generate` prepares them: no public way in transformers 5.24.
+
+
+def eos_tensor(config: GenerationConfig) -> Tensor | None:
+    """All EOS ids int64 [n] of a prepared generation configuration; None where it has none."""
+    return config._eos_token_tensor
+
+
+def pad_tensor(config: GenerationConfig) -> Tensor | None:
+    """The id int64 [] that ended rows are filled with; None where there is none."""
+    return config._pad_token_tensor
+
+
+def mask_length(config: GenerationConfig) -> int:
+    """Tokens that the attention mask covers, those in a given cache included, where `generate`
+    dropped the mask because it hides nothing; 0 where it did not (never, before 5.23 or so)."""
+    if _DROPS_MASKS:
+        GenerationConfig.__annotations__["_mask_length"]  # a KeyError where it was renamed
+    return vars(config).get("_mask_length") or 0
+
+
+_DROPS_MASKS = Version(transformers.__version__) >= Version("5.23")
+
+
+# Helpers of `GenerationMixin` that its own decoding loops are made of.
+
+
+def prefill(
+    model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> Any:
+    """The output of the forward on the prompt, in chunks where the configuration says so."""
+    return model._prefill(input_ids, config, model_kwargs)
+
+
+def updated_kwargs(model: Any, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the next forward: cache, mask and positions one token on."""
+    return model._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+
+# torch.nn.Module. Its instance dictionary is its state; torch.compile keeps its own beside it.
+
+PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
+COMPILED = "_compiled_call_impl"  # what `module.compile()` made, or None
+WRAPPED = "_orig_mod"  # the child of a `torch.compile(module)`
+FORWARD_HOOKS, PRE_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+HOOKS = (
+    FORWARD_HOOKS,
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    PRE_HOOKS,
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something runs before or after the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def hooks_of(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
+
+
+# oneDNN's linear, which torch's inductor emits; torch has no public name for it.
+
+
+def onednn_linear() -> Callable[..., Tensor] | None:
+    """`(x, weight, bias, "none", [], "")` -> x @ weight.T + bias for fp32 on x86; None without."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return None
+    return torch.ops.mkldnn._linear_pointwise

@@ -5,38 +5,61 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .cpu_linear import FastLinears
-from .reward_model import RewardModel
+from .cpu_linear import quicken
+from .foreign import COMPILED
+from .parts import ModelParts
+from .twin import Twins
 
 
-class LanguageModel(RewardModel):
-    """A causal LM taken apart: `forward_base`, and `logits` for what the model does after it."""
+class LanguageModel(ModelParts):
+    """A causal LM taken apart: `forward_base`, and `rest` for what the model does after it."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, head=_no_head)
-        self.fast_linears = FastLinears(model)
-        self._ready: tuple[tuple, Tensor, Tensor, Any] | None = None  # see `logits`
+    def rest(self, eval_mode: bool = False) -> AfterBase:
+        """What the model does after its base, on a twin."""
+        return AfterBase(self, eval_mode)
+
+    def _roots(self) -> list[nn.Module]:
+        return [self.base]  # the rest has a twin of its own
+
+
+class AfterBase:
+    """A causal LM whose base hands out hidden states that it is given."""
+
+    def __init__(self, parts: LanguageModel, eval_mode: bool) -> None:
+        self._handout = _Handout()
+        base = object.__new__(type(parts.base))
+        base.__dict__.update(parts.base.__dict__)
+        base.__dict__["forward"] = self._handout
+        base.__dict__[COMPILED] = None
+        twins = Twins([parts.model], eval_mode, given={parts.base: base})
+        quicken(twins.modules)
+        self._twins, self._model = twins, twins[parts.model]
+        self._key: tuple | None = None
+        self._fresh: Tensor
+        self._ids: Tensor
 
     def logits(self, hidden: Tensor, output_type: Any) -> Tensor:
         """Logits [B, V] of hidden states [B, H], by the model's own code after its base (heads,
-        caps, scales): the model runs with a base that hands out `hidden`."""
-        if self._ready is None or self._ready[0] != (hidden.shape, hidden.dtype, output_type):
-            # A tensor of its own: with frozen weights torch's linear copies the whole vocabulary
-            # matrix for an input whose strides are not quite a new tensor's, as a slice's are not.
-            fresh = hidden.new_empty((len(hidden), 1, hidden.shape[1]))
-            ids = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
-            key = hidden.shape, hidden.dtype, output_type
-            self._ready = key, fresh, ids, output_type(last_hidden_state=fresh)
-        _, fresh, ids, ready = self._ready
-        fresh.copy_(hidden[:, None])
-        self.base.__dict__["forward"] = lambda *args, **kwargs: ready
-        try:
-            return self.model(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
-        finally:
-            del self.base.__dict__["forward"]
+        caps, scales). `output_type` is the class of what the base returns."""
+        key = hidden.shape, hidden.dtype, output_type
+        if self._key != key:
+            # Copy into a fresh contiguous tensor: for a slice, with frozen weights, torch.linear
+            # copies the whole vocabulary matrix.
+            self._fresh = hidden.new_empty((len(hidden), 1, hidden.shape[1]))
+            self._ids = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
+            self._handout.output = output_type(last_hidden_state=self._fresh)
+            self._key = key
+        self._fresh.copy_(hidden[:, None])
+        out = self._model(input_ids=self._ids, use_cache=False, return_dict=True)
+        return out.logits[:, -1]
 
 
-def _no_head(hidden: Tensor) -> Tensor:
-    raise TypeError("a language model gives no rewards")
+class _Handout:
+    """Stands for the base's forward."""
+
+    output: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output

@@ -7,12 +7,13 @@ share one product with their A's stacked; each B adds into the base product in p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .twin import Twins
 
 
 class LowRank(NamedTuple):
@@ -30,54 +31,57 @@ class LayerInputs(NamedTuple):
 
 
 class LowRankLayers:
-    """The adapted layers of a model; `active()` switches the adapter on.
-
-    Inside, each layer has an instance attribute `forward` around the one it had (hooks, and the
-    faster kernels of `FastLinears`, stay in force); on the way out all is as before.
-    """
+    """The adapted layers of a model; `switch_on` has a twin's run the adapter."""
 
     def __init__(self, parts: dict[nn.Module, LowRank], inputs: LayerInputs) -> None:
         self.in_order = inputs.in_order
-        self._rows = _Rows()
-        self._groups: list[_SharedInput] = []
-        self._patches: list[_Patch] = []
+        # Per shared input: the A's stacked, and each reader with its B and its columns.
+        self._groups: list[tuple[Tensor, list[tuple[nn.Module, Tensor, slice]]]] = []
         for members in inputs.groups:
-            group = _SharedInput(torch.cat([parts[m].a for m in members]), len(members), self._rows)
-            self._groups.append(group)
-            start = 0
+            readers, start = [], 0
             for module in members:
                 part = parts[module]
                 columns = slice(start, start + part.a.shape[0])
-                self._patches.append(_Patch(module, part.b.t().contiguous(), group, columns))
+                readers.append((module, part.b.t().contiguous(), columns))
                 start = columns.stop
+            self._groups.append((torch.cat([parts[m].a for m in members]), readers))
 
-    @contextmanager
-    def active(self, first_row: int = 0, rows: int = 1) -> Iterator[None]:
-        """The adapter for one forward: on the rows from `first_row` on, of a batch of `rows`.
+    def switch_on(self, twins: Twins) -> AdapterRows:
+        """Put the adapter on a twin for good: each layer's copy gets an instance attribute
+        `forward` around the one it had (hooks and faster kernels stay in force)."""
+        rows = AdapterRows(self.in_order)
+        for a, readers in self._groups:
+            shared = _SharedInput(a, len(readers), rows)
+            rows.inputs.append(shared)
+            for module, b, columns in readers:
+                twin = twins[module]
+                twin.__dict__["forward"] = _Adapted(twin.forward, b, shared, columns)
+                twins.cyclic.append(twin.__dict__)
+        return rows
+
+
+class AdapterRows:
+    """The rows of a batch that the adapter is on: those from `first` on, of `total`."""
+
+    def __init__(self, in_order: bool) -> None:
+        self.in_order, self.first, self.total = in_order, 0, 1
+        self.inputs: list[_SharedInput] = []
+
+    def next_forward(self, first: int = 0, total: int = 1) -> None:
+        """The rows of the forward to come.
 
         Raises `ValueError` for a part of the batch where a layer does not see the batch's rows in
         their order (experts that are sent some of the tokens).
         """
-        if first_row and not self.in_order:
+        if first and not self.in_order:
             raise ValueError(
-                f"first_row={first_row}: a layer of the adapter does not see the rows of the batch "
-                "in their order; run base and adapter rows as two forwards"
+                f"first={first}: a layer of the adapter does not see the rows of the batch in "
+                "their order; run base and adapter rows as two forwards"
             )
-        self._rows.first, self._rows.total = first_row, rows
-        before = [patch.switch_on() for patch in self._patches]
-        try:
-            yield
-        finally:
-            for patch, forward in zip(self._patches, before, strict=True):
-                patch.switch_off(forward)
-            for group in self._groups:
-                group.forget()
-
-
-class _Rows:
-    """The rows of the adapter: those from `first` on, of `total`."""
-
-    first, total = 0, 1
+        self.first, self.total = first, total
+        for shared in self.inputs:
+            if shared.left:  # a forward that not all layers were in
+                shared.forget()
 
     def of(self, x: Tensor) -> Tensor:
         """Their part of x [total, n, in] or [total * n, in], as a matrix."""
@@ -89,7 +93,7 @@ class _Rows:
 class _SharedInput:
     """The product of one tensor with the A's of all layers that read it, made once."""
 
-    def __init__(self, a: Tensor, readers: int, rows: _Rows) -> None:
+    def __init__(self, a: Tensor, readers: int, rows: AdapterRows) -> None:
         self.a, self.readers, self.rows = a, readers, rows
         self.forget()
 
@@ -110,37 +114,25 @@ class _SharedInput:
         return product
 
 
-class _Patch:
-    """One layer's `forward` while the adapter is on."""
+class _Adapted:
+    """The `forward` of one adapted layer of a twin."""
 
-    def __init__(self, module: nn.Module, b: Tensor, group: _SharedInput, columns: slice) -> None:
-        self.module, self.b, self.group = module, b, group
-        self.alone = group.readers == 1
-        self.columns = columns
+    def __init__(
+        self, base: Callable[[Tensor], Tensor], b: Tensor, shared: _SharedInput, columns: slice
+    ) -> None:
+        self.base, self.b, self.shared, self.columns = base, b, shared, columns
+        self.alone = shared.readers == 1
         # bf16 and fp16 `addmm_` on CPU takes 3 to 7 times as long as `mm` and `add_`.
         self.fused = b.device.type != "cpu" or b.dtype in (torch.float32, torch.float64)
-        self.base: Callable[[Tensor], Tensor] = module.forward
-
-    def switch_on(self) -> Any:
-        before = self.module.__dict__.get("forward")
-        self.base = self.module.forward
-        self.module.__dict__["forward"] = self
-        return before
-
-    def switch_off(self, before: Any) -> None:
-        if before is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = before
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        product = self.group.times_a(x)
+        product = self.shared.times_a(x)
         if not self.alone:
             product = product[:, self.columns]
         if not out.is_contiguous():
             out = out.contiguous()
-        mine = self.group.rows.of(out)
+        mine = self.shared.rows.of(out)
         if self.fused and mine.dtype is self.b.dtype:
             mine.addmm_(product, self.b)
         else:
@@ -149,18 +141,18 @@ class _Patch:
 
 
 @torch.no_grad()
-def find_inputs(forward: Callable[[Tensor], Any], modules: list[nn.Module]) -> LayerInputs:
-    """Which of `modules` read the same tensor, seen in one `forward(ids [2, 3])`."""
+def find_inputs(
+    forward: Callable[[Tensor], Any], modules: list[nn.Module], twins: Twins
+) -> LayerInputs:
+    """Which of `modules` read the same tensor, seen in one `forward(ids [2, 3])` of their twins."""
     seen: list[tuple[nn.Module, Tensor]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda m, args: seen.append((m, args[0])))
-        for module in modules
-    ]
-    try:
-        forward(torch.zeros(2, 3, dtype=torch.int64))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for module in modules:
+
+        def note(_: Any, args: Any, module: nn.Module = module) -> None:
+            seen.append((module, args[0]))
+
+        twins[module].register_forward_pre_hook(note)
+    forward(torch.zeros((2, 3), dtype=torch.int64, device="cpu"))
     groups: dict[Any, list[nn.Module]] = {}
     place: dict[nn.Module, Any] = {}
     in_order = True

@@ -1,14 +1,13 @@
 """Rewards from the language model's own weights: a head on them, or an adapter and a head.
 
 Both are reward models like any other (a base and a head, `RewardModel`) whose base happens to be
-the language model's: nothing is copied, and outside their forwards the language model is untouched.
+the language model's: no weight is copied, and the language model is never touched.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import Self
 
-from .low_rank import LowRank, LowRankLayers, find_inputs
+from .foreign import name_or_path
+from .low_rank import AdapterRows, LowRank, LowRankLayers, find_inputs
+from .parts import ModelParts, find_base
 from .peft_checkpoint import Checkpoint, read_checkpoint, scaled
-from .reward_model import RewardModel, find_base
+from .reward_model import RewardModel
 
 
 class OnBase(RewardModel):
@@ -48,24 +50,19 @@ class OnBase(RewardModel):
         # Never a list of layers: transformers 5.17 counts those from another zero than 5.23.
         self.base_kwargs = {} if self.layer == -1 else {"output_hidden_states": True}
 
-    def active(self, first_row: int = 0, rows: int = 1) -> AbstractContextManager[None]:
-        """What must be on during a forward for the rows from `first_row` (of `rows`) to be those
-        of the reward model; rows before it are the language model's own."""
-        return nullcontext()
-
     # Whether the reward model's rows are others than the language model's: those with the adapter.
     own_rows = False
 
     def forward_both(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
-        """One forward for language model and reward model: ids [B, n], or [2B, n] where the reward
-        model has rows of its own (the second half).
+        """One forward of a twin for language model and reward model: ids [B, n], or [2B, n] where
+        the reward model has rows of its own (the second half).
 
         Returns all rows' last hidden states, the head's hidden states [B, n, H], and the output.
         """
         rows = len(input_ids)
         first = rows // 2 if self.own_rows else 0
-        with self.active(first, rows):
-            hidden, out = super().forward_base(input_ids, **kwargs, **self.base_kwargs)
+        self._begin(first, rows)
+        hidden, out = super().forward_base(input_ids, **kwargs, **self.base_kwargs)
         return hidden, self.hidden_of(out)[first:], out
 
     def can_share_forwards(self) -> bool:
@@ -80,24 +77,27 @@ class OnBase(RewardModel):
         return hidden if hidden is not None else out[0]
 
     def forward_base(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        with self.active():
-            _, out = super().forward_base(input_ids, **kwargs, **self.base_kwargs)
+        self._begin()
+        _, out = super().forward_base(input_ids, **kwargs, **self.base_kwargs)
         return self.hidden_of(out), out
+
+    def _begin(self, first: int = 0, rows: int = 1) -> None:
+        """The reward model's rows of the forward to come: from `first` on, of `rows`."""
 
     @torch.no_grad()
     def _check_head(self, what: str, way_out: str) -> torch.device:
         """The device of the hidden states, after one forward of the plain base."""
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-        with self.evaluating():
-            _, out = super().forward_base(ids, use_cache=False, **self.base_kwargs)
-            hidden = self.hidden_of(out)
-            try:
-                self.rewards(hidden)
-            except (RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"{what} does not give one number for each hidden state of {hidden.shape[-1]} "
-                    f"elements ({error}); {way_out}"
-                ) from error
+        plain = RewardModel.twin(self)  # without an adapter
+        _, out = ModelParts.forward_base(plain, ids, use_cache=False, **self.base_kwargs)
+        hidden = self.hidden_of(out)
+        try:
+            plain.rewards(hidden)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{what} does not give one number for each hidden state of {hidden.shape[-1]} "
+                f"elements ({error}); {way_out}"
+            ) from error
         return hidden.device
 
 
@@ -150,6 +150,7 @@ class RewardAdapter(OnBase):
     """
 
     own_rows = True
+    rows: AdapterRows  # of a twin
 
     def __init__(self, lm: Any, checkpoint: Checkpoint) -> None:
         if hasattr(lm, "peft_config"):
@@ -168,10 +169,11 @@ class RewardAdapter(OnBase):
             self._check_head(f"the head of {checkpoint.path}", "pass the LM that it was trained on")
         )
         _warn_of_another_base(lm, checkpoint)
-        with self.evaluating():
-            inputs = find_inputs(
-                lambda ids: self.base(ids.to(self.device), use_cache=False), list(parts)
-            )
+        twin = RewardModel.twin(self)
+        assert twin.twins is not None
+        inputs = find_inputs(
+            lambda ids: twin.base(ids.to(self.device), use_cache=False), list(parts), twin.twins
+        )
         self.low_rank = LowRankLayers(parts, inputs)
 
     @classmethod
@@ -193,8 +195,14 @@ class RewardAdapter(OnBase):
         """
         return cls(lm, read_checkpoint(path, **hub))
 
-    def active(self, first_row: int = 0, rows: int = 1) -> AbstractContextManager[None]:
-        return self.low_rank.active(first_row, rows)
+    def twin(self, eval_mode: bool = True) -> Self:
+        own = super().twin(eval_mode)
+        assert own.twins is not None
+        own.rows = self.low_rank.switch_on(own.twins)
+        return own
+
+    def _begin(self, first: int = 0, rows: int = 1) -> None:
+        self.rows.next_forward(first, rows)
 
     def can_share_forwards(self) -> bool:
         return self.low_rank.in_order
@@ -259,7 +267,7 @@ def _dtype_of(module: Any, otherwise: torch.dtype) -> torch.dtype:
 
 
 def _warn_of_another_base(lm: Any, checkpoint: Checkpoint) -> None:
-    theirs, ours = checkpoint.base_name, getattr(lm.config, "_name_or_path", None)
+    theirs, ours = checkpoint.base_name, name_or_path(lm.config)
     if theirs and ours and Path(theirs).name != Path(ours).name:
         warnings.warn(
             f"{checkpoint.path} was trained on {theirs!r} and lm is {ours!r}: on weights other "

@@ -1,38 +1,42 @@
-"""What a reward model is made of: a base (hidden states) and a head (a number)."""
+"""A reward model taken apart: a base (hidden states) and a head (a number)."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from .. import ops
-from .cpu_linear import FastLinears
-from .foreign import cache_argument
+from .foreign import hooked
+from .parts import ModelParts
 
 HEAD_NAMES = ("score", "classifier", "v_head", "regression_head")
-BASE_NAMES = ("model", "transformer", "pretrained_model", "base_model", "backbone", "gpt_neox")
 
 
-class RewardModel:
+class RewardModel(ModelParts):
     """A reward model taken apart: `base(ids) -> hidden [.., H]` and `rewards(hidden) -> fp32 [..]`.
 
     The public `...ForSequenceClassification` forward pools one position only, so base and head are
-    called directly. `model` may be a Hugging Face model, a PEFT model around one, or any module
-    that holds a `PreTrainedModel` and a head named `score`, `classifier`, `v_head` or
-    `regression_head`; another head is given as `head` (a callable [..., H] -> [...] or [..., 1]).
+    called directly. The head is a module of `model` named `score`, `classifier`, `v_head` or
+    `regression_head`; another is given as `head` (a callable [..., H] -> [...] or [..., 1]).
 
-    Raises `ValueError` where no base or head is found, or the head gives several labels.
+    `label`, a name in the model's `id2label` or an index, is for a model with several labels. The
+    reward is then the label's log-probability: log-softmax over the labels, or log-sigmoid where
+    the configuration says `problem_type="multi_label_classification"`; with
+    `problem_type="regression"` it is the label's logit itself.
+
+    Raises `ValueError` where no base or head is found, or the head gives several labels and none is
+    named.
     """
 
-    layer = -1  # the hidden state that the head reads; see `RewardHead`
-
-    def __init__(self, model: nn.Module, head: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Callable[[Tensor], Tensor] | None = None,
+        label: str | int | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
                 f"reward_model must be a torch module or a scorer with prefill, score and commit; "
@@ -43,42 +47,22 @@ class RewardModel:
                 f"reward_head must be a module or function, hidden [..., H] -> rewards [...]; "
                 f"got {head!r}"
             )
-        self.model = model
-        inner: Any = model
-        if hasattr(model, "get_base_model"):
-            inner = inner.get_base_model()
-        self.base: Any = find_base(inner)
-        self.config = self.base.config
-        self.text_config = self.config.get_text_config()
-        self.head = head if head is not None else _find_head(inner, self.base)
+        if head is not None and label is not None:
+            raise ValueError(
+                f"reward_label={label!r} chooses among the labels of the model's own head, and "
+                "reward_head is given; pass one of them"
+            )
+        super().__init__(model)
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        # Whether the public forward, which would have used the model's own head, says the same.
         self.check_public = head is None
+        self.head: Any = head
+        self.label: int | None = None
+        if head is None:
+            self.head = _find_head(inner, self.base)
+            self.label = _index(label, _labels(self.head), inner)
+        self._problem = getattr(getattr(inner, "config", self.config), "problem_type", None)
         self._kernels: dict[tuple, Callable[..., Tensor]] = {}  # of reward_head
-        self._modules = list(model.modules())
-        if isinstance(self.head, nn.Module):
-            self._modules += list(self.head.modules())
-        self.fast_linears = FastLinears(self.base)
-        embedding = self.base.get_input_embeddings()
-        self.device: torch.device = embedding.weight.device
-        self.vocab_size: int = embedding.weight.shape[0]
-        parameters = inspect.signature(self.base.forward).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._cache_argument = cache_argument(self.base.forward)
-        self._accepts = None if takes_any and "position_ids" in parameters else set(parameters)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
-
-    def forward_base(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        """Hidden states [B, n, H] of the base, and the whole output. `cache=` is the key/value
-        cache, whatever the model calls it."""
-        if "cache" in kwargs:
-            kwargs[self._cache_argument] = kwargs.pop("cache")
-        if self._accepts is not None:
-            kwargs = {name: v for name, v in kwargs.items() if name in self._accepts}
-        out = self.base(input_ids, return_dict=True, **kwargs)
-        hidden = getattr(out, "last_hidden_state", None)
-        return (hidden if hidden is not None else out[0]), out
 
     def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
         """Rewards fp32 [B, n] of hidden states [B, n, H], on the hidden states' device."""
@@ -95,6 +79,8 @@ class RewardModel:
         if parameter is not None:
             hidden = hidden.to(parameter.device, parameter.dtype)
         out = head(hidden)
+        if self.label is not None:
+            return self.of_logits(out)
         if out.dim() == hidden.dim() and out.shape[-1] == 1:
             out = out.squeeze(-1)
         if out.shape != hidden.shape[:-1]:
@@ -107,52 +93,47 @@ class RewardModel:
     def linear_head(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight [H] and bias [1] of a head that is one plain linear layer; None of any other."""
         head = self.head
-        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        if type(head) is not nn.Linear or hooked(head) or self.label is not None:
             return None
         return (head.weight[0], head.bias) if len(head.weight) == 1 else None
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode inside; every module's own training flag restored on the way out."""
-        training = [m for m in self._modules if m.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """Rewards fp32 [..] of the labels' logits [.., labels]."""
+        logits = logits.float()
+        if self.label is None:
+            return logits.squeeze(-1)
+        if self._problem == "regression":
+            return logits[..., self.label]
+        if self._problem == "multi_label_classification":
+            return nn.functional.logsigmoid(logits[..., self.label])
+        return logits.log_softmax(-1)[..., self.label]
+
+    def twin(self, eval_mode: bool = True) -> Self:
+        own = super().twin(eval_mode)
+        assert own.twins is not None
+        own.head = own.twins.rebound(self.head)
+        own._kernels = {}
+        return own
+
+    def _roots(self) -> list[nn.Module]:
+        heads = [self.head] if isinstance(self.head, nn.Module) else []
+        return [self.model, self.base, *heads]
 
 
-def as_reward_model(model: Any, head: Callable[[Tensor], Tensor] | None = None) -> RewardModel:
+def as_reward_model(
+    model: Any,
+    head: Callable[[Tensor], Tensor] | None = None,
+    label: str | int | None = None,
+) -> RewardModel:
     """`model` taken apart, if it is not already. Raises `ValueError` for two heads at once."""
     if not isinstance(model, RewardModel):
-        return RewardModel(model, head)
-    if head is not None:
-        raise ValueError(
-            f"reward_head is given beside a {type(model).__name__}, which has a head; leave it out"
-        )
+        return RewardModel(model, head, label)
+    for name, value in (("reward_head", head), ("reward_label", label)):
+        if value is not None:
+            raise ValueError(
+                f"{name} is given beside a {type(model).__name__}, which has a head; leave it out"
+            )
     return model
-
-
-def find_base(model: Any) -> Any:
-    if isinstance(model, PreTrainedModel):
-        if model.base_model is not model:
-            return model.base_model
-        # Some classes do not name the attribute that holds their base.
-        children = (getattr(model, name, None) for name in BASE_NAMES if name != "base_model")
-        return next((c for c in children if isinstance(c, PreTrainedModel)), model)
-    for name in BASE_NAMES:
-        child: Any = getattr(model, name, None)
-        if hasattr(child, "peft_config"):
-            child = child.get_base_model()
-        if isinstance(child, PreTrainedModel):
-            return child.base_model
-    raise ValueError(
-        f"reward_model {type(model).__name__} holds no transformers model under any of the names "
-        f"{', '.join(BASE_NAMES)}; pass a Hugging Face model, or an object with the three methods "
-        "prefill, score and commit"
-    )
 
 
 def _find_head(model: nn.Module, base: nn.Module) -> nn.Module:
@@ -164,12 +145,38 @@ def _find_head(model: nn.Module, base: nn.Module) -> nn.Module:
             f"reward_model {type(model).__name__} has no reward head named "
             f"{', '.join(HEAD_NAMES)}; pass reward_head= (hidden [..., H] -> reward [...])"
         )
+    return head
+
+
+def _labels(head: nn.Module) -> int:
+    """Numbers that the head gives for each position."""
     # Not config.num_labels: Hugging Face sets it to 2 where a custom class never says.
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
-    labels = linears[-1].out_features if linears else 1
-    if labels != 1:
+    return linears[-1].out_features if linears else 1
+
+
+def _index(label: str | int | None, labels: int, model: Any) -> int | None:
+    """The column of the head that `label` names; None for a head of one number."""
+    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
+    names = [str(id2label.get(i, i)) for i in range(labels)]
+    shown = ", ".join(names[:8]) + (", ..." if labels > 8 else "")
+    if labels == 1:
+        if label is None:
+            return None
         raise ValueError(
-            f"reward_model gives {labels} labels per position, one is wanted; load it with "
-            "num_labels=1, or pass reward_head= to choose the number to use"
+            f"reward_label={label!r} is for a model with several labels, and "
+            f"{type(model).__name__} gives one number; leave it out"
         )
-    return head
+    if label is None:
+        raise ValueError(
+            f"reward_model gives {labels} labels ({shown}), one number is wanted; pass "
+            f"reward_label= (a name, or 0 to {labels - 1}), or reward_head= for another number"
+        )
+    if isinstance(label, str) and names.count(label) == 1:
+        return names.index(label)
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < labels:
+        return label
+    raise ValueError(
+        f"reward_label={label!r} is none of the labels of {type(model).__name__} ({shown}); pass "
+        f"one of these names, or 0 to {labels - 1}"
+    )

@@ -11,12 +11,12 @@ from transformers.cache_utils import DynamicLayer
 from .attention import (
     SiblingMask,
     SiblingStarts,
-    attention_configs,
     attention_kernel,
     attention_spans,
-    plugged_in,
+    plug_in,
 )
 from .cache import SiblingCache
+from .foreign import Unsupported
 from .padding import positions_of
 from .selection import Selection
 
@@ -24,26 +24,25 @@ from .selection import Selection
 class SiblingForward:
     """The base of a model, run on siblings: `prefill`, then `siblings` and `commit` in turn.
 
-    `rm` gives `forward_base` and what it is made of (`RewardModel`). `fused`: by the attention
-    plug-in, without masks (see attention.py). All per-step state is in tensors that are updated in
-    place.
+    `parts` is a twin (`ModelParts.twin`), which is the forward's own from then on. `fused`: by the
+    attention plug-in, without masks (see attention.py). All per-step state is in tensors that are
+    updated in place.
     """
 
     def __init__(
-        self, rm: Any, width: int, capacity: int, fused: bool, backend: Any = "auto"
+        self, parts: Any, width: int, capacity: int, fused: bool, backend: Any = "auto"
     ) -> None:
-        self.rm, self.width, self.capacity = rm, width, capacity
-        self.kernel = attention_kernel(backend, rm.device) if fused else None
+        self.parts, self.width, self.capacity = parts, width, capacity
+        self.kernel = attention_kernel(backend, parts.device) if fused else None
         if fused and self.kernel is None:
-            raise ValueError(f"no compiled kernel of candidate_attention runs on {rm.device}")
-        self.configs = attention_configs(rm.base)
+            raise Unsupported(f"no compiled kernel of candidate_attention runs on {parts.device}")
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states [B, P, H] of the prompts, which fill the cache."""
         length = input_ids.shape[1]
         fused = self.kernel is not None
         self.cache = SiblingCache(self.width, max(self.capacity, length + 1), fused)
-        hidden, out = self.rm.forward_base(
+        hidden, out = self.parts.forward_base(
             input_ids,
             attention_mask=attention_mask,
             position_ids=positions_of(attention_mask),
@@ -51,17 +50,17 @@ class SiblingForward:
             use_cache=True,
         )
         self.output_type = type(out)
-        spans = attention_spans(self.rm.text_config)
+        spans = attention_spans(self.parts.text_config)
         self.mask: SiblingStarts | SiblingMask
         if self.kernel is not None:
             self.mask = SiblingStarts(attention_mask, spans, self.cache)
             self.cache.finish_prefill(length, self.mask.order)
-            self.plugged_in = plugged_in(self.configs, self.cache, self.kernel)
+            plug_in(self.parts.twins.configs, self.cache, self.kernel)
             self.mask.advance()
         else:
             self.cache.finish_prefill(length)
             capacity = self.cache.capacity
-            self.mask = SiblingMask(attention_mask, spans, self.width, capacity, self.rm.dtype)
+            self.mask = SiblingMask(attention_mask, spans, self.width, capacity, self.parts.dtype)
         self.position = attention_mask.long().sum(-1, keepdim=True)  # [B, 1], real tokens so far
         return hidden
 
@@ -80,10 +79,7 @@ class SiblingForward:
             "cache": self.cache,
             "use_cache": True,
         }
-        if self.kernel is None:
-            return self.rm.forward_base(ids, **arguments)[0]
-        with self.plugged_in:
-            return self.rm.forward_base(ids, **arguments)[0]
+        return self.parts.forward_base(ids, **arguments)[0]
 
     def commit(self, slot: Tensor) -> None:
         """Sibling `slot` [B] of the last forward joins its row's prefix."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.attention import eager_attention, last_attention
+from ..models.attention import last_attention
 from ..models.reward_model import as_reward_model
 from .expand import ExpandScorer
 from .probe import probe
@@ -62,9 +63,9 @@ class AttentionCreditScorer(ExpandScorer):
 
     def __init__(self, model: Any, share: float = 0.5, backend: ops.Backend = "auto") -> None:
         check_share(share)
-        rm = as_reward_model(model)
-        with eager_attention(rm.model):
-            why = probe(rm, _PROBED, ("expand",), backend).why_not("expand")
+        rm = copy.copy(as_reward_model(model))
+        rm.attention = "eager"  # the one attention that gives its weights away
+        why = probe(rm, _PROBED, ("expand",), backend).why_not("expand")
         if why is not None:
             raise ValueError(
                 f"{type(rm.model).__name__} cannot be scored from a cache of its prefix ({why}), "
@@ -85,18 +86,17 @@ class AttentionCreditScorer(ExpandScorer):
             self.position = self.position.repeat_interleave(self.k)
         ones = self.attention_mask.new_ones((self.attention_mask.shape[0], 1))
         self.attention_mask = torch.cat([self.attention_mask, ones], dim=-1)
-        with eager_attention(self.rm.model):
-            hidden, out = self.rm.forward_base(
-                ids.reshape(-1, 1),
-                attention_mask=self.attention_mask,
-                position_ids=self.position[:, None],
-                cache=self.cache,
-                use_cache=True,
-                output_attentions=True,
-            )
+        hidden, out = self.parts.forward_base(
+            ids.reshape(-1, 1),
+            attention_mask=self.attention_mask,
+            position_ids=self.position[:, None],
+            cache=self.cache,
+            use_cache=True,
+            output_attentions=True,
+        )
         self.position = self.position + 1
         self.answer += 1
-        rewards = self.rm.rewards(hidden.view(*ids.shape, -1), self.backend)
+        rewards = self.parts.rewards(hidden.view(*ids.shape, -1), self.backend)
         weights = last_attention(self.rm, out)[:, :, -1].float().mean(1)[:, -self.answer :]
         credit = (weights[:, -1] / weights.sum(-1)).view(ids.shape).to(rewards.device)
         return ((1 - self.share + self.share * credit) * rewards).to(ids.device)

@@ -22,7 +22,8 @@ class Scorer(Protocol):
     the others get NaN and are not committed. One that says `capturable = True` changes tensors in
     place only in `score` and `commit`, never waits for the device there, and keeps nothing on the
     host but the lengths of its `caches`, the `SiblingCache`s it has after `prefill` (a graph moves
-    the device's counts alone, so whoever replays one sets these).
+    the device's counts alone, so whoever replays one sets these). `finish()`, where there is one,
+    ends a call: whatever belongs to it is let go of.
     """
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -43,6 +44,8 @@ class RewardModelScorer(ABC):
 
     method: str
     can_skip: bool = False
+    parts: RewardModel  # a twin, of one call
+    state: tuple[str, ...] = ("parts", "rewards", "last_reward")  # attributes of one call
 
     def __init__(
         self,
@@ -60,8 +63,8 @@ class RewardModelScorer(ABC):
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        with self.rm.evaluating(), self.rm.fast_linears.active():
-            last = self._prefill(input_ids.to(self.rm.device), attention_mask.to(self.rm.device))
+        self.parts = self.rm.twin()
+        last = self._prefill(input_ids.to(self.rm.device), attention_mask.to(self.rm.device))
         self.last_reward = last  # [B], reward of the prefix as it stands
 
     @torch.no_grad()
@@ -71,8 +74,7 @@ class RewardModelScorer(ABC):
         known = self.known(ids_here)
         if known is not None:
             ids_here = ids_here.where(known, 0)
-        with self.rm.evaluating(), self.rm.fast_linears.active():
-            rewards = self._score(ids_here) if keep is None else self._score_kept(ids_here, keep)
+        rewards = self._score(ids_here) if keep is None else self._score_kept(ids_here, keep)
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)
         if self.eos_ids is not None:
@@ -103,6 +105,11 @@ class RewardModelScorer(ABC):
         rows = rows.to(self.rm.device)
         self.last_reward = self.last_reward[rows]
         self._keep_rows(rows)
+
+    def finish(self) -> None:
+        """Let go of the call's cache, twin and rewards."""
+        for name in self.state:
+            self.__dict__.pop(name, None)
 
     largest_id = -1  # set by the factory where the language model has more ids than the RM
 

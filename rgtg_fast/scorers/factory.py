@@ -39,6 +39,7 @@ def make_scorer(
     k: int,
     method: str = "auto",
     head: Callable[[Tensor], Tensor] | None = None,
+    label: str | int | None = None,
     vocab_size: int | None = None,
     tokenizer: Any = None,
     reward_tokenizer: Any = None,
@@ -57,7 +58,8 @@ def make_scorer(
     `vocab_size` is the language model's. Two tokenizers with different vocabularies mean that texts
     are decoded and encoded again; `own_prompt` says that the prompt is in the reward model's ids.
     A `reward_model` that is a scorer already is returned as it is: `help(rgtg_fast.scorers)` lists
-    the kinds of those. `joint_way` ("fused" or
+    the kinds of those. `head` and `label` are `generate`'s `reward_head` and `reward_label`.
+    `joint_way` ("fused" or
     "masked") makes one that shares the forwards of the language model: for a `RewardHead` or
     `RewardAdapter` whose language model decodes by the policy that belongs to it (policy.py).
 
@@ -65,7 +67,7 @@ def make_scorer(
     """
     if is_scorer(reward_model):
         return reward_model  # type: ignore[return-value]
-    rm = as_reward_model(reward_model, head)
+    rm = as_reward_model(reward_model, head, label)
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
     tried = {"auto": ("tree", "expand"), "reencode": ()}.get(method, (method,))
     shared = joint_way is not None and isinstance(rm, OnBase)

@@ -22,31 +22,36 @@ from .tree import SiblingScorer
 class _Both:
     """The base model on the rows of the language model, then those of the adapter if any."""
 
-    def __init__(self, rm: OnBase) -> None:
-        self.rm = rm
-        self.base, self.device, self.dtype = rm.base, rm.device, rm.dtype
-        self.text_config = rm.text_config
+    def __init__(self, parts: OnBase) -> None:
+        self.parts = parts
+        self.device, self.dtype, self.twins = parts.device, parts.dtype, parts.twins
+        self.text_config = parts.text_config
         self.reward_hidden: Tensor  # [B, n, H] of the last forward
 
     def forward_base(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        hidden, self.reward_hidden, out = self.rm.forward_both(input_ids, **kwargs)
+        hidden, self.reward_hidden, out = self.parts.forward_both(input_ids, **kwargs)
         return hidden, out
 
 
 class JointScorer(SiblingScorer):
     """The scorer's side; `JointPolicy` is the policy's. `fused` as for `TreeScorer`."""
 
-    def __init__(self, rm: OnBase, k: int, *, fused: bool, **options: Any) -> None:
+    method = "joint"
+    parts: OnBase
+    state = (*SiblingScorer.state, "both", "hidden", "next_hidden")
+
+    def __init__(self, rm: OnBase, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.copies = 2 if rm.own_rows else 1
-        self.both = _Both(rm)
-        self.forward = SiblingForward(self.both, k, self.capacity, fused, self.backend)
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.both = _Both(self.parts)
+        sizes = self.k, self.capacity
+        self.forward = SiblingForward(self.both, *sizes, self.fused, self.backend)
         hidden = self.forward.prefill(self._doubled(input_ids), self._doubled(attention_mask))
         self.next_hidden = hidden[: len(input_ids), -1].clone()  # [B, H], updated in place
         last = last_real(self.both.reward_hidden, attention_mask)
-        return self.rm.rewards(last, self.backend)[:, 0]
+        return self.parts.rewards(last, self.backend)[:, 0]
 
     def _hidden(self, ids: Tensor) -> Tensor:
         self.hidden = self.forward.siblings(self._doubled(ids))[: len(ids)]

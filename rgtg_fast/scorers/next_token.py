@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.padding import positions_of
-from ..models.reward_model import RewardModel
+from ..models.parts import ModelParts
 
 
 class NextTokenScorer(ABC):
@@ -21,19 +21,22 @@ class NextTokenScorer(ABC):
     method = "next_token"
 
     def __init__(self, model: nn.Module) -> None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is None:
+        if getattr(model, "get_output_embeddings", lambda: None)() is None:
             raise ValueError(
                 f"{type(model).__name__} has no output embeddings over the vocabulary; pass a "
                 "causal LM (AutoModelForCausalLM)"
             )
-        self.model, self.head = model, head
+        self.model, self.rm = model, ModelParts(model)
+        self.parts: ModelParts  # from here on, of one call
+        self.head: Any
         self.state: Tensor
-        self.rm = RewardModel(model, head=head)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Prompts int64 [B, P] and their mask [B, P], padding on the left."""
+        self.rm = ModelParts(self.model)  # as it is now
+        self.parts = self.rm.twin()
+        self.head = self.parts.model.get_output_embeddings()  # type: ignore[operator]
         self.mask = attention_mask.to(self.rm.device)
         self.cache: Any = None
         self.chosen: Tensor | None = None
@@ -66,15 +69,19 @@ class NextTokenScorer(ABC):
             self.chosen = self.chosen[rows]
         self.cache.batch_select_indices(rows)
 
+    def finish(self) -> None:
+        """Let go of the call's cache, twin and logits."""
+        for name in ("parts", "head", "mask", "cache", "chosen", "state", "ids"):
+            self.__dict__.pop(name, None)
+
     def _advance(self, ids: Tensor, positions: Tensor) -> None:
-        with self.rm.evaluating(), self.rm.fast_linears.active():
-            self.state, self.cache = self._forward(
-                ids,
-                attention_mask=self.mask,
-                position_ids=positions,
-                cache=self.cache,
-                use_cache=True,
-            )
+        self.state, self.cache = self._forward(
+            ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            cache=self.cache,
+            use_cache=True,
+        )
 
     @abstractmethod
     def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
 import weakref
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..models.attention import attention_kernel, plain_attention
+from ..models.foreign import Unsupported
+from ..models.parts import ModelParts, computing_dtype, numerics
 from ..models.reward_model import RewardModel
 from .base import RewardModelScorer
 from .expand import ExpandScorer
@@ -28,7 +31,10 @@ _SIBLINGS, _STEPS = 3, 3
 # by the order of the spread itself; low precision needs room for reordered sums.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
-_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Verdict]] = weakref.WeakKeyDictionary()
+# Per model: under a key whether it pools, under a key and that the reasons found.
+_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Any]] = weakref.WeakKeyDictionary()
+# Held while a model is probed, so that many threads that begin with it at once find out once.
+_probing = threading.RLock()
 
 
 # Ways to run a method, the fastest first. "fused": attention from the cache, without masks.
@@ -61,34 +67,54 @@ class Verdict:
 
 @torch.no_grad()
 def probe(
-    rm: RewardModel, max_length: int | None, methods: tuple[str, ...], backend: Any = "auto"
+    rm: ModelParts, max_length: int | None, methods: tuple[str, ...], backend: Any = "auto"
 ) -> Verdict:
     """The verdict for `rm` on sequences of up to `max_length` tokens.
 
     `methods` are tried in order, each by all its ways, until one is right. Verdicts are kept per
-    model, attention implementation, dtype, device, attention kernel and the windows that
-    `max_length` reaches: a slot-indexed window goes wrong only past its end.
+    model, attention implementation, dtype, device, attention kernel, autocast, default dtype and
+    the windows that `max_length` reaches: a slot-indexed window goes wrong only past its end. One
+    that came from an error which may have other reasons than the model's structure (memory, what
+    else the process does) is for this call only, until the next call has met the same error.
+
+    Raises `ValueError` for a `reward_head` on a model whose hidden states look ahead.
     """
     length = _probe_length(rm, max_length)
-    implementation = getattr(rm.text_config, "_attn_implementation", None)
-    kernel = attention_kernel(backend, rm.device)
-    key = (implementation, rm.dtype, str(rm.device), length, rm.check_public, rm.layer, kernel)
-    known = _verdicts.setdefault(rm.model, {})
-    with rm.evaluating():
+    key = _key(rm, length, backend)
+    ways = [way for method in methods for way in WAYS[method]]
+    passing: dict[str, str | None] = {}
+    with _probing:
+        known = _verdicts.setdefault(rm.model, {})
         ids = _random_ids(rm, (2, length))
-        if key not in known:
-            known[key] = Verdict(pooled=rm.check_public and not _head_is_public(rm, ids[:1]))
-        verdict = known[key]
-        ways = [way for method in methods for way in WAYS[method]]
+        pooled = known.get(key)
+        if pooled is None:
+            pooled, lasting = _is_pooled(rm, ids[:1])
+            if lasting:
+                known[key] = pooled
+        reasons: dict[str, str | None]
+        failures: dict[str, str | None]  # of the call before
+        reasons, failures = known.setdefault((key, pooled), ({}, {}))
         for way in ways:
-            if way not in verdict.reasons:
-                verdict.reasons[way] = _why_not(rm, way, verdict.pooled, ids, backend)
-            if verdict.reasons[way] is None:
+            if way not in reasons:
+                reason, keep = _why_not(rm, way, pooled, ids, backend)
+                if keep or (keep is None and failures.get(way) == reason):
+                    reasons[way] = reason
+                else:
+                    passing[way] = failures[way] = reason
+            if (reasons | passing)[way] is None:
                 break
-    return Verdict(verdict.pooled, {w: verdict.reasons[w] for w in ways if w in verdict.reasons})
+        found = reasons | passing
+    return Verdict(pooled, {w: found[w] for w in ways if w in found})
 
 
-def _probe_length(rm: RewardModel, max_length: int | None) -> int:
+def _key(rm: ModelParts, length: int, backend: Any) -> tuple:
+    head = (rm.check_public, rm.label) if isinstance(rm, RewardModel) else None
+    kernel = attention_kernel(backend, rm.device)
+    here = rm.dtype, str(rm.device), numerics(rm.device)
+    return rm.implementation, here, length, head, rm.layer, kernel
+
+
+def _probe_length(rm: ModelParts, max_length: int | None) -> int:
     """A few tokens; past every window in the configuration that the sequences can reach."""
     reached = [
         value
@@ -103,28 +129,40 @@ def _probe_length(rm: RewardModel, max_length: int | None) -> int:
     return length if not limit else max(3, min(length, limit - _STEPS - 1))
 
 
-def _why_not(rm: RewardModel, way: str, pooled: bool, ids: Tensor, backend: Any) -> str | None:
-    """Why this way of scoring would be wrong for `rm`; None where it is right."""
+def _why_not(
+    rm: ModelParts, way: str, pooled: bool, ids: Tensor, backend: Any
+) -> tuple[str | None, bool | None]:
+    """Why this way of scoring would be wrong for `rm`, None where it is right; and whether that is
+    worth keeping (None: if it comes again)."""
     if pooled:
-        return "its public forward is not its head on the last hidden state"
+        return "its public forward is not its head on the last hidden state", True
     if way == "fused" and attention_kernel(backend, rm.device) is None:
-        return f"no compiled kernel of candidate_attention runs on {rm.device.type}"
-    if way == "masked" and not plain_attention(rm.text_config):
-        return f"{rm.text_config._attn_implementation!r} attention takes no dense 4D mask"
-    projected = copy.copy(rm)
-    weight = torch.randn(_hidden_size(rm, ids), generator=torch.Generator().manual_seed(1))
-    projected.head = lambda hidden: hidden.float() @ weight.to(hidden.device)
+        return f"no compiled kernel of candidate_attention runs on {rm.device.type}", True
+    if way == "masked" and not plain_attention(rm.implementation):
+        return f"{rm.implementation!r} attention takes no dense 4D mask", True
+    projected: Any = copy.copy(rm)
+    projected.rewards = _project
+    scorer: RewardModelScorer
     try:
-        truth, noise = _full_forwards(projected, ids)
-        scorer: RewardModelScorer
         if way == "expand":
             scorer = ExpandScorer(projected, _SIBLINGS, backend=backend)
         else:
             scorer = TreeScorer(projected, _SIBLINGS, fused=way == "fused", backend=backend)
-        got = _run(scorer, ids, truth)
+        got, asked = _run(scorer, ids)  # before the many full forwards: it may fail at once
+        truth, noise = _full_forwards(projected.twin(), ids)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return f"it failed with {type(error).__name__}", False
     except Exception as error:  # whatever a foreign model raises is a reason
-        return f"it failed with {_brief(error)}"
-    return _disagreement(got, truth, noise, rm.dtype)
+        return f"it failed with {_brief(error)}", isinstance(error, Unsupported) or None
+    got = got.where(asked, truth)
+    return _disagreement(got, truth, noise, computing_dtype(rm)), True
+
+
+def _project(hidden: Tensor, backend: Any = "auto") -> Tensor:
+    """A number for each hidden state, the same for the same one."""
+    generator, width = torch.Generator("cpu").manual_seed(1), hidden.shape[-1:]
+    weight = torch.randn(width, generator=generator, dtype=torch.float32, device="cpu")
+    return hidden.float() @ weight.to(hidden.device)
 
 
 def _disagreement(got: Tensor, truth: Tensor, noise: float, dtype: torch.dtype) -> str | None:
@@ -135,14 +173,48 @@ def _disagreement(got: Tensor, truth: Tensor, noise: float, dtype: torch.dtype) 
     return f"it differs from full forwards by {error:.2g} where values spread by {spread:.2g}"
 
 
-def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
-    """Whether head(base(ids)) at the last token is what the public forward gives. True where there
-    is nothing to compare with; a public forward that fails is told of."""
+def _is_pooled(rm: ModelParts, ids: Tensor) -> tuple[bool, bool]:
+    """Whether only the public forward of `rm` gives its reward, and whether that is worth keeping.
+
+    Raises `ValueError` for a head of the caller's that would read positions which look ahead.
+    """
+    if not isinstance(rm, RewardModel):
+        return False, True
+    twin = rm.twin()
+    if not rm.check_public:
+        _check_causal(twin, ids)
+        return False, True
+    right, lasting = _head_is_public(twin, ids)
+    return not right, lasting
+
+
+def _check_causal(twin: RewardModel, ids: Tensor) -> None:
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1 + twin.vocab_size // 2) % twin.vocab_size
+    one, two = (
+        twin.forward_base(i, attention_mask=torch.ones_like(i), use_cache=False)[0][0].float()
+        for i in (ids, changed)
+    )
+    moved, spread = (one - two)[:-1].abs().max(), (one - two)[-1].abs().max()
+    if moved > max(TOLERANCE[computing_dtype(twin)], 0.02) * spread:
+        raise ValueError(
+            f"reward_head reads the hidden state of the last position, and "
+            f"{type(twin.model).__name__} is no causal model: what follows a position changes its "
+            "hidden state, and such models are trained with a pooled one; leave reward_head out "
+            "(the model's own forward then gives the reward; reward_label= chooses among several "
+            "labels), or pass a scorer"
+        )
+
+
+def _head_is_public(rm: RewardModel, ids: Tensor) -> tuple[bool, bool]:
+    """Whether head(base(ids)) at the last token is what the public forward of the twin gives, and
+    whether that is worth keeping. True where there is nothing to compare with; a public forward
+    that fails is told of."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         inspect.signature(rm.model.forward).bind(**inputs)
     except TypeError:  # a holder of base and head without a forward of its own
-        return True
+        return True, True
     try:
         logits = getattr(rm.model(**inputs), "logits", None)
     except Exception as failed:  # one that wants pairs or labels may raise anything
@@ -151,87 +223,90 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> bool:
             "tells whether its head on the last hidden state is its reward; it is taken to be",
             stacklevel=2,
         )
-        return True
+        return True, False
     if logits is None:
-        return True
-    if logits.shape == (1, ids.shape[1], 1):  # token classification: a reward at every position
+        return True, True
+    if logits.dim() == 3 and logits.shape[:2] == ids.shape:  # token classification: every position
         logits = logits[:, -1]
-    if logits.numel() != 1:
-        return True
+    if rm.label is None and logits.numel() != 1:
+        return True, True
+    public = rm.of_logits(logits.reshape(-1))
     try:
         hidden, _ = rm.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         every = rm.rewards(hidden, "reference")[0]
     except Exception:  # an encoder's head may need more; the public forward, which works, is right
-        return False
-    if every[-1].isnan() and logits.isnan().all():  # broken weights, not another structure
-        return True
-    spread = every.std().item() + logits.abs().item() * 1e-3
-    error = (every[-1] - logits.reshape(()).float()).abs().item()
-    return error <= max(TOLERANCE[rm.dtype], 0.02) * spread
+        return False, False
+    if every[-1].isnan() and public.isnan():  # broken weights, not another structure
+        return True, True
+    spread = every.std().item() + public.abs().item() * 1e-3
+    error = (every[-1] - public).abs().item()
+    return error <= max(TOLERANCE[computing_dtype(rm)], 0.02) * spread, True
 
 
-def _hidden_size(rm: RewardModel, ids: Tensor) -> int:
-    try:
-        return rm.forward_base(ids[:1, :2], use_cache=False)[0].shape[-1]
-    except Exception:  # reported by the full forwards that follow
-        return 1
-
-
-def _random_ids(rm: RewardModel, shape: tuple[int, int]) -> Tensor:
-    ids = torch.randint(0, rm.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+def _random_ids(rm: ModelParts, shape: tuple[int, int]) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(
+        0, rm.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu"
+    )
     pad = getattr(rm.text_config, "pad_token_id", None)
     if pad is not None:  # some models read padding off the ids
         ids = ids.where(ids != pad, (pad + 1) % rm.vocab_size)
     return ids.to(rm.device)
 
 
-def _candidates(rm: RewardModel, step: int) -> Tensor:
+def _candidates(rm: ModelParts, step: int) -> Tensor:
     ids = torch.arange(2 * _SIBLINGS, device=rm.device).view(2, _SIBLINGS)
     return (ids * 7 + step * 5 + 1) % rm.vocab_size
 
 
-def _slots(rm: RewardModel, step: int) -> Tensor:
-    return torch.tensor([step % _SIBLINGS, (step + 1) % _SIBLINGS], device=rm.device)
+def _slots(rm: ModelParts, step: int) -> Tensor:
+    slots = [step % _SIBLINGS, (step + 1) % _SIBLINGS]
+    return torch.tensor(slots, dtype=torch.int64, device=rm.device)
 
 
-def _run(scorer: RewardModelScorer, ids: Tensor, truth: Tensor) -> Tensor:
-    """Rewards [steps, 2, siblings] of the scorer; the second row is a third shorter. Where it can
-    skip candidates it does so at one step, which must hurt neither the others nor later steps."""
+def _run(scorer: RewardModelScorer, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards [steps, 2, siblings] of the scorer, and which of them it was asked for; the second
+    row is a third shorter. A scorer that can skip candidates does so at one step, which must hurt
+    neither the others nor later steps."""
     mask = torch.ones_like(ids)
     mask[1, : ids.shape[1] // 3] = 0
     scorer.prefill(ids, mask)
     out = []
+    shape = (_STEPS, 2, _SIBLINGS)
+    asked = torch.ones(shape, dtype=torch.bool, device=ids.device)
     for step in range(_STEPS):
         candidates = _candidates(scorer.rm, step)
         if scorer.can_skip and step == 1:
-            keep = torch.tensor([[False, True, True], [False, False, True]], device=ids.device)
-            out.append(scorer.score(candidates, keep).where(keep, truth[step]))
+            kept = [[False, True, True], [False, False, True]]
+            asked[step] = torch.tensor(kept, dtype=torch.bool, device=ids.device)
+            out.append(scorer.score(candidates, asked[step]))
         else:
             out.append(scorer.score(candidates))
         scorer.commit(_slots(scorer.rm, step))
-    return torch.stack(out)
+    return torch.stack(out), asked
 
 
-def _full_forwards(rm: RewardModel, ids: Tensor) -> tuple[Tensor, float]:
+def _full_forwards(twin: Any, ids: Tensor) -> tuple[Tensor, float]:
     """The same rewards by full unpadded forwards, and how far two such forwards differ."""
     rows = [ids[0], ids[1, ids.shape[1] // 3 :]]
     out, noise = [], 0.0
     for step in range(_STEPS):
-        candidates, slots = _candidates(rm, step), _slots(rm, step)
+        candidates, slots = _candidates(twin, step), _slots(twin, step)
         values = []
         for b in range(2):
             texts = torch.cat([rows[b].expand(_SIBLINGS, -1), candidates[b][:, None]], dim=-1)
-            values.append(_last_reward(rm, texts))
+            values.append(_last_reward(twin, texts))
             if step == 0:
-                noise = max(noise, (_last_reward(rm, texts[:1]) - values[-1][:1]).abs().item())
+                again = _last_reward(twin, texts[:1])
+                noise = max(noise, (again - values[-1][:1]).abs().item())
             rows[b] = texts[slots[b]]
         out.append(torch.stack(values))
     return torch.stack(out), noise
 
 
-def _last_reward(rm: RewardModel, ids: Tensor) -> Tensor:
-    hidden, _ = rm.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return rm.rewards(hidden[:, -1:])[:, 0].to(ids.device)
+def _last_reward(twin: Any, ids: Tensor) -> Tensor:
+    hidden, _ = twin.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return twin.rewards(hidden[:, -1:])[:, 0].to(ids.device)
 
 
 def _brief(error: Exception) -> str:

@@ -24,6 +24,7 @@ class ReencodeScorer(RewardModelScorer):
 
     method = "reencode"
     can_skip = True
+    state = (*RewardModelScorer.state, "prompts", "answer", "prompt_texts", "ids")
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class ReencodeScorer(RewardModelScorer):
             ]
         one = torch.ones((len(self.prompts), 1), dtype=torch.bool, device=input_ids.device)
         if self.eos_ids is None:
-            return torch.zeros(len(self.prompts), device=input_ids.device)
+            return torch.zeros((len(self.prompts),), dtype=torch.float32, device=input_ids.device)
         return self._encode(self.answer[:, None], one)[:, 0]
 
     def _score(self, ids: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class ReencodeScorer(RewardModelScorer):
         parts = [
             self._forward(i, m) for i, m in zip(ids.split(step), mask.split(step), strict=True)
         ]
-        out = torch.full(keep.shape, torch.nan, device=keep.device)
+        out = torch.full(keep.shape, torch.nan, dtype=torch.float32, device=keep.device)
         out[keep] = torch.cat(parts)
         return out
 
@@ -128,9 +129,9 @@ class ReencodeScorer(RewardModelScorer):
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self.pooled:
-            logits = self.rm.model(input_ids=ids, attention_mask=mask).logits
-            return logits.reshape(-1).float().to(ids.device)
-        hidden, _ = self.rm.forward_base(ids, attention_mask=mask, use_cache=False)
+            logits = self.parts.model(input_ids=ids, attention_mask=mask).logits
+            return self.parts.of_logits(logits.view(len(ids), -1)).to(ids.device)
+        hidden, _ = self.parts.forward_base(ids, attention_mask=mask, use_cache=False)
         last = (mask.sum(-1) - 1).to(hidden.device)
         rows = torch.arange(ids.shape[0], device=hidden.device)
-        return self.rm.rewards(hidden[rows, last][:, None], self.backend)[:, 0].to(ids.device)
+        return self.parts.rewards(hidden[rows, last][:, None], self.backend)[:, 0].to(ids.device)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.attention import attention_kernel
 from ..models.cache import SiblingCache
+from ..models.foreign import Unsupported
 from ..models.padding import last_real
 from ..models.reward_model import RewardModel
 from ..models.selection import Selection
@@ -17,14 +19,24 @@ from .base import RewardModelScorer
 
 
 class SiblingScorer(RewardModelScorer):
-    """A scorer whose state is that of a `SiblingForward`."""
+    """A scorer whose state is that of a `SiblingForward`.
 
-    method = "tree"
-    forward: SiblingForward
+    `fused`: by attention without masks (see attention.py). Raises `ValueError` where no kernel of
+    it runs on the model's device.
+    """
+
+    forward: SiblingForward  # of one call
+    state = (*RewardModelScorer.state, "forward")
+
+    def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
+        super().__init__(rm, k, **options)
+        self.fused = fused
+        if fused and attention_kernel(self.backend, rm.device) is None:
+            raise Unsupported(f"no compiled kernel of candidate_attention runs on {rm.device}")
 
     @property
     def capturable(self) -> bool:
-        return self.forward.kernel is not None
+        return self.fused
 
     @property
     def caches(self) -> tuple[SiblingCache]:
@@ -40,32 +52,33 @@ class SiblingScorer(RewardModelScorer):
     @torch.no_grad()
     def linear(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What rewards are made of: hidden states [B, k, H], the head's weight [H] and bias [1]."""
-        head = self.rm.linear_head()
+        head = self.parts.linear_head()
         assert head is not None
-        with self.rm.evaluating(), self.rm.fast_linears.active():
-            hidden = self._hidden(ids)
-        return hidden.to(head[0].dtype), *head
+        return self._hidden(ids).to(head[0].dtype), *head
 
     @abstractmethod
     def _hidden(self, ids: Tensor) -> Tensor:
         """The candidates' hidden states [B, k, H]."""
 
     def _score(self, ids: Tensor) -> Tensor:
-        return self.rm.rewards(self._hidden(ids), self.backend).to(ids.device)
+        return self.parts.rewards(self._hidden(ids), self.backend).to(ids.device)
 
 
 class TreeScorer(SiblingScorer):
     """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
 
-    def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
+    method = "tree"
+
+    def __init__(self, rm: RewardModel, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
-        self.forward = SiblingForward(rm, k, self.capacity, fused, self.backend)
         # On a GPU siblings are nearly free, and the shapes of a step stay as they are.
         self.can_skip = rm.device.type == "cpu"
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        sizes = self.k, self.capacity
+        self.forward = SiblingForward(self.parts, *sizes, self.fused, self.backend)
         hidden = self.forward.prefill(input_ids, attention_mask)
-        return self.rm.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
+        return self.parts.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
 
     def _hidden(self, ids: Tensor) -> Tensor:
         return self.forward.siblings(ids)
@@ -73,9 +86,9 @@ class TreeScorer(SiblingScorer):
     def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
         if keep.all():
             return self._score(ids)
-        selection = Selection(keep, packs=self.forward.kernel is not None)
+        selection = Selection(keep, packs=self.fused)
         hidden = self.forward.siblings(ids, selection)
-        return selection.put_back(self.rm.rewards(hidden, self.backend).to(ids.device))
+        return selection.put_back(self.parts.rewards(hidden, self.backend).to(ids.device))
 
     def _commit(self, slot: Tensor) -> None:
         self.forward.commit(slot)

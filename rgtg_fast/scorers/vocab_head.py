@@ -26,7 +26,7 @@ class VocabRewardScorer(NextTokenScorer):
         self.backend = backend
 
     def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        hidden, out = self.rm.forward_base(ids, cache=cache, **kwargs)
+        hidden, out = self.parts.forward_base(ids, cache=cache, **kwargs)
         return hidden[:, -1].contiguous(), cache_of(out)
 
     def _rewards(self, ids: Tensor) -> Tensor:

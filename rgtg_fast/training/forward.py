@@ -136,9 +136,11 @@ def check_causal(parts: TrainedParts) -> None:
     ids = torch.arange(7, device=parts.rm.device)[None] % parts.rm.vocab_size
     changed = ids.clone()
     changed[0, -1] = parts.rm.vocab_size // 2
-    with parts.rm.evaluating():
-        mask = torch.ones_like(ids)
-        one, two = (parts.hidden(i, mask)[0, :-1].float() for i in (ids, changed))
+    twin, mask = parts.rm.twin(), torch.ones_like(ids)
+    one, two = (
+        twin.forward_base(i, attention_mask=mask, use_cache=False)[0][0, :-1].float()
+        for i in (ids, changed)
+    )
     least = 1e-5 if parts.rm.dtype in (torch.float32, torch.float64) else 1e-2
     if one.shape[0] != 6 or (one - two).abs().max() > least * one.abs().max():
         raise ValueError(

@@ -60,20 +60,19 @@ def pair_features(
 
     Raises `ValueError` for a pair without a prefix of `first` tokens.
     """
-    rm = RewardModel(lm, head=nn.Identity())
+    rm = RewardModel(lm, head=nn.Identity()).twin()
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     seen = 0
     batches: Any = DataLoader(dataset, batch_size, collate_fn=PairCollator())
     for batch in batches:
         batch = {name: value.to(rm.device) for name, value in batch.items()}
         ids, lengths = batch["input_ids"], batch["answer_mask"].sum(-1)
-        with rm.evaluating(), rm.fast_linears.active():
-            hidden, out = rm.forward_base(
-                ids.flatten(0, 1),
-                attention_mask=batch["attention_mask"].flatten(0, 1),
-                output_hidden_states=layer != -1,
-                use_cache=False,
-            )
+        hidden, out = rm.forward_base(
+            ids.flatten(0, 1),
+            attention_mask=batch["attention_mask"].flatten(0, 1),
+            output_hidden_states=layer != -1,
+            use_cache=False,
+        )
         if layer != -1:
             hidden = out.hidden_states[layer]
         longest, width = lengths.amax(-1), batch["answer_mask"].shape[-1]

@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 from transformers.pytorch_utils import Conv1D
 
 import rgtg_fast
-from rgtg_fast.models.cpu_linear import FastLinears
+from rgtg_fast.models.cpu_linear import quicken
+from rgtg_fast.models.twin import Twins
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the kernel is for x86"
@@ -27,6 +28,13 @@ class Two(nn.Module):
         return self.small(self.conv(self.linear(x)))
 
 
+def quick(model):
+    """A twin of `model` with the faster layers."""
+    twins = Twins([model], eval_mode=True)
+    quicken(twins.modules)
+    return twins[model]
+
+
 @pytest.mark.parametrize("rows", [(1, 2), (3, 10), (512, 1), (1, 1), (5, 130)])
 @torch.no_grad()
 def test_results_are_those_of_the_layers(rows):
@@ -35,30 +43,43 @@ def test_results_are_those_of_the_layers(rows):
     exact = Two(torch.float64)
     exact.load_state_dict(model.state_dict())
     truth, plain = exact(x.double()), model(x)
-    with FastLinears(model).active():
-        got = model(x)
+    got = quick(model)(x)
     allowed = 2 * (plain - truth).abs().max() + 1e-6
     assert (got - truth).abs().max() <= allowed
 
 
-def test_only_large_plain_fp32_layers_are_switched_and_switched_back():
+def test_only_large_plain_fp32_layers_of_the_twin_are_switched():
     model = Two()
-    fast = FastLinears(model)
-    with fast.active():
-        assert "forward" in model.linear.__dict__ and "forward" in model.conv.__dict__
-        assert "forward" not in model.small.__dict__
+    twin = quick(model)
+    assert "forward" in twin.linear.__dict__ and "forward" in twin.conv.__dict__
+    assert "forward" not in twin.small.__dict__
     assert all("forward" not in m.__dict__ for m in model.modules())
-    with pytest.raises(RuntimeError), fast.active():
-        raise RuntimeError
-    assert all("forward" not in m.__dict__ for m in model.modules())
-    assert not FastLinears(Two(torch.bfloat16))._patches
+    assert all("forward" not in m.__dict__ for m in quick(Two(torch.bfloat16)).modules())
 
 
 def test_a_hooked_layer_keeps_its_own_forward():
     model = Two()
     model.linear.register_forward_hook(lambda module, args, out: out * 0)
-    with FastLinears(model).active():
-        assert "forward" not in model.linear.__dict__ and "forward" in model.conv.__dict__
+    twin = quick(model)
+    assert "forward" not in twin.linear.__dict__ and "forward" in twin.conv.__dict__
+
+
+@torch.no_grad()
+def test_autocast_gets_torchs_own_layers():
+    model, x = Two(), torch.randn(3, 512)
+    twin = quick(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, plain = twin(x), model(x)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, plain)
+
+
+def test_gradients_and_no_rows_fall_through():
+    model = Two()
+    twin = quick(model)
+    twin(torch.randn(2, 512)).sum().backward()
+    assert model.linear.weight.grad is not None
+    with torch.no_grad():
+        assert twin(torch.randn(0, 512)).shape == (0, 8)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", None])

@@ -13,6 +13,7 @@ from torch import nn
 import rgtg_fast
 from rgtg_fast import RewardAdapter
 from rgtg_fast.models.low_rank import LayerInputs, LowRank, LowRankLayers
+from rgtg_fast.models.twin import Twins
 
 FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox", "opt"]
 
@@ -26,7 +27,8 @@ def peft_rewards(model, ids):
 
 @torch.no_grad()
 def adapter_rewards(adapter, ids):
-    return adapter.rewards(adapter.forward_base(ids, use_cache=False)[0])
+    twin = adapter.twin()
+    return twin.rewards(twin.forward_base(ids, use_cache=False)[0])
 
 
 def some_ids(rows=3, n=7, seed=0):
@@ -54,7 +56,7 @@ def test_hidden_states_agree_in_float64(tmp_path, family):
     adapter = RewardAdapter.from_pretrained(lm, tmp_path)
     with torch.no_grad():
         wanted = model.get_base_model().base_model(some_ids()).last_hidden_state
-        assert_close(adapter.forward_base(some_ids())[0], wanted, 1e-10)
+        assert_close(adapter.twin().forward_base(some_ids())[0], wanted, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +102,10 @@ def test_a_mixed_batch_is_two_separate_forwards(tmp_path, family):
     ids, others = some_ids(2), some_ids(3, seed=1)
     with torch.no_grad():
         plain = lm.base_model(ids).last_hidden_state
-        adapted = adapter.forward_base(others)[0]
-        with adapter.active(first_row=2, rows=5):
-            mixed = lm.base_model(torch.cat([ids, others])).last_hidden_state
+        twin = adapter.twin()
+        adapted = twin.forward_base(others)[0]
+        twin.rows.next_forward(2, 5)
+        mixed = twin.base(torch.cat([ids, others])).last_hidden_state
     assert_close(mixed[:2], plain, 1e-12)
     assert_close(mixed[2:], adapted, 1e-12)
 
@@ -110,25 +113,24 @@ def test_a_mixed_batch_is_two_separate_forwards(tmp_path, family):
 def test_layers_that_read_one_tensor_share_a_product(tmp_path):
     _, lm = make_checkpoint(tmp_path)
     groups = RewardAdapter.from_pretrained(lm, tmp_path).low_rank._groups
-    assert sorted(group.readers for group in groups) == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert sorted(len(readers) for _, readers in groups) == [1, 1, 1, 1, 2, 2, 3, 3]
 
 
-def test_only_linear_layers_of_the_base_are_touched_and_only_inside(tmp_path):
+def test_only_linear_layers_of_a_twin_are_touched(tmp_path):
     _, lm = make_checkpoint(tmp_path)
     before = {name: p.clone() for name, p in lm.named_parameters()}
     logits = lm(some_ids()).logits
     adapter = RewardAdapter.from_pretrained(lm, tmp_path)
-    adapter_rewards(adapter, some_ids())
-    with pytest.raises(RuntimeError), adapter.active():
-        assert "forward" in lm.model.layers[0].mlp.up_proj.__dict__
-        raise RuntimeError
+    twin = adapter.twin()
+    assert "forward" in twin.base.layers[0].mlp.up_proj.__dict__
+    twin.rewards(twin.forward_base(some_ids(), use_cache=False)[0])
     assert all("forward" not in module.__dict__ for module in lm.modules())
     assert not any(module._forward_pre_hooks for module in lm.modules())
     assert torch.equal(lm(some_ids()).logits, logits)
     assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
 
 
-def test_a_forward_that_was_patched_before_is_used_and_put_back(tmp_path):
+def test_a_forward_that_was_patched_before_is_used_and_left(tmp_path):
     _, lm = make_checkpoint(tmp_path)
     adapter = RewardAdapter.from_pretrained(lm, tmp_path)
     layer = lm.model.layers[0].mlp.up_proj
@@ -174,29 +176,40 @@ def test_the_probe_finds_the_tree_right_for_an_adapter(tmp_path):
     assert rgtg_fast.scorers.make_scorer(adapter, k=4).method == "tree"
 
 
+def adapted(layers, model):
+    """The adapter on a twin of `model`: the twin, and the rows it is on."""
+    twins = Twins([model], eval_mode=True)
+    rows = layers.switch_on(twins)
+    return twins, rows
+
+
 def test_a_batch_seen_out_of_order_is_not_mixed():
     layer = nn.Linear(3, 2)
     parts = {layer: LowRank(torch.ones(1, 3), torch.ones(2, 1))}
     layers = LowRankLayers(parts, LayerInputs([[layer]], in_order=False))
-    with layers.active():
-        layer(torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"first_row=1.*two forwards"), layers.active(1, 2):
-        pass
+    twins, rows = adapted(layers, layer)
+    rows.next_forward()
+    with torch.no_grad():
+        twins[layer](torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"first=1.*two forwards"):
+        rows.next_forward(1, 2)
 
 
 def test_a_shared_product_is_never_that_of_an_earlier_input():
-    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
-    parts = {m: LowRank(torch.randn(1, 3), torch.randn(2, 1)) for m in (first, second)}
+    both = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    first, second = both
+    parts = {m: LowRank(torch.randn(1, 3), torch.randn(2, 1)) for m in both}
     layers = LowRankLayers(parts, LayerInputs([[first, second]], in_order=True))
     x, y = torch.randn(4, 3), torch.randn(4, 3)
+    twins, rows = adapted(layers, both)
     with torch.no_grad():
         wanted = first(y) + y @ parts[first].a.t() @ parts[first].b.t()
-        with layers.active():
-            first(x)  # the second layer never asks for this one
-            torch.testing.assert_close(first(y), wanted)
+        rows.next_forward()
+        twins[first](x)  # the second layer never asks for this one
+        torch.testing.assert_close(twins[first](y), wanted)
         x.copy_(y)
-        with layers.active():
-            torch.testing.assert_close(first(x), wanted)
+        rows.next_forward()
+        torch.testing.assert_close(twins[first](x), wanted)
 
 
 def test_another_base_is_a_warning(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...models.attention import eager_attention, last_attention
+from ...models.attention import last_attention
 from ...models.reward_model import as_reward_model
 from ...scorers.attention_credit import check_share
 from ..collate import LabelledCollator
@@ -88,7 +89,9 @@ def attention_labels(
 
     Raises `ValueError` for a model that gives no attention weights.
     """
-    rm = as_reward_model(model)
+    rm = copy.copy(as_reward_model(model))
+    rm.attention = "eager"  # the one attention that gives its weights away
+    rm = rm.twin()
     single: list[Row] = []
     for row in rows:
         for name in ("answer_ids", "chosen_ids", "rejected_ids"):
@@ -101,17 +104,16 @@ def attention_labels(
         part = single[at : at + batch_size]
         batch = collate([row | {"label": 0.0} for row in part])
         batch = {name: value.to(rm.device) for name, value in batch.items()}
-        with rm.evaluating(), eager_attention(rm.model):
-            hidden, out = rm.forward_base(
-                batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                output_attentions=True,
-                use_cache=False,
-            )
-            weights = last_attention(rm, out)  # [N, heads, L, L]
-            index = torch.arange(len(hidden), device=hidden.device)
-            last = (batch["attention_mask"].sum(-1) - 1).to(hidden.device)
-            reward = rm.rewards(hidden[index, last][:, None])[:, 0]
+        hidden, out = rm.forward_base(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            output_attentions=True,
+            use_cache=False,
+        )
+        weights = last_attention(rm, out)  # [N, heads, L, L]
+        index = torch.arange(len(hidden), device=hidden.device)
+        last = (batch["attention_mask"].sum(-1) - 1).to(hidden.device)
+        reward = rm.rewards(hidden[index, last][:, None])[:, 0]
         mask = batch["answer_mask"].to(reward.device)
         attention = weights[index, :, last].float().to(reward.device)
         attention = answer_columns(attention, batch["start"].to(reward.device), mask.shape[-1])

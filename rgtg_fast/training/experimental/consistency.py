@@ -100,14 +100,13 @@ def reward_consistency(
 
 def _answer_rewards(model: Any, dataset: PreferenceDataset, size: int) -> list[list[float]]:
     """Rewards [N, 2] of the whole answers."""
-    rm = as_reward_model(model)
+    rm = as_reward_model(model).twin()
     rewards: list[list[float]] = []
     batches: Any = DataLoader(dataset, size, collate_fn=PairCollator())
     for batch in batches:
         ids, mask = (batch[n].flatten(0, 1).to(rm.device) for n in ("input_ids", "attention_mask"))
-        with rm.evaluating():
-            hidden, _ = rm.forward_base(ids, attention_mask=mask, use_cache=False)
-            index = torch.arange(len(ids), device=hidden.device)
-            last = (mask.sum(-1) - 1).to(hidden.device)
-            rewards += rm.rewards(hidden[index, last][:, None]).view(-1, 2).tolist()
+        hidden, _ = rm.forward_base(ids, attention_mask=mask, use_cache=False)
+        index = torch.arange(len(ids), device=hidden.device)
+        last = (mask.sum(-1) - 1).to(hidden.device)
+        rewards += rm.rewards(hidden[index, last][:, None]).view(-1, 2).tolist()
     return rewards

@@ -1,0 +1,195 @@
+"""A model's twin: its modules once more, around the same tensors, for one call to do with as it
+likes.
+
+A guided call runs models in eval mode, with attention of its own, faster linear layers, adapters.
+On the user's modules each of these would be a switch that another thread sees, and that an
+interrupt leaves as it is. On a twin they are set once and thrown away with it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .foreign import BUFFERS, COMPILED, HOOKS, MODULES, PARAMETERS, WRAPPED
+
+# Values that hold no module, by far the most of all attributes: nothing to look into.
+_PLAIN = frozenset(
+    (bool, int, float, str, type(None), set, OrderedDict, Tensor, nn.Parameter, torch.dtype)
+)
+_OWN = (PARAMETERS, BUFFERS, MODULES)
+
+
+class Twins:
+    """Copies of all modules under `roots`: new objects of their classes, with their parameters.
+
+    Buffers, hooks and configurations are in containers of the copies' own, so that whatever a
+    forward sets (rotary tables, recording hooks) lands there. What is in two places of the original
+    is one copy. Bound methods, partials and closures in instance attributes, as accelerate leaves
+    them, are bound to the copies. Parameters are shared with the container that names them: whoever
+    gathers or loads them around a forward finds them where they are. Scripted modules cannot be
+    copied and stay themselves; compiled ones run uncompiled.
+
+    `given` has modules that are not to be copied, and what stands for them. With `eval_mode`
+    dropout is off; without it each module keeps its training flag.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[nn.Module],
+        eval_mode: bool,
+        given: dict[nn.Module, nn.Module] | None = None,
+    ) -> None:
+        self._of: dict[int, Any] = {id(m): twin for m, twin in (given or {}).items()}
+        self._configs: dict[int, Any] = {}
+        # Instance dictionaries that lead back to their own module. They are emptied at the end: a
+        # reference cycle would keep its module until Python's collector runs.
+        self.cyclic: list[dict[str, Any]] = []
+        self._roots = roots  # ids are those of living modules
+        originals = self._walk(list(roots))
+        self.modules: list[nn.Module] = [self._of[id(m)] for m in originals]
+        self._fill(originals, eval_mode)
+
+    def __getitem__(self, module: nn.Module) -> Any:
+        """The copy of `module`; `module` itself where it was under no root."""
+        return self._of.get(id(module), module)
+
+    @property
+    def configs(self) -> list[Any]:
+        """The copies' configurations."""
+        return list(self._configs.values())
+
+    def rebound(self, value: Any) -> Any:
+        """`value`, a function or a container, with each module in it replaced by its copy; `value`
+        itself where it holds none."""
+        return self._rebound(value, set())
+
+    def __del__(self) -> None:
+        for attributes in self.cyclic:
+            attributes.clear()
+
+    def _walk(self, waiting: list[nn.Module]) -> list[nn.Module]:
+        """All modules below, each with an empty copy made. One loop: models have hundreds."""
+        of, originals, wrappers = self._of, [], []
+        while waiting:
+            module = waiting.pop()
+            if id(module) in of:
+                continue
+            children = module.__dict__[MODULES]
+            if isinstance(module, torch.jit.ScriptModule):
+                of[id(module)] = module
+                continue
+            if WRAPPED in children:
+                wrappers.append(module)
+            else:
+                of[id(module)] = object.__new__(type(module))
+                originals.append(module)
+            for child in children.values():
+                if child is not None:
+                    waiting.append(child)
+        for module in reversed(wrappers):  # the inner of two wrappers was found last
+            of[id(module)] = of[id(module.__dict__[MODULES][WRAPPED])]
+        return originals
+
+    def _fill(self, originals: list[nn.Module], eval_mode: bool) -> None:
+        """Give each copy its attributes. One loop, as above."""
+        of, configs = self._of, self._configs
+        for module in originals:
+            attributes = of[id(module)].__dict__
+            attributes.update(module.__dict__)
+            children = attributes[MODULES] = attributes[MODULES].copy()
+            for name, child in children.items():
+                if child is not None:
+                    children[name] = of[id(child)]
+            attributes[BUFFERS] = attributes[BUFFERS].copy()
+            for name in HOOKS:
+                attributes[name] = attributes[name].copy()
+            if eval_mode:
+                attributes["training"] = False
+            if COMPILED in attributes:
+                attributes[COMPILED] = None
+            for name, value in module.__dict__.items():
+                kind = type(value)
+                if kind in _PLAIN or name in _OWN:
+                    continue
+                if isinstance(value, PreTrainedConfig):
+                    known = configs.get(id(value))
+                    attributes[name] = known or _copy_config(value, configs)
+                    continue
+                if kind in (list, tuple):
+                    plain = _PLAIN.issuperset(map(type, value))
+                elif kind is dict:
+                    plain = _PLAIN.issuperset(map(type, value.values()))
+                elif kind is FunctionType:
+                    plain = value.__closure__ is None
+                else:
+                    plain = kind not in (MethodType, partial) and not isinstance(value, nn.Module)
+                if not plain:
+                    new = self.rebound(value)
+                    if new is not value:
+                        attributes[name] = new
+                        self.cyclic.append(attributes)
+
+    def _rebound(self, value: Any, inside: set[int]) -> Any:
+        if id(value) in inside:  # a function that is in its own closure
+            return value
+        inside = inside | {id(value)}
+
+        def again(parts: Any) -> tuple[list[Any], bool]:
+            new = [self._rebound(part, inside) for part in parts]
+            return new, any(n is not p for n, p in zip(new, parts, strict=True))
+
+        kind = type(value)
+        if isinstance(value, nn.Module):
+            return self[value]
+        if kind in (list, tuple):
+            new, changed = again(value)
+            return kind(new) if changed else value
+        if kind is dict:
+            new, changed = again(list(value.values()))
+            return dict(zip(value, new, strict=True)) if changed else value
+        if kind is MethodType:
+            (function, owner), changed = again((value.__func__, value.__self__))
+            return MethodType(function, owner) if changed else value
+        if kind is partial:
+            (function, args, kwargs), changed = again((value.func, value.args, value.keywords))
+            return partial(function, *args, **kwargs) if changed else value
+        if kind is FunctionType and value.__closure__:
+            return self._rebound_closure(value, again)
+        return value
+
+    def _rebound_closure(self, function: Any, again: Any) -> Any:
+        cells = function.__closure__
+        try:
+            new, changed = again([cell.cell_contents for cell in cells])
+        except ValueError:  # a cell that is still empty: not called by this name yet
+            return function
+        if not changed:
+            return function
+        closure = tuple(CellType(content) for content in new)
+        copy = FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            closure,
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        return copy
+
+
+def _copy_config(config: Any, copies: dict[int, Any]) -> Any:
+    """A configuration with attributes of its own, and so have the configurations in it."""
+    copy = copies[id(config)] = object.__new__(type(config))
+    for name, value in config.__dict__.items():
+        if isinstance(value, PreTrainedConfig):
+            value = copies.get(id(value)) or _copy_config(value, copies)
+        copy.__dict__[name] = value
+    return copy
