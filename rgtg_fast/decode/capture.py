@@ -67,8 +67,9 @@ def _why_not_models(policy: Any, scorer: Any, device: torch.device) -> str | Non
     if not getattr(scorer, "capturable", False):
         kind = getattr(scorer, "method", type(scorer).__name__)
         return f"scoring by {kind!r} does not keep its state in place on the device"
-    for what, view in (("language", policy.view), ("reward", getattr(scorer, "rm", None))):
-        modules = [] if view is None else [view.model, view.head]
+    rm = getattr(scorer, "rm", None)
+    of_reward = () if rm is None else (rm.model, rm.head)
+    for what, modules in (("language", (policy.view.model,)), ("reward", of_reward)):
         for part in modules:
             why = _why_not_module(part, device) if isinstance(part, nn.Module) else None
             if why is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,12 +46,24 @@ class Guidance:
     reward_range: tuple[float, float] | None = None
     prune: bool = False
 
-    def __post_init__(self) -> None:
-        device, rows = self.seeds.device, len(self.seeds)
-        self._keep = ops.keep_kernel(self.backend, device)
-        self._topk = ops.kernel("topk_logprobs", self.backend, device, rows)
-        self._sample = ops.kernel("ratio_sample", self.backend, device, rows)
-        self._step = ops.kernel("ratio_step", self.backend, device, rows)
+    @functools.cached_property
+    def _topk(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return self._kernel("topk_logprobs")
+
+    @functools.cached_property
+    def _sample(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return self._kernel("ratio_sample")
+
+    @functools.cached_property
+    def _step(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        return self._kernel("ratio_step")
+
+    @functools.cached_property
+    def _keep(self) -> Callable[..., Tensor]:
+        return ops.keep_kernel(self.backend, self.seeds.device)
+
+    def _kernel(self, op: str) -> Callable[..., Any]:
+        return ops.kernel(op, self.backend, self.seeds.device, len(self.seeds))
 
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The k most likely tokens of processed scores [B, V]: log-probabilities and ids [B, k]."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from .. import ops
-from ..ops.dispatch import settle
 from .cache import SiblingCache
 from .foreign import Unsupported, set_attention
 from .padding import has_holes
@@ -82,11 +81,8 @@ def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[...
     """The kernel that fused attention runs on, or None where there is none but the reference."""
     if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
         backend = "auto"
-    if backend == "reference" or settle("candidate_attention", backend, device.type, 1) == (
-        "reference"
-    ):
-        return None
-    return ops.kernel("candidate_attention", backend, device)
+    kernel = ops.kernel("candidate_attention", backend, device)
+    return None if kernel is ops.OPS["candidate_attention"] else kernel
 
 
 def plug_in(configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]) -> None:

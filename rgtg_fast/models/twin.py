@@ -24,6 +24,7 @@ from .foreign import BUFFERS, COMPILED, HOOKS, MODULES, PARAMETERS, WRAPPED
 _PLAIN = frozenset(
     (bool, int, float, str, type(None), set, OrderedDict, Tensor, nn.Parameter, torch.dtype)
 )
+_BOUND = (MethodType, partial, FunctionType)  # what may hold on to a module
 _OWN = (PARAMETERS, BUFFERS, MODULES)
 
 
@@ -123,15 +124,18 @@ class Twins:
                     known = configs.get(id(value))
                     attributes[name] = known or _copy_config(value, configs)
                     continue
-                if kind in (list, tuple):
-                    plain = _PLAIN.issuperset(map(type, value))
-                elif kind is dict:
-                    plain = _PLAIN.issuperset(map(type, value.values()))
-                elif kind is FunctionType:
-                    plain = value.__closure__ is None
+                inside = [value]  # grows by what is in its containers
+                for part in inside:
+                    kind = type(part)
+                    if kind in (list, tuple):
+                        inside += part
+                    elif kind is dict:
+                        inside += part.values()
+                    elif kind in _BOUND or isinstance(part, nn.Module):
+                        break
                 else:
-                    plain = kind not in (MethodType, partial) and not isinstance(value, nn.Module)
-                if not plain:
+                    continue
+                if kind is not FunctionType or part.__closure__ is not None:
                     new = self.rebound(value)
                     if new is not value:
                         attributes[name] = new
