@@ -17,7 +17,7 @@ ARCHS = ("80", "90", "100", "120")  # WHEEL_ARCHS of the Makefile
 KERNELS = {
     name
     for path in ROOT.glob("csrc/cuda/*.cuh")
-    for name in re.findall(r"__global__ void[^;{]*?(\w+)\(\w", path.read_text())
+    for name in re.findall(r"__global__ void[^;{]*?(\w+)\(\w+ \w", path.read_text())
 }
 
 
