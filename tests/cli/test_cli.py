@@ -65,10 +65,7 @@ def test_arguments_that_cannot_be_parsed_end_with_2(capsys, argv, message):
         (["--lm", LM], "--lm without --reward-model"),
         (["--text", ""], "--text='' has no tokens; pass a text"),
         (["--new-tokens", "300"], "pass max_new_tokens<="),
-        (
-            ["reward_head", "--json", str(ASSETS / "prompts.jsonl" / "x.json")],
-            "name a file, in a folder",
-        ),
+        (["reward_head", "--json", f"{ASSETS}/prompts.jsonl/x.json"], "name a file, in a folder"),
         (["reward_head", "--backend", "cuda"], "backend='cuda' cannot run reward_head"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
