@@ -60,7 +60,8 @@ def generate(
         reward_model: a sequence-classification model (with several labels: see `reward_label`), any
             module with a base model and a head (`score`, `classifier`, `v_head`,
             `regression_head`), a `RewardHead` or `RewardAdapter` on the language model's own
-            weights, or a scorer object with `prefill`, `score` and `commit`. May live on another device and in another dtype.
+            weights, or a scorer object with `prefill`, `score` and `commit`. May live on another
+            device and in another dtype.
         k: candidates per step, 1 to 64.
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts
