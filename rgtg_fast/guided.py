@@ -31,6 +31,7 @@ from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
 
 
+@check.names_checked
 @dataclass
 class RewardGuided:
     """Reward-guided decoding as a callable for `model.generate(custom_generate=...)`.
@@ -67,19 +68,7 @@ class RewardGuided:
     cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
-        check.check_options(
-            self.k,
-            self.beta,
-            self.temperature,
-            self.seed,
-            self.eos_reward,
-            self.reward_method,
-            self.backend,
-            self.sync_every,
-            self.reward_range,
-            self.prune,
-            self.cuda_graph,
-        )
+        check.check_options(self)
         self._rm: RewardModel | None = None
         if not is_scorer(self.reward_model):
             self._rm = as_reward_model(self.reward_model, self.reward_head)

@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .. import ops
 from ..scorers.base import RewardModelScorer, Scorer
-from .plan import Plan, eos_ids, foreign_criterion, keep_rows, last_step
+from .plan import Plan, ended, eos_ids, foreign_criterion, keep_rows, last_step
 from .policies import Policy
 from .record import Record
 
@@ -181,7 +181,7 @@ def guided_decode(
         if streamer is not None:
             streamer.put(tokens.cpu())
         if foreign:
-            rows.unfinished &= ~criteria(rows.input_ids, record.scores)  # type: ignore[arg-type]
+            rows.unfinished &= ~ended(criteria, rows.input_ids, record.scores)
         elif len(eos):
             rows.unfinished &= (tokens[:, None] != eos).all(1)
         if (step + 1) % plan.sync_every or not (foreign or len(eos) or plan.synced_gpus):
@@ -213,6 +213,11 @@ def score(scorer: Scorer, ids: Tensor, keep: Tensor | None = None) -> Tensor:
     """Rewards [B, k] of the candidates (NaN of those not in `keep`, where it is given);
     `ValueError` where a scorer gives another shape."""
     rewards = scorer.score(ids) if keep is None else scorer.score(ids, keep)  # type: ignore[call-arg]
+    if not isinstance(rewards, Tensor):
+        raise ValueError(
+            f"{type(scorer).__name__}.score gave {type(rewards).__name__}; it must give a tensor "
+            f"of rewards {list(ids.shape)}"
+        )
     if rewards.shape != ids.shape:
         raise ValueError(
             f"rewards has shape {list(rewards.shape)} for candidates {list(ids.shape)}; "
