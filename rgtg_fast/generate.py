@@ -22,7 +22,7 @@ def generate(
     model: Any,
     inputs: Tensor | None = None,
     *,
-    reward_model: Any,
+    reward_model: Any = None,
     k: int = 10,
     beta: float | Tensor = 1.0,
     seed: int | Tensor | None = None,
@@ -118,6 +118,7 @@ def generate(
             does not fit, models that do not match, a NaN logit or reward (row and step named).
     """
     with ended_on_error(kwargs.get("streamer")):
+        check.check_call(model, inputs, kwargs, inspect.signature(generate).parameters)
         guided = RewardGuided(
             reward_model,
             k=k,
@@ -141,7 +142,6 @@ def generate(
             prune=prune,
             cuda_graph=cuda_graph,
         )
-        check.check_call(model, inputs, kwargs, inspect.signature(generate).parameters)
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(
             guided,

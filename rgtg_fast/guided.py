@@ -35,6 +35,7 @@ from .scorers.factory import is_scorer, make_scorer
 from .scorers.tree import SiblingScorer
 
 
+@check.names_checked
 @dataclass
 class RewardGuided:
     """Reward-guided decoding as a callable for `model.generate(custom_generate=...)`.

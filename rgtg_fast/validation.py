@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
+import functools
 import inspect
-import math
-from collections.abc import Iterable
-from numbers import Real
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
+from .decode import options
 from .models.foreign import CACHE, CACHE_NAMES
 from .models.reward_model import RewardModel
 from .ops import BACKENDS
 from .scorers.factory import EOS_REWARDS, METHODS, same_vocabulary
+
+T = TypeVar("T")
 
 _INSTEAD = {
     "generator": "seed= (an int, or int64 [B] with one seed per row)",
@@ -41,59 +42,46 @@ _OTHER_MODES = {
 }
 
 
-def check_options(options: Any) -> None:
-    """The options of a `RewardGuided`, as far as they can be judged without a model."""
-    k = options.k
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise ValueError(f"k is the number of candidates, an int from 1 to 64; got {k!r}")
-    if not 1 <= k <= 64:
-        raise ValueError(f"k={k} candidates asked for; pass 1 <= k <= 64")
-    _check_number("beta", options.beta)
-    temperature = options.temperature
-    if temperature is not None:
-        _check_number("temperature", temperature)
-        lowest = temperature.min().item() if isinstance(temperature, Tensor) else temperature
-        if not lowest > 0:
-            raise ValueError(
-                f"temperature={temperature!r} must be > 0; for the most likely token pass "
-                "do_sample=False"
-            )
-    _check_seed(options.seed)
-    every = options.sync_every
-    if every is not None and (type(every) is not int or every < 1):
-        raise ValueError(f"sync_every={every!r}; pass a number of steps >= 1, or None")
-    _check_reward_range(options.reward_range, options.prune)
-    graph = options.cuda_graph
-    if graph is not None and type(graph) is not bool:
-        raise ValueError(f"cuda_graph={graph!r}; pass True, False or None (where possible)")
-    for name, allowed in (
-        ("eos_reward", EOS_REWARDS),
-        ("reward_method", METHODS),
-        ("backend", BACKENDS),
-    ):
-        value = getattr(options, name)
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown; pass one of {', '.join(allowed)}")
+# Options of generation that count something, and the least each may be.
+COUNTS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0}
+COUNTS |= {"num_return_sequences": 1, "top_k": 0}
 
 
-def _check_reward_range(reward_range: Any, prune: Any) -> None:
-    if prune not in (None, True, False):
-        raise ValueError(f"prune={prune!r}; pass True, False, or None (where it saves something)")
-    if reward_range is None:
-        if prune:
-            raise ValueError(
-                "prune=True needs to know what rewards are possible; pass reward_range=(lo, hi)"
-            )
-        return
-    largest = torch.finfo(torch.float32).max
-    try:
-        low, high = (float(bound) for bound in reward_range)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not -largest <= low < high <= largest:
-        raise ValueError(
-            f"reward_range={reward_range!r}; pass two finite numbers (lo, hi) with lo < hi"
-        )
+def check_options(guide: Any) -> None:
+    """The options of a `RewardGuided`, as far as they can be judged without a model; numpy's ints
+    become Python's."""
+    guide.k = options.integer("k", guide.k, 1, 64)
+    options.number("beta", guide.beta)
+    if guide.temperature is not None:
+        options.temperature(guide.temperature)
+    guide.seed = options.seed(guide.seed)
+    if guide.sync_every is not None:
+        guide.sync_every = options.integer("sync_every", guide.sync_every, 1)
+    options.reward_range(guide.reward_range, guide.prune)
+    for name in ("output_candidates", "compact"):
+        options.flag(name, getattr(guide, name))
+    for name in ("check_nan", "cuda_graph"):
+        options.flag(name, getattr(guide, name), or_none=True)
+    options.choice("eos_reward", guide.eos_reward, EOS_REWARDS)
+    options.choice("reward_method", guide.reward_method, METHODS)
+    options.choice("backend", guide.backend, BACKENDS)
+    check_streamers(None, guide.streamer)
+
+
+def names_checked(cls: type[T]) -> type[T]:
+    """The class with a `ValueError` for an unknown keyword that names the one that was meant."""
+    init, known = cls.__init__, inspect.signature(cls).parameters
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                hint = options.did_you_mean(name, known)
+                raise ValueError(f"{name}= is not an option of {cls.__name__}{hint}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
 
 
 def prunes(scorer: Any, prune: bool | None, all_rewards: bool) -> bool:
@@ -105,39 +93,6 @@ def prunes(scorer: Any, prune: bool | None, all_rewards: bool) -> bool:
             "out (all are scored), or use reward_method='tree' on a CPU or 'reencode'"
         )
     return (can and not all_rewards) if prune is None else prune
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.dim() == 0:
-        value = value.item()
-    if isinstance(value, Tensor):
-        if value.dim() != 1 or not (value.is_floating_point() or value.dtype == torch.int64):
-            raise ValueError(
-                f"{name} must be a float or a float tensor [B] with one value per row; got a "
-                f"{value.dtype} tensor of shape {list(value.shape)}"
-            )
-        finite = bool(value.isfinite().all())
-    elif isinstance(value, Real) and not isinstance(value, bool):  # numpy's floats too
-        finite = math.isfinite(value)
-    else:
-        raise ValueError(f"{name} must be a float or a float tensor [B]; got {value!r}")
-    if not finite:
-        raise ValueError(f"{name}={value!r} is not finite; pass finite numbers")
-
-
-def _check_seed(seed: Any) -> None:
-    if seed is None:
-        return
-    if isinstance(seed, Tensor):
-        if seed.dim() != 1 or seed.dtype != torch.int64:
-            raise ValueError(
-                "seed must be an int or an int64 tensor [B] with one seed per row; got a "
-                f"{seed.dtype} tensor of shape {list(seed.shape)}"
-            )
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an int or an int64 tensor [B]; got {seed!r}")
-    elif not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed} does not fit in 64 bits; pass -2**63 <= seed < 2**63")
 
 
 def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:
@@ -160,6 +115,11 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
                 raise ValueError(f"{name}= and {CACHE}= are two names of one argument; pass one")
             kwargs[CACHE] = kwargs.pop(name)
     _check_keywords(model, kwargs, own)
+    given = kwargs.get("generation_config")
+    if not (given is None or isinstance(given, GenerationConfig)):
+        raise ValueError(f"generation_config must be a GenerationConfig; got {given!r}")
+    check_counts(kwargs, dict.get)
+    check_counts(given)
     check_streamers(kwargs.get("streamer"), None)
     check_mode({name: kwargs.get(name) for name in _OTHER_MODES})
     if kwargs.get("cache_implementation") == "paged":
@@ -176,6 +136,14 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
         return
     check_ids("input_ids", ids)
     check_mask("attention_mask", kwargs.get("attention_mask"), ids, exact=CACHE not in kwargs)
+
+
+def check_counts(config: Any, get: Any = getattr) -> None:
+    """The options of generation that count something; None and what is not there may stay."""
+    for name, least in COUNTS.items():
+        value = get(config, name, None)
+        if value is not None:
+            options.integer(name, value, least)
 
 
 def check_mode(asked: dict[str, Any]) -> None:
@@ -223,13 +191,17 @@ def _check_keywords(model: Any, kwargs: dict[str, Any], own: Iterable[str]) -> N
             continue
         if name in _INSTEAD:
             raise ValueError(f"{name}= is not an argument of guided generate; use {_INSTEAD[name]}")
-        close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-        hint = f"; did you mean {close[0]}=?" if close else "; see help(rgtg_fast.generate)"
+        hint = options.did_you_mean(name, known)
         raise ValueError(f"{name}= is not an argument of guided generate{hint}")
 
 
 def check_ids(name: str, ids: Any) -> None:
     """Token ids must be an int64 or int32 tensor [B, P] with B, P >= 1."""
+    if isinstance(ids, Mapping) and "input_ids" in ids:
+        raise ValueError(
+            f"{name} must be an int64 tensor [B, P]; got a {type(ids).__name__} with "
+            f"{', '.join(ids)}: pass generate(model, **enc, ...), with two stars"
+        )
     if not isinstance(ids, Tensor):
         raise ValueError(
             f"{name} must be an int64 tensor [B, P]; got {type(ids).__name__}; "
@@ -237,6 +209,8 @@ def check_ids(name: str, ids: Any) -> None:
         )
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be int64 token ids; got {ids.dtype}; pass {name}.long()")
+    if ids.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which holds no tokens")
     if ids.dim() != 2:
         raise ValueError(
             f"{name} must have shape [B, P]; got {list(ids.shape)}; "
@@ -261,6 +235,14 @@ def check_mask(name: str, mask: Any, ids: Tensor, exact: bool = True) -> None:
 
 
 def check_left_padded(name: str, mask: Tensor) -> None:
+    if mask.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which holds no mask")
+    empty = (mask == 0).all(-1)
+    if empty.any():
+        raise ValueError(
+            f"{name} row {int(empty.nonzero()[0, 0])} is all zero: an empty prompt; give it at "
+            "least one token, for example the BOS token"
+        )
     if not (mask[:, -1] != 0).all():
         row = int((mask[:, -1] == 0).nonzero()[0, 0])
         raise ValueError(
@@ -286,6 +268,7 @@ def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) 
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only one"
         )
+    check_counts(config)
     check_mode({name: getattr(config, name, None) for name in _OTHER_MODES})
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -307,10 +290,15 @@ def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) 
 def check_length(name: str, owner: str, mask: Tensor, new_tokens: int, limit: int | None) -> None:
     """Prompt and answer must fit the positions a model has."""
     prompt = int(mask.sum(-1).max())
+    if limit is not None and prompt >= limit:
+        raise ValueError(
+            f"{name} of {prompt} tokens leaves no room for an answer: {owner} has {limit} "
+            "positions; pass shorter prompts"
+        )
     if limit is not None and prompt + new_tokens > limit:
         raise ValueError(
             f"{name} of {prompt} tokens and {new_tokens} new ones make {prompt + new_tokens}, but "
-            f"{owner} has {limit} positions; pass max_new_tokens<={max(0, limit - prompt)} "
+            f"{owner} has {limit} positions; pass max_new_tokens<={limit - prompt} "
             "or shorter prompts"
         )
 
@@ -338,7 +326,16 @@ def check_vocabularies(
                 "reward_tokenizer is given without tokenizer; pass tokenizer= (the language "
                 "model's) too, so that its answers can be decoded"
             )
-        return not same_vocabulary(tokenizer, reward_tokenizer)
+        for name, given in (("tokenizer", tokenizer), ("reward_tokenizer", reward_tokenizer)):
+            if not (hasattr(given, "get_vocab") and hasattr(given, "decode")):
+                raise ValueError(f"{name} must be a transformers tokenizer; got {given!r}")
+        as_text = not same_vocabulary(tokenizer, reward_tokenizer)
+        if as_text and reward_tokenizer.pad_token_id is None:
+            raise ValueError(
+                "reward_tokenizer has no padding token, and texts of several lengths are encoded "
+                "at once; set reward_tokenizer.pad_token = reward_tokenizer.eos_token"
+            )
+        return as_text
     if rm.vocab_size != vocab_size:
         raise ValueError(
             f"reward_model has a vocabulary of {rm.vocab_size} tokens and the language model one "

@@ -20,6 +20,7 @@ from ..scorers.base import RewardModelScorer, Scorer
 from .call import Call
 from .graphs import Runner
 from .guidance import Choice
+from .plan import ended
 from .rows import ROOM, Rows
 
 
@@ -57,7 +58,7 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
         if call.streamer is not None:
             call.streamer.put(rows.last()[:, 0].cpu())
         if plan.foreign:
-            rows.unfinished &= ~ended(call, rows)
+            rows.unfinished &= ~ended(call.criteria, rows.so_far(), call.record.scores)
         if (step + 1) % plan.sync_every or not plan.can_end:
             continue
         running = int(rows.unfinished.sum())
@@ -112,17 +113,17 @@ def score(scorer: Scorer, ids: Tensor, keep: Tensor | None = None) -> Tensor:
     """Rewards [B, k] of the candidates (NaN of those not in `keep`, where it is given);
     `ValueError` where a scorer gives another shape."""
     rewards = scorer.score(ids) if keep is None else scorer.score(ids, keep)  # type: ignore[call-arg]
+    if not isinstance(rewards, Tensor):
+        raise ValueError(
+            f"{type(scorer).__name__}.score gave {type(rewards).__name__}; it must give a tensor "
+            f"of rewards {list(ids.shape)}"
+        )
     if rewards.shape != ids.shape:
         raise ValueError(
             f"rewards has shape {list(rewards.shape)} for candidates {list(ids.shape)}; "
             f"{type(scorer).__name__}.score must give one number for each candidate"
         )
     return rewards.to(ids.device, torch.float32)
-
-
-def ended(call: Call, rows: Rows) -> Tensor:
-    """Which rows, bool [B], a stopping criterion ends."""
-    return call.criteria(rows.so_far(), call.record.scores)  # type: ignore[arg-type,return-value]
 
 
 def wait_for_peers(done: bool, call: Call, rows: Rows) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers as tf
@@ -147,6 +148,23 @@ def foreign_criterion(criteria: StoppingCriteriaList) -> str | None:
     """The name of a criterion other than Hugging Face's length and EOS, if there is one."""
     own = (MaxLengthCriteria, EosTokenCriteria)
     return next((type(c).__name__ for c in criteria if type(c) not in own), None)
+
+
+def ended(criteria: StoppingCriteriaList, input_ids: Tensor, scores: Any) -> Tensor:
+    """Which rows [B] the criteria end; `ValueError` names one that gives something else."""
+    done = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    for criterion in criteria:
+        got = criterion(input_ids, scores)
+        if isinstance(got, bool) or (isinstance(got, Tensor) and got.shape in ((), (1,))):
+            got = torch.as_tensor(got).expand(done.shape)  # for all rows
+        if not isinstance(got, Tensor) or got.shape != done.shape or got.dtype != torch.bool:
+            what = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
+            raise ValueError(
+                f"the stopping criterion {type(criterion).__name__} gave {what}; it must give a "
+                f"bool tensor {list(done.shape)}: whether each row has ended"
+            )
+        done |= got.to(done.device)
+    return done
 
 
 def last_step(steps: int, criteria: StoppingCriteriaList, prompt: int) -> int:

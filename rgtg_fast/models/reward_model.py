@@ -140,6 +140,13 @@ def _find_head(model: nn.Module, base: nn.Module) -> nn.Module:
     owners = [model] + ([base] if base is not model else [])
     heads = (getattr(owner, name, None) for owner in owners for name in HEAD_NAMES)
     head = next((h for h in heads if isinstance(h, nn.Module)), None)
+    if head is None and getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        raise ValueError(
+            f"reward_model {type(model).__name__} is a language model, which has no reward head; "
+            "pass rgtg_fast.scorers.AutoregressiveScorer(model) for one trained as GenARM, "
+            "VocabRewardScorer(model) for one trained as FaRMA, or reward_head= (hidden [..., H] "
+            "-> reward [...])"
+        )
     if head is None:
         raise ValueError(
             f"reward_model {type(model).__name__} has no reward head named "

@@ -86,7 +86,8 @@ class Watched:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(attention, "has_holes", lambda mask: False)
-    monkeypatch.setattr(siblings, "attention_kernel", lambda *_: reference.candidate_attention)
+    for module in (siblings, tree):
+        monkeypatch.setattr(module, "attention_kernel", lambda *_: reference.candidate_attention)
     monkeypatch.setattr(ops, "kernel", lambda op, *_: getattr(reference, op))
     monkeypatch.setattr(graphs, "WORTH", 1)
     with FakeTensorMode(), torch.no_grad():

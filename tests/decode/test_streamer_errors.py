@@ -23,6 +23,11 @@ class Recorder(BaseStreamer):
         self.ends += 1
 
 
+@pytest.fixture(scope="module")
+def models():
+    return tiny.llama_lm(), tiny.llama_rm()
+
+
 def failing_head(hidden):
     return torch.full(hidden.shape[:-1], torch.nan)
 

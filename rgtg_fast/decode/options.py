@@ -1,0 +1,117 @@
+"""What numbers the options of guided decoding may be: checked and made plain, without a model."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = torch.finfo(torch.float32).max
+COLDEST = 1e-30  # below it log π / T may be too large for fp32
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int: Python's or numpy's, not a bool; `ValueError` outside least..most."""
+    bounds = f">= {least}" if most is None else f"from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an int {bounds}; got {value!r}")
+    value = int(value)
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}={value} is out of range; pass an int {bounds}")
+    return value
+
+
+def flag(name: str, value: Any, or_none: bool = False) -> None:
+    """`value` must be True or False (or None)."""
+    if not (isinstance(value, bool) or (or_none and value is None)):
+        raise ValueError(
+            f"{name}={value!r}; pass True{', False or None' if or_none else ' or False'}"
+        )
+
+
+def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """`value` must be one of the strings `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; pass one of {', '.join(allowed)}")
+
+
+def number(name: str, value: Any) -> None:
+    """A real number, or a float or int64 tensor [B] of one for each row, finite in fp32."""
+    if isinstance(value, Tensor) and value.device.type == "meta":
+        raise ValueError(f"{name} is a tensor on the meta device, which holds no numbers")
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or not (value.is_floating_point() or value.dtype == torch.int64):
+            raise ValueError(
+                f"{name} must be a float or a float tensor [B] with one value per row; got a "
+                f"{value.dtype} tensor of shape {list(value.shape)}"
+            )
+        finite = bool(value.float().isfinite().all())
+    elif isinstance(value, Real) and not isinstance(value, bool):  # numpy's floats too
+        finite = bool(-LARGEST <= value <= LARGEST)  # type: ignore[operator]
+    else:
+        raise ValueError(f"{name} must be a float or a float tensor [B]; got {value!r}")
+    if not finite:
+        raise ValueError(f"{name}={value!r} is not finite in fp32; pass finite numbers")
+
+
+def temperature(value: Any) -> None:
+    """As `number`, and not so small that what it divides is no longer finite."""
+    number("temperature", value)
+    if isinstance(value, Tensor) and value.numel() == 0:
+        return  # its length is found wrong where the rows are known
+    lowest = value.min().item() if isinstance(value, Tensor) else value
+    if not lowest >= COLDEST:
+        raise ValueError(
+            f"temperature={value!r} must be > 0 (at least {COLDEST}); for the most likely token "
+            "pass do_sample=False"
+        )
+
+
+def seed(value: Any) -> Any:
+    """None, an int of 64 bits (numpy's made Python's) or an int64 tensor [B]."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or value.dtype != torch.int64:
+            raise ValueError(
+                "seed must be an int or an int64 tensor [B] with one seed per row; got a "
+                f"{value.dtype} tensor of shape {list(value.shape)}"
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"seed must be an int or an int64 tensor [B]; got {value!r}")
+    value = int(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed={value} does not fit in 64 bits; pass -2**63 <= seed < 2**63")
+    return value
+
+
+def reward_range(value: Any, prune: Any) -> None:
+    """None, or two finite numbers (lo, hi) with lo < hi; pruning needs them."""
+    if not (prune is None or isinstance(prune, bool)):
+        raise ValueError(f"prune={prune!r}; pass True, False, or None (where it saves something)")
+    if value is None:
+        if prune:
+            raise ValueError(
+                "prune=True needs to know what rewards are possible; pass reward_range=(lo, hi)"
+            )
+        return
+    try:
+        low, high = (float(bound) for bound in value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        low = high = math.nan
+    if not -LARGEST <= low < high <= LARGEST:
+        raise ValueError(f"reward_range={value!r}; pass two finite numbers (lo, hi) with lo < hi")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an argument `name` that does not exist."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}=?" if close else "; see help(rgtg_fast.generate)"
