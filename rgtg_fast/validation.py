@@ -142,7 +142,7 @@ def check_counts(config: Any, get: Any = getattr) -> None:
     """The options of generation that count something; None and what is not there may stay."""
     for name, least in COUNTS.items():
         value = get(config, name, None)
-        if value is not None:
+        if value is not None and not (type(value) is int and value >= least):
             options.integer(name, value, least)
 
 

@@ -273,15 +273,13 @@ def language_model(
         type(model).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation
         or "prepare_inputs_for_generation" in model.__dict__
-        or foreign.compiled(model)
     ):
         return None
     view = LanguageModel(model)
     if view.base is model:
         return None
-    for module in (model, view.base):
-        if "forward" in module.__dict__ or foreign.hooked(module) or foreign.compiled(module):
-            return None
+    if not foreign.untouched(model, view.base):
+        return None
     way = probe(view, max_length, ("tree",), backend).way("tree")
     if way is None or not _head_is_right(view):
         return None

@@ -9,6 +9,7 @@ attention be replaced, or add to it, get a dense additive mask [B, 1, k, k + L] 
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -77,12 +78,18 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
+_kernels: dict[tuple, Callable[..., Tensor] | None] = {}
+
+
 def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[..., Tensor] | None:
     """The kernel that fused attention runs on, or None where there is none but the reference."""
-    if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
-        backend = "auto"
-    kernel = ops.kernel("candidate_attention", backend, device)
-    return None if kernel is ops.OPS["candidate_attention"] else kernel
+    key = backend, device.type, os.environ.get("RGTG_BACKEND")
+    if key not in _kernels:
+        if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
+            backend = "auto"
+        kernel = ops.kernel("candidate_attention", backend, device)
+        _kernels[key] = None if kernel is ops.OPS["candidate_attention"] else kernel
+    return _kernels[key]
 
 
 def plug_in(configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]) -> None:

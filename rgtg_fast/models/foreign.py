@@ -148,9 +148,16 @@ def hooks_of(module: nn.Module) -> tuple[Callable[..., Any], ...]:
     return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
 
 
-def compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called."""
-    return module._compiled_call_impl is not None
+def untouched(*modules: nn.Module) -> bool:
+    """Whether nothing was put on the modules that calling their parts would pass by: hooks, a
+    forward of the instance, `module.compile()`."""
+    return not any(
+        "forward" in m.__dict__
+        or m._forward_hooks
+        or m._forward_pre_hooks
+        or m._compiled_call_impl is not None
+        for m in modules
+    )
 
 
 # oneDNN's linear, which torch's inductor emits; torch has no public name for it.

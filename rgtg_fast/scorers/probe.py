@@ -85,10 +85,9 @@ def probe(
     passing: dict[str, str | None] = {}
     with _probing:
         known = _verdicts.setdefault(rm.model, {})
-        ids = _random_ids(rm, (2, length))
         pooled = known.get(key)
         if pooled is None:
-            pooled, lasting = _is_pooled(rm, ids[:1])
+            pooled, lasting = _is_pooled(rm, _random_ids(rm, length)[:1])
             if lasting:
                 known[key] = pooled
         reasons: dict[str, str | None]
@@ -96,7 +95,7 @@ def probe(
         reasons, failures = known.setdefault((key, pooled), ({}, {}))
         for way in ways:
             if way not in reasons:
-                reason, keep = _why_not(rm, way, pooled, ids, backend)
+                reason, keep = _why_not(rm, way, pooled, _random_ids(rm, length), backend)
                 if keep or (keep is None and failures.get(way) == reason):
                     reasons[way] = reason
                 else:
@@ -243,7 +242,8 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> tuple[bool, bool]:
     return error <= max(TOLERANCE[computing_dtype(rm)], 0.02) * spread, True
 
 
-def _random_ids(rm: ModelParts, shape: tuple[int, int]) -> Tensor:
+def _random_ids(rm: ModelParts, length: int) -> Tensor:
+    """Two rows [2, length], always the same."""
     generator = torch.Generator("cpu").manual_seed(0)
     ids = torch.randint(
         0, rm.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu"
