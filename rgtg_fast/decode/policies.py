@@ -52,7 +52,7 @@ class Policy(Protocol):
 
 
 class HFPolicy:
-    """`model.forward` with what `model.generate` prepared; any cache, embeddings, no cache at all."""
+    """`model.forward` with what `model.generate` prepared: any cache, embeddings, no cache."""
 
     capturable = False
 
