@@ -24,6 +24,7 @@ from .foreign import BUFFERS, COMPILED, HOOKS, MODULES, PARAMETERS, WRAPPED
 _PLAIN = frozenset(
     (bool, int, float, str, type(None), set, OrderedDict, Tensor, nn.Parameter, torch.dtype)
 )
+_HOLDERS = (nn.Module, MethodType, FunctionType, partial)  # what may hold one, in a container too
 _OWN = (PARAMETERS, BUFFERS, MODULES)
 
 
@@ -123,10 +124,10 @@ class Twins:
                     known = configs.get(id(value))
                     attributes[name] = known or _copy_config(value, configs)
                     continue
-                if kind in (list, tuple):
-                    plain = _PLAIN.issuperset(map(type, value))
-                elif kind is dict:
-                    plain = _PLAIN.issuperset(map(type, value.values()))
+                if kind in (list, tuple, dict):
+                    plain = True
+                    for item in value.values() if kind is dict else value:
+                        plain = plain and not isinstance(item, _HOLDERS)
                 elif kind is FunctionType:
                     plain = value.__closure__ is None
                 else:
