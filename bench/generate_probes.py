@@ -97,11 +97,18 @@ def _held(lm, rm, ids, k, new, method):
         return cache_bytes(rewarder.cache)
     scorer = make_scorer(rm, k=k, method=method, max_length=ids.shape[1] + new)
     mask = torch.ones_like(ids)
+    held, finish = [], scorer.finish
+
+    def measured():  # what belongs to the call is let go of at its end
+        # A tree's cache belongs to its forward; expand's to the scorer.
+        held.append(cache_bytes((scorer.forward if hasattr(scorer, "forward") else scorer).cache))
+        finish()
+
+    scorer.finish = measured
     rgtg_fast.generate(
         lm, ids, attention_mask=mask, reward_model=scorer, k=k, max_new_tokens=new, do_sample=False
     )
-    # A tree's cache belongs to its forward; expand's to the scorer.
-    return cache_bytes(scorer.forward.cache if hasattr(scorer, "forward") else scorer.cache)
+    return held[0]
 
 
 class ForwardTime:

@@ -13,7 +13,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 
 from . import ops
 from . import validation as check
-from .guided import RewardGuided, ended_on_error
+from .guided import OneCall, RewardGuided, ended_on_error
 from .models.foreign import CACHE
 from .output import RewardGuidedOutput
 
@@ -119,7 +119,7 @@ def generate(
     """
     with ended_on_error(kwargs.get("streamer")):
         check.check_call(model, inputs, kwargs, inspect.signature(generate).parameters)
-        guided = RewardGuided(
+        guided = OneCall(
             reward_model,
             k=k,
             beta=beta,

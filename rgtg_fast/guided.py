@@ -342,8 +342,19 @@ class RewardGuided:
             return seed.to(device)
         if seed is None:
             # Greedy decoding draws nothing, and leaves the global generator where it was.
-            seed = int(torch.randint(2**63 - 1, ())) if do_sample else 0
+            seed = (
+                int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+                if do_sample
+                else 0
+            )
         return ops.split_seed(seed, batch).to(device)
+
+
+class OneCall(RewardGuided):
+    """A guide for one call, which takes the reward model apart, and not its construction too."""
+
+    def __post_init__(self) -> None:
+        check.check_options(self)
 
 
 def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:

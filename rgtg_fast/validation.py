@@ -45,6 +45,7 @@ _OTHER_MODES = {
 # Options of generation that count something, and the least each may be.
 COUNTS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0}
 COUNTS |= {"num_return_sequences": 1, "top_k": 0}
+CHOICES = {"eos_reward": EOS_REWARDS, "reward_method": METHODS, "backend": BACKENDS}
 
 
 def check_options(guide: Any) -> None:
@@ -58,13 +59,9 @@ def check_options(guide: Any) -> None:
     if guide.sync_every is not None:
         guide.sync_every = options.integer("sync_every", guide.sync_every, 1)
     options.reward_range(guide.reward_range, guide.prune)
-    for name in ("output_candidates", "compact"):
-        options.flag(name, getattr(guide, name))
-    for name in ("check_nan", "cuda_graph"):
-        options.flag(name, getattr(guide, name), or_none=True)
-    options.choice("eos_reward", guide.eos_reward, EOS_REWARDS)
-    options.choice("reward_method", guide.reward_method, METHODS)
-    options.choice("backend", guide.backend, BACKENDS)
+    options.flags({n: getattr(guide, n) for n in ("output_candidates", "compact")})
+    options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
+    options.choices(vars(guide), CHOICES)
     check_streamers(None, guide.streamer)
 
 

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         command.run(args)
     except KeyboardInterrupt as stop:
-        print(f"\n{args.command}: {stop or f'stopped. {command.STOPPED}'}", file=sys.stderr)
+        print(f"\n{args.command}: {str(stop) or f'stopped. {command.STOPPED}'}", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

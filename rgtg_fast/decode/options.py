@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,18 +26,22 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     return value
 
 
-def flag(name: str, value: Any, or_none: bool = False) -> None:
-    """`value` must be True or False (or None)."""
-    if not (isinstance(value, bool) or (or_none and value is None)):
-        raise ValueError(
-            f"{name}={value!r}; pass True{', False or None' if or_none else ' or False'}"
-        )
+def flags(values: dict[str, Any], or_none: bool = False) -> None:
+    """Each of the values by name must be True or False (or None)."""
+    for name, value in values.items():
+        if not (isinstance(value, bool) or (or_none and value is None)):
+            raise ValueError(
+                f"{name}={value!r}; pass True{', False or None' if or_none else ' or False'}"
+            )
 
 
-def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """`value` must be one of the strings `allowed`."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; pass one of {', '.join(allowed)}")
+def choices(values: dict[str, Any], allowed: Mapping[str, Iterable[str]]) -> None:
+    """Each of the values by name must be one of the strings `allowed` for that name."""
+    for name, strings in allowed.items():
+        if not isinstance(values[name], str) or values[name] not in strings:
+            raise ValueError(
+                f"{name}={values[name]!r} is unknown; pass one of {', '.join(strings)}"
+            )
 
 
 def number(name: str, value: Any) -> None:

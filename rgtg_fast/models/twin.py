@@ -124,9 +124,12 @@ class Twins:
                     known = configs.get(id(value))
                     attributes[name] = known or _copy_config(value, configs)
                     continue
-                inside = [value]  # grows by what is in its containers
+                inside, seen = [value], set()  # grows by what is in its containers
                 for part in inside:
                     kind = type(part)
+                    if id(part) in seen:  # a container that is in itself
+                        continue
+                    seen.add(id(part))
                     if kind in (list, tuple):
                         inside += part
                     elif kind is dict:

@@ -1,4 +1,4 @@
-"""The private names of torch that the ops use; tests/ops/test_foreign.py fails when one changes."""
+"""Private names of torch that the ops use; tests/ops/test_ops_foreign.py fails when one changes."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def prefix_bt_loss(
 
 
 def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:
-    row = torch.arange(batch, dtype=torch.int64, device=device)
+    row = torch.arange(batch, dtype=torch.int64, device="cpu" if device is None else device)
     zero = torch.zeros_like(row)
     key = torch.full_like(row, seed)
     word = philox4x32_10((row & _WORD, row >> 32, zero, zero), (key & _WORD, (key >> 32) & _WORD))

@@ -246,7 +246,7 @@ def _random_ids(rm: ModelParts, length: int) -> Tensor:
     """Two rows [2, length], always the same."""
     generator = torch.Generator("cpu").manual_seed(0)
     ids = torch.randint(
-        0, rm.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu"
+        0, rm.vocab_size, (2, length), generator=generator, dtype=torch.int64, device="cpu"
     )
     pad = getattr(rm.text_config, "pad_token_id", None)
     if pad is not None:  # some models read padding off the ids

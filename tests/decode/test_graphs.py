@@ -10,6 +10,7 @@ import re
 import warnings
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 import zoo
@@ -126,7 +127,7 @@ def test_own_prompts_and_row_options(made):
 
 def test_reward_model_with_fewer_ids(made):
     rm = zoo.build_rm("llama", vocab_size=zoo.VOCAB - 2)
-    tokenizer = object()
+    tokenizer = tiny.tokenizer()
     options = {"tokenizer": tokenizer, "reward_tokenizer": tokenizer}
     options["input_ids"] = BATCH["input_ids"].clamp(max=zoo.VOCAB - 3)
     assert_same_with_graph(made, zoo.lm("llama"), rm, k=40, **options)

@@ -1,4 +1,4 @@
-"""torch's default dtype, default device, autocast and inference mode around a guided call."""
+"""torch's default dtype, autocast and inference mode around a guided call."""
 
 import contextlib
 
@@ -19,20 +19,11 @@ def default_dtype(dtype):
         torch.set_default_dtype(torch.float32)
 
 
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
 SETTINGS = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "meta": lambda: default_device("meta"),
     "inference": torch.inference_mode,
+    "meta": lambda: torch.device("meta"),
 }
 
 
@@ -64,17 +55,18 @@ def test_autocast_keeps_the_tree_and_gives_what_full_forwards_give(make):
         scorer = make_scorer(rm, k=5)
         assert (scorer.method, scorer.fused) == ("tree", True)
         got = guided(lm, rm, **options)
-        prompts = tiny.prompts(5, 9)
-        for row, length in enumerate((5, 9)):
-            ids = got.sequences[row, prompts["input_ids"].shape[1] - length :]
-            for step in range(got.rewards.shape[1]):
-                prefix = ids[: length + step]
-                texts = torch.cat(
-                    [prefix.expand(5, -1), got.candidate_ids[row, step][:, None]], dim=1
-                )
+    error = noise = 0.0
+    for row, length in enumerate((5, 9)):
+        ids = got.sequences[row, 9 - length :]
+        for step in range(got.rewards.shape[1]):
+            candidates = got.candidate_ids[row, step][:, None]
+            texts = torch.cat([ids[: length + step].expand(5, -1), candidates], dim=1)
+            exact = tiny.full_reward(rm, texts)
+            with torch.autocast("cpu", torch.bfloat16):
                 want = tiny.full_reward(rm, texts)
-                error = (got.candidate_rewards[row, step] - want).abs().max()
-                assert error <= 0.1 * max(1.0, float(want.std()))
+            error = max(error, float((got.candidate_rewards[row, step] - want).abs().max()))
+            noise = max(noise, float((exact - want).abs().max()))
+    assert error <= 2 * noise  # as far as autocast itself moves the rewards
     assert make_scorer(rm, k=5).fused
     torch.testing.assert_close(guided(lm, rm), guided(tiny.llama_lm(), make()))
 

@@ -507,7 +507,7 @@ def test_a_guide_that_cannot_hold_the_longest_answer_is_found_first(tmp_path, mo
     AutoTokenizer.from_pretrained(ASSETS / "lm").save_pretrained(tmp_path / "short")
     monkeypatch.setattr(answers.Answerer, "batch", None)
     runs = [{"name": "base"}, {"name": "short", "reward_model": str(tmp_path / "short")}]
-    with pytest.raises(SystemExit, match="but reward_model has 16 positions"):
+    with pytest.raises(SystemExit, match="reward_model has 16 positions"):
         main(["eval", "--config", config(tmp_path, runs=runs, win_judge=None)])
 
 
