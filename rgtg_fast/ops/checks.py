@@ -201,7 +201,9 @@ def _refuse_mask(name: str, live: Tensor, lengths: Tensor) -> None:
             f"{name} has no real token in pair {int(empty.nonzero()[0])}: the answer is empty; "
             "drop the pair, or let the answer be its EOS"
         )
-    wrong = (live != (torch.arange(live.shape[1]) < lengths.unsqueeze(1))).any(dim=1)
+    wrong = (live != (torch.arange(live.shape[1], device=live.device) < lengths.unsqueeze(1))).any(
+        dim=1
+    )
     raise ValueError(
         f"{name} has a hole in pair {int(wrong.nonzero()[0])}; pass right-padded answers: "
         "ones from position 0 on, then zeros"

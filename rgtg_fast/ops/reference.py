@@ -125,7 +125,9 @@ def ratio_keep(
     values = []
     undefined = torch.zeros_like(seed, dtype=torch.bool)
     for reward in (low, high):
-        scores = logprobs + (beta * torch.tensor(reward, dtype=torch.float32)).unsqueeze(1)
+        scores = logprobs + (
+            beta * torch.tensor(reward, dtype=torch.float32, device=logprobs.device)
+        ).unsqueeze(1)
         tempered = scores / temperature.unsqueeze(1)
         undefined |= (torch.isnan(tempered) | torch.isposinf(tempered)).any(dim=1)
         value = tempered + noise if do_sample else scores
