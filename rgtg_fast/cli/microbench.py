@@ -71,7 +71,7 @@ def times(
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device != "cpu" else None
     for turn in range(warm + repeat):
         for i, function in enumerate(functions):
-            # Each takes another copy: on the same one it would find in the cache what the last read.
+            # Each takes another copy: the last one's may still be in the cache.
             arguments = inputs[(turn + i * len(inputs) // len(functions)) % len(inputs)]
             if flush is None:
                 begin = time.perf_counter()

@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 
 _NORMAL = NormalDist()
-_CHUNK = 1 << 23  # resampled values held in memory at a time
+_CHUNK = 1 << 23  # resampled counts held in memory at a time
 
 
 @dataclass(frozen=True)

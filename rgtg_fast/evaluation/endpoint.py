@@ -104,8 +104,8 @@ class Endpoint:
 
     @contextmanager
     def _deadline(self, seconds: float) -> Iterator[tuple[Any, threading.Event]]:
-        """A callback for each socket that is opened, and an event. Once time is over the event is set
-        and the socket shut down: a socket's own timeout starts anew with every byte received."""
+        """A callback for each socket that is opened, and an event. Once time is over the event is
+        set and the socket shut down: its own timeout starts anew with every byte received."""
         mine: list[socket.socket] = []
         passed = threading.Event()
 

@@ -24,7 +24,7 @@ _JUDGED_AT_ONCE = 64
 def generate_all(evaluation: Evaluation) -> dict[str, RunRows]:
     """The answers of all runs, those that are there already read from their files."""
     settings, n = evaluation.settings, len(evaluation.prompts)
-    transformers.utils.logging.disable_progress_bar()  # of weight loading, which would break up our own
+    transformers.utils.logging.disable_progress_bar()  # of weight loading: it would break up ours
     files = {
         spec.name: {s: evaluation.rows("answers", spec, s) for s in evaluation.seeds(spec)}
         for spec in settings.runs
@@ -89,7 +89,8 @@ def _generate(evaluation: Evaluation, spec: Run, lm: Any, files: dict[int, Rows]
     answerer = _answerer(evaluation, spec, lm)
     step = max(1, settings.batch_size // spec.best_of)
     for seed, file in files.items():
-        if len(file.rows) < len(prompts):  # go on at a batch's start, as batches are in a run without a break
+        # Go on at the start of a batch: tokens may depend on the batch, and must not on a break.
+        if len(file.rows) < len(prompts):
             file.cut(len(file.rows) // step * step)
         evaluation.progress.advance(bar, len(file.rows))
         for at in range(len(file.rows), len(prompts), step):

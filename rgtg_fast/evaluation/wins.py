@@ -54,8 +54,8 @@ def compare(
     """`win` of a over b for each (prompt, a, b) in turn, asked in both positions.
 
     win = (p(a, b) + 1 - p(b, a)) / 2: a judge that only prefers a position gives 1/2. `swapped`
-    says that the verdict went with the position and not with the answer. Equal answers are a tie and not asked
-    about; a verdict that cannot be read counts as a tie and in `unread`.
+    says that the verdict went with the position and not with the answer. Equal answers are a tie
+    and not asked about; a verdict that cannot be read counts as a tie and in `unread`.
     """
 
     def ask(pair: tuple[Any, str, str]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _content(reply: Any) -> str:
         content = reply["choices"][0]["message"]["content"]
     except (LookupError, TypeError):
         raise Refused("its reply has no choices[0].message.content") from None
-    if content is None or isinstance(content, str):  # None: a reasoning model that ran out of tokens
+    if content is None or isinstance(content, str):  # None: max_tokens went into reasoning
         return content or ""
     raise Refused(f"its message is {type(content).__name__}, not text")
 
