@@ -1,4 +1,4 @@
-"""What the training benchmark prints and writes, and its gate: a wrong result has no speed."""
+"""What the training benchmark prints and writes; a wrong result gets no time."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def measure(args, models, contenders, point):
     for repeat in range(args.repeats + 1):
         rates.append(bandwidth(args.device, 16 if args.quick else None))
         for name, values in runs.items():
-            # Slow contenders are warm after the first of their many forwards, and steady.
+            # A slow contender runs many forwards: it needs no run to warm up, and few repeats.
             if name in SLOW and 1 <= repeat <= SLOW_REPEATS:
                 memory[name] = bench.run_for_memory(name)
                 values.append(memory[name])
@@ -253,7 +253,7 @@ def table(rows, columns):
 
 
 def special(args, points, positions):
-    """The modes that are no race: what the reward model's cache holds, and the loop's own time."""
+    """--memory and --overhead: the size of the reward model's cache, and the loop's own time."""
     dtype = getattr(torch, args.dtype)
     if args.overhead:
         models = build_models(args.shape, positions, dtype, small=OVERHEAD_VOCAB)
@@ -295,7 +295,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    # One pair of models is used throughout: what the scorers warn of is known here.
+    # The scorers' warnings about these models would interrupt the table.
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()

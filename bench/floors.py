@@ -13,7 +13,7 @@ from torch import nn
 
 
 def weight_bytes(*models):
-    """Bytes of the parameters of `models` a step reads, shared ones once, embeddings left out."""
+    """Bytes of the parameters of `models` that a step reads: shared ones once, no embeddings."""
     counted, skipped = {}, set()
     for model in models:
         head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -91,14 +91,14 @@ class Bench:
 
     def __init__(self, models, prompt, k, new, slow_new, beta=1.0):
         self.models, self.prompt, self.k, self.new, self.beta = models, prompt, k, new, beta
-        # Re-encoding costs prompt * k * batch: few tokens of it, fewer where it costs more.
+        # A token by re-encoding costs prompt * k * batch: the more that is, the fewer are timed.
         fewer = min(slow_new, slow_new * 1280 // (prompt.numel() * k))
         self.slow_new = min(new, max(2, fewer)) if slow_new else new
         self.near_ties = 0
         self.answers = {}
         if prompt.device.type == "cuda":
-            # Otherwise a static cache keeps the length of the longest prompt before it, and
-            # torch.compile makes dynamic what differs from the point before.
+            # Without these the static cache would have the length of the longest prompt so far, and
+            # torch.compile would use dynamic shapes from the second point on.
             models.lm._previous_max_cache_length = -1
             torch.compiler.reset()
 
@@ -132,7 +132,7 @@ class Bench:
         )
 
     def answer(self, name):
-        """What contender `name` has to say: the first guided answer for its reward model."""
+        """The answer that contender `name` must give: the first guided one for its reward model."""
         reward = name if name in self.models.on_base else "separate"
         if reward not in self.answers:
             out = rgtg_fast.generate(
@@ -158,7 +158,7 @@ class Bench:
         return self.answers[reward]
 
     def check(self, name, tokens, first=0):
-        """Refuse to go on where a contender says something else, near ties aside."""
+        """Raise where a contender's tokens differ from that answer, near ties aside."""
         answer = self.answer(name)
         wanted = answer.tokens[:, first : first + tokens.shape[1]]
         for row in range(len(wanted)):
@@ -193,7 +193,7 @@ class Bench:
             width = config.hidden_size // config.num_attention_heads * heads
             tokens = (self.prompt.shape[1] + self.new) * len(self.prompt) * self.k
             size = tokens * 2 * width * config.num_hidden_layers * self.models.rm.dtype.itemsize
-            if 2 * size > free_bytes:  # and as much again while rows are selected
+            if 2 * size > free_bytes:  # selecting rows holds a second copy
                 return f"its {self.k} caches per row take {size / 1e9:.1f} GB"
         return None
 

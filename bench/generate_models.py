@@ -81,7 +81,7 @@ def build_models(shape, positions, dtype, device="cpu", small=None):
         models = lm, reward_model(config)
         return [m.to(device, dtype).eval().requires_grad_(False) for m in models]
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # made where and as they are used: no copy in host memory
+    torch.set_default_dtype(dtype)  # made in this dtype: no fp32 copy in host memory
     try:
         with torch.device(device):
             lm = language_model(config)

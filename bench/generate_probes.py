@@ -114,8 +114,8 @@ def _held(lm, rm, ids, k, new, method):
 class ForwardTime:
     """Seconds inside the forwards of some modules; one that another calls is not counted twice.
 
-    It is their classes that are watched: a module with a forward of its own would not be run on
-    the package's own cache.
+    The forwards of their classes are wrapped: a module with an instance attribute `forward` would
+    not be run on the package's own cache.
     """
 
     def __init__(self, *modules):

@@ -14,7 +14,7 @@ from rgtg_fast.models.foreign import CACHE, cache_of
 
 
 def now(device):
-    """The clock, after the device has done what it was asked to."""
+    """Seconds on the clock, after the device has finished."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

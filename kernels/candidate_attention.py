@@ -5,9 +5,9 @@
 
 1. ``_attend_prefix``, grid (B * Hkv, splits, k * group / BLOCK_M): all k * (Hq / Hkv) queries that
    share a key head are rows of one tile, so a key is read once for all of them (flash decoding
-   with siblings in the place of steps). A split leaves its maximum, its sum of exponentials and its
-   weighted values. Nothing is copied to the host: a split outside ``start <= t < length`` returns
-   at once. WIDEN: the interpreter's dot takes no bfloat16.
+   over siblings). A split writes its maximum, its sum of exponentials and its weighted values.
+   The grid covers all T, so that lengths need not be copied to the host: a split outside
+   ``start <= t < length`` does nothing. WIDEN: the interpreter's dot takes no bfloat16.
 2. ``_merge_self``, grid (B * Hkv, k * group): merges the splits of one query and the sibling's own
    key and value by their log-sum-exp.
 """
@@ -60,7 +60,7 @@ def _attend_prefix(
 
     end = tl.load(length + row)
     begin = tl.maximum(tl.load(start + row), 0)
-    end = tl.maximum(end, 0)  # from less, a large window may not be subtracted
+    end = tl.maximum(end, 0)  # end - window would overflow for a very negative end
     if HAS_WINDOW:
         begin = tl.maximum(begin, end - window + 1)
     begin = tl.maximum(begin, split * SPLIT)
@@ -90,8 +90,8 @@ def _attend_prefix(
             value = tl.load(values + t[:, None] * v_step + d[None, :], mask=mask, other=0.0)
             total = total * shrink + tl.sum(share, axis=1)
             acc = acc * shrink[:, None]
-            # The weights in two parts of the values' type: rounded to one, they would cost more
-            # accuracy than the result's own rounding. The kernel waits for memory either way.
+            # Split the weights into two parts of the values' type: rounding them to one would cost
+            # more accuracy than rounding the result does. The second dot is hidden by memory time.
             high = share.to(value.dtype)
             low = (share - high.to(tl.float32)).to(value.dtype)
             if WIDEN:
@@ -149,8 +149,8 @@ def _merge_self(
 
 
 def split_length(prefix: int, programs: int) -> int:
-    """Positions per split: long enough to be worth its partial result, short enough to keep the
-    device busy when there are only ``programs`` others, and at most MAX_SPLITS of them."""
+    """Positions per split: as long as the splits times ``programs`` (rows, heads and tiles) still
+    keep the device busy, and so that there are at most MAX_SPLITS."""
     length = LONGEST_SPLIT
     while length > SHORTEST_SPLIT and programs * triton.cdiv(prefix, length) < BUSY:
         length //= 2
@@ -191,9 +191,9 @@ def candidate_attention(
     group = query_heads // heads
     queries = k * group
     block_d = power_of_two(width, 16)
-    key_bytes = block_d * q.element_size()  # what a tile of keys takes of shared memory, per key
+    key_bytes = block_d * q.element_size()  # shared memory of one key in a tile
     block_n, stages = (64, 3) if key_bytes <= 256 else (32, 2) if key_bytes <= 512 else (16, 1)
-    # Wide float32 tiles, which no tensor core takes, spill at four warps and 64 queries.
+    # No tensor core takes float32: wide tiles of 64 queries would spill registers at four warps.
     spills = q.dtype == torch.float32 and block_d >= 128
     block_m = min(32 if spills else 64, power_of_two(queries, 16))
     tiles = triton.cdiv(queries, block_m)

@@ -1,4 +1,4 @@
-"""Gumbel noise that is the same bit for bit as ``csrc/gumbel.h`` and ``rgtg_fast/reference.py``.
+"""Gumbel noise, bit for bit that of ``csrc/gumbel.h`` and ``rgtg_fast/ops/reference.py``.
 
 One Philox block and one polynomial logarithm, both made of operations that are rounded once: a
 kernel that uses this must be launched with ``enable_fp_fusion=False``.

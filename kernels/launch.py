@@ -1,4 +1,4 @@
-"""What the launchers share."""
+"""Argument checks and launch settings that the Triton launchers share."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Decided when the kernels are defined: whether @triton.jit compiled or wrapped for numpy.
+# Whether @triton.jit wraps kernels for the interpreter; fixed when a kernel is defined, so a later
+# change of TRITON_INTERPRET has no effect.
 INTERPRETED = triton.knobs.runtime.interpret
 
 

@@ -42,7 +42,7 @@ def best_of_rows(code, ids):
 
 @triton.jit
 def _swap_pairs(cube, ascends, axis: tl.constexpr, dims: tl.constexpr):
-    # The other of each pair as sum - self: wraps around, and is exact all the same.
+    # The partner of each key is sum - self; the sum may overflow, but modulo 2^64 it is exact.
     other = tl.sum(cube, axis=axis, keep_dims=True) - cube
     is_right = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (dims - 1 - axis))
     return tl.where((cube < other) != ((ascends ^ is_right) == 1), other, cube)

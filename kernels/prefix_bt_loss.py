@@ -3,10 +3,10 @@
 ``r_chosen``, ``r_rejected`` ``[N, L]`` any float, lengths int64 ``[N]``, weights ``[L]``, margin
 ``[N]`` -> loss ``[N]`` and two gradients ``[N, L]``, float32 (float64 for float64 rewards).
 
-Grid (N): a program goes over the weights of its pair's prefix lengths for their sum, then once over
-the rewards. An answer that has ended is read at its last token, which gets the sum of the gradients
-from there on in one store at the end. A pair without prefixes or with lengths outside 1 .. L reads
-nothing and is NaN.
+Grid (N): a program sums the weights of its pair's prefix lengths, then reads the rewards once. Past
+its end an answer keeps the reward of its last token; that token's gradient collects all those
+prefix lengths and is stored once, at the end. A pair without prefixes or with lengths outside
+1 .. L reads nothing and is NaN.
 """
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .launch import accumulator, check, check_shape, on_device, power_of_two
 
-# Batches differ in L: a kernel is compiled per power of two up to this, then per multiple of it.
+# L differs from batch to batch. The kernel is compiled per power of two up to this, then per
+# multiple of it, and not for every L.
 MAX_BLOCK = 512
 
 
@@ -25,7 +26,7 @@ def _exp(x):
     """exp(x) for x <= 0, to an ulp or two: the float32 instruction errs by |x| ulps."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    x = tl.where(x < -104.0, -104.0, x)  # not a minimum: NaN stays
+    x = tl.where(x < -104.0, -104.0, x)  # tl.minimum would drop a NaN
     n = tl.floor(x * 1.44269504 + 0.5)
     r = (x - n * 0.693359375) + n * 2.12194440e-4
     p = r * 1.38436537e-3 + 8.3741555e-3

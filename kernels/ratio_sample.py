@@ -22,7 +22,7 @@ def draw(
     logprobs, rewards, ids, beta, temperature, seed, position, live, slots,
     SAMPLE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The slot and ``logq [K]`` of one row; candidates that are not ``live`` do not exist."""
+    """The slot and ``logq [K]`` of one row; slots that are not ``live`` hold no candidate."""
     scores = logprobs + beta * rewards
     tempered = tl.where(live, tl.div_rn(scores, temperature), -float("inf"))
     is_nan = tempered != tempered

@@ -4,8 +4,8 @@
 ``beta, temperature, seed, position [B]`` -> ``slot`` int64 ``[B]``, ``rewards, logq`` float32
 ``[B, k]``; k <= 64.
 
-The rewards of a row never leave its program before the draw: what ``reward_head`` and
-``ratio_sample`` compute, bit for bit, in one launch.
+One launch instead of ``reward_head`` and ``ratio_sample``, with the same results bit for bit: the
+draw takes the rewards from registers.
 """
 
 import torch
@@ -71,7 +71,7 @@ def ratio_step(
     check_shape("hidden", hidden, rows, k, hidden.shape[2])
     check_head(hidden, weight, bias)
     check_policy(logprobs, ids, beta, temperature, seed, position)
-    # The candidates of a row are one tile; more would be left out.
+    # A row is one tile of candidates: any beyond it would silently be ignored.
     check(k <= MAX_CANDIDATES, f"k={k} must be at most {MAX_CANDIDATES}")
     slot = logprobs.new_empty((rows,), dtype=torch.int64)
     rewards, logq = logprobs.new_empty((rows, k)), logprobs.new_empty((rows, k))

@@ -3,9 +3,9 @@
 ``hidden [B, k, H]``, ``weight [H]`` any float, ``bias`` one element or None -> float32 ``[B, k]``.
 
 A program takes up to 64 candidates of a row in tiles of K x BLOCK_H and keeps one partial sum per
-element of the tile (float32, or float64 if an input is), so that the many loads of a tile are in
-flight at once; the partial sums meet at the end. ``ratio_step`` calls the same function on the same
-tile and therefore gets the same rewards bit for bit.
+element of the tile (float32, or float64 if an input is), so that all loads of a tile are in flight
+at once; the partial sums are added up at the end. ``ratio_step`` calls the same function on the
+same tile and therefore gets the same rewards bit for bit.
 """
 
 import torch

@@ -47,7 +47,7 @@ def _reduce_groups(
     peak = tl.max(tl.where(x != x, -float("inf"), x), axis=1)
     peak = tl.where(code == NAN_CODE, float("nan"), peak)
     share = tl.where(x == -float("inf"), 0.0, tl.exp(x - peak[:, None]))
-    if tl.float32 == ACC:  # in float64 the first token by key need not be the largest
+    if tl.float32 == ACC:  # float64: rounded to a key, the first token need not be the largest
         share = tl.where(ids == first[:, None], 0.0, share)
 
     at = row * groups + group

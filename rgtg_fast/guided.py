@@ -116,7 +116,7 @@ class RewardGuided:
                 synced_gpus=synced_gpus,
                 keep_cache=keep_cache,
             )
-            if own_streamer is not None:  # one that Hugging Face knows has had the prompt already
+            if own_streamer is not None:  # Hugging Face has not put the prompt into this one
                 own_streamer.put(input_ids.cpu())
             try:
                 result = decode(call, input_ids)
@@ -206,7 +206,7 @@ class RewardGuided:
             temperature=check.per_row("temperature", own, batch // copies, batch, device),
             seeds=self._row_seeds(batch, do_sample, device),
             do_sample=do_sample,
-            # On a GPU looking at every step means waiting.
+            # On a GPU a look at every step would make the host wait every time.
             check_nan=True if self.check_nan is None and device.type == "cpu" else self.check_nan,
             backend=self.backend,
             reward_range=None if low_high is None else (float(low_high[0]), float(low_high[1])),

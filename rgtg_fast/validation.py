@@ -93,8 +93,8 @@ def prunes(scorer: Any, prune: bool | None, all_rewards: bool) -> bool:
 
 
 def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:
-    """The arguments of `rgtg_fast.generate` that HF would take amiss, or take in silence; `own` are
-    the names of its own ones. A cache given under its other name is put under the one that this
+    """Refuse arguments of `rgtg_fast.generate` that HF would misread or ignore; `own` are the names
+    of its own ones. A cache given under its other name is put under the one that this
     version of transformers has for it."""
     if not hasattr(model, "generate") or not hasattr(model, "config"):
         raise ValueError(
@@ -136,7 +136,7 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
 
 
 def check_counts(config: Any, get: Any = getattr) -> None:
-    """The options of generation that count something; None and what is not there may stay."""
+    """The options in COUNTS, where they are given and not None, must be whole numbers in range."""
     for name, least in COUNTS.items():
         value = get(config, name, None)
         if value is not None and not (type(value) is int and value >= least):

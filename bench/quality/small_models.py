@@ -116,7 +116,7 @@ def train_lm(
         **SCHEDULE,
     )
     Trainer(lm, args, data_collator=collate, train_dataset=rows).train()
-    lm.config.use_cache = True  # Trainer turns it off for good
+    lm.config.use_cache = True  # Trainer has set it to False; generation needs it
     lm.eval()
 
 

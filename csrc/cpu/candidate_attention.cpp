@@ -17,8 +17,8 @@
 namespace rgtg {
 namespace {
 
-constexpr int64_t kChunk = 256;    // positions that are worth a partial result
-constexpr int64_t kGrain = 65536;  // multiply-adds that are worth a thread
+constexpr int64_t kChunk = 256;    // positions; merging shorter chunks costs more than it gains
+constexpr int64_t kGrain = 65536;  // multiply-adds per thread; fewer do not pay for waking it
 
 struct Inputs {
   Tensor q, k_prefix, v_prefix, k_self, v_self;
@@ -29,7 +29,7 @@ struct LiveRange {
 };
 
 struct Task {
-  int64_t row, head, chunk, state;  // state: index of the row's first among those of all chunks
+  int64_t row, head, chunk, state;  // state: index of the pair's first AttentionState
 };
 
 // Chunks depend on the row's own live range alone, so that neither the number of threads nor the
@@ -37,9 +37,9 @@ struct Task {
 LiveRange live_range(int64_t start, int64_t length, int64_t prefix, std::optional<int64_t> window) {
   const int64_t end = std::clamp<int64_t>(length, 0, prefix);
   int64_t begin = std::max<int64_t>(start, 0);
-  // Only for a length > 0, from which a window >= 1 may be subtracted without overflow.
+  // length - window would overflow for a very negative length.
   if (window && end > 0) begin = std::max(begin, length - *window + 1);
-  begin = std::min(begin, end);  // it becomes an address, even of nothing
+  begin = std::min(begin, end);  // a start beyond the end would make an address out of bounds
   const int64_t count = end - begin;
   const int64_t even = (count + kMaxChunks - 1) / kMaxChunks;
   const int64_t chunk = std::max(kChunk, (even + kKeyTile - 1) / kKeyTile * kKeyTile);
@@ -89,8 +89,8 @@ Upcoming<T> keys_of(const Inputs& x, const Task& task, const LiveRange& range) {
   return {keys, std::min(range.chunk, range.count - first)};
 }
 
-// A thread's memory, kept from call to call. Two of them: for its own work, and for the states that
-// the threads of a call share.
+// A thread's memory, kept from call to call: block 0 for its own work, block 1 (the calling
+// thread's) for the states that all threads of the call share.
 float* scratch_memory(int which, int64_t floats) {
   struct alignas(64) Line {
     float x[16];
@@ -139,7 +139,8 @@ void run(const Inputs& x, const Tensor& out, const std::vector<LiveRange>& range
       const int64_t begin = task.chunk * range.chunk;
       const int64_t length = std::min(range.chunk, range.count - begin);
       RGTG_DISPATCH_SIMD(attend, shape, head, begin, length, upcoming, scratch, state);
-      // Whoever ends last has seen all chunks of the pair, and sums them in their order.
+      // The thread that finishes the last chunk of a (row, head) pair merges all of them, in their
+      // order: the result must not depend on which thread ended when.
       if (finished[pair].fetch_add(1, std::memory_order_acq_rel) + 1 < range.chunks) continue;
       RGTG_DISPATCH_SIMD(finish, shape, head, first, state_floats, range.chunks, scratch);
     }

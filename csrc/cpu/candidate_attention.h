@@ -1,4 +1,4 @@
-// What the parts of candidate_attention tell each other.
+// What candidate_attention.cpp hands to the kernels of candidate_attention_simd.h.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 namespace rgtg {
 
 constexpr int64_t kKeyTile =
-    32;  // keys between two looks at the maxima; K and V of them stay in L1
+    32;  // keys between two updates of the running maxima; their K and V stay in L1
 constexpr int64_t kMaxChunks = 16;
 constexpr int64_t kLanes = 16;  // the widest vector: what buffers are padded to
 
@@ -27,7 +27,7 @@ struct AttentionHead {
   int64_t out_slot;  // heads of a slot are dense
 };
 
-// The keys that the thread will want after this chunk, `count` rows as far apart as the head's.
+// The keys of the thread's next chunk, prefetched during this one: `count` rows, key_step apart.
 template <class T>
 struct Upcoming {
   const T* keys;
@@ -48,7 +48,7 @@ struct AttentionState {
   }
 };
 
-// What one thread works in.
+// One thread's buffers, laid out in `memory`.
 struct AttentionScratch {
   float *queries, *scores, *shrink, *keys, *values, *state;
 

@@ -1,15 +1,15 @@
 // Attention of all queries of one KV head to one chunk of its prefix in one read, and the sum of
 // the chunks. Included once per instruction set by simd.h.
 //
-// Many queries lie in the lanes of vectors: scores[t][query] needs neither a transposed key nor a
-// horizontal sum, and the softmax is elementwise. Few queries leave most lanes idle; there a score
-// is a plain dot product, scores[query][t], and the keys lie in the lanes of the softmax.
+// Two layouts of the scores. Many queries: scores[t][query], a lane per query, so that neither the
+// keys are transposed nor lanes summed. Few queries would leave most lanes idle: there each score
+// is a dot product over D and the layout is scores[query][t], a lane per key.
 #include "cpu/dot_simd.h"
 #include "cpu/exp_simd.h"
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int kFewQueries = kWidth / 4;
-// Blocks of sums that fit the registers, beside what they are made of.
+// Sizes of register blocks: larger ones would spill their sums or operands.
 constexpr int kKeyBlock = kWidth == 16 ? 8 : 4;
 constexpr int kVectorBlock = 3;  // of queries
 constexpr int64_t kRun = 32;
@@ -18,7 +18,7 @@ constexpr int kValueBlock = kWidth == 16 ? 4 : 2;  // vectors of values
 
 constexpr int64_t whole_vectors(int64_t n) { return (n + kWidth - 1) / kWidth; }
 
-// Row as fp32, with zeros up to a whole vector.
+// Row as fp32, padded with zeros to a whole vector.
 template <class T>
 RGTG_INLINE void widen_row(const T* row, int64_t width, float* out) {
   int64_t d = 0;
@@ -54,7 +54,7 @@ struct Rows {
   int64_t step;
 };
 
-// fp32 rows of whole vectors where they lie, others widened to `buffer`.
+// fp32 rows of whole vectors are used in place; others are widened into `buffer`.
 template <class T>
 RGTG_INLINE Rows whole_rows(const T* rows, int64_t step, int64_t count, int64_t width,
                             float* buffer) {
@@ -81,7 +81,7 @@ const T* query_row(const AttentionShape& shape, const AttentionHead<T>& head, in
   return head.query + query / shape.group * head.query_slot + query % shape.group * head.query_head;
 }
 
-// [queries][D] in whole vectors for few queries, else [D][queries].
+// Packs as [queries][padded D] for few queries, else as [D][padded queries].
 template <class T>
 void pack_queries(const AttentionShape& shape, const AttentionHead<T>& head, float* out) {
   const int64_t pad = padded(shape.queries);
@@ -99,8 +99,8 @@ void pack_queries(const AttentionShape& shape, const AttentionHead<T>& head, flo
   }
 }
 
-// A product of D elements is summed in runs of kRun: in one chain of additions its error would be
-// larger than that of torch's products.
+// Sums a dot product of D elements in runs of kRun: one chain of additions would have a larger
+// error than torch's matrix product.
 template <int KEYS, int VECTORS>
 void score_block(const float* queries, int64_t pad, Rows keys, const AttentionShape& shape,
                  float* scores) {
@@ -131,8 +131,8 @@ void score_block(const float* queries, int64_t pad, Rows keys, const AttentionSh
   }
 }
 
-// Scores of n keys in blocks; the last may overlap the one before it, which gives the same scores
-// twice.
+// Scores of n keys in blocks. The last block is moved back to stay within n; the keys it shares
+// with the one before get the same scores again.
 template <int VECTORS, class Fn>
 RGTG_INLINE void score_keys(const float* queries, int64_t pad, Rows keys, int64_t n,
                             const AttentionShape& shape, float* scores, const Fn& before) {
@@ -152,8 +152,8 @@ RGTG_INLINE void score_keys(const float* queries, int64_t pad, Rows keys, int64_
   }
 }
 
-// scores[t][query] of n keys. `before(t, count)` is called once for every block of keys, so that
-// what is needed next can be fetched meanwhile.
+// scores[t][query] of n keys. `before(t, count)` is called once for every block of keys, to
+// prefetch what is needed next.
 template <class Fn>
 void score_many(const float* queries, Rows keys, int64_t n, const AttentionShape& shape,
                 float* scores, const Fn& before) {
@@ -173,8 +173,8 @@ void score_many(const float* queries, Rows keys, int64_t n, const AttentionShape
   }
 }
 
-// Turns the scores of n keys into weights exp(score - peak) and says by how much what was summed
-// before must shrink.
+// Online softmax, scores[t][query]: turns scores into weights exp(score - peak) and leaves in
+// `shrink` the factor by which sums relative to the old peak must be scaled.
 inline void softmax_many(const AttentionShape& shape, int64_t n, float* scores, float* shrink,
                          const AttentionState& state) {
   const int64_t pad = padded(shape.queries);
@@ -280,7 +280,7 @@ void value_queries(Weights weights, const float* shrink, Rows values, int64_t n,
   run(std::integral_constant<int, 1>{});
 }
 
-// `before(part, parts)` is called once for every block of queries.
+// `before(part, parts)` is called once for every block of queries, to prefetch the next keys.
 template <class Fn>
 void add_values(const AttentionShape& shape, Weights weights, const float* shrink, Rows values,
                 int64_t n, float* total, const Fn& before) {
@@ -318,7 +318,8 @@ void add_values(const AttentionShape& shape, Weights weights, const float* shrin
   }
 }
 
-// Positions first .. first + count - 1 of the live prefix, for queries that pack_queries packed.
+// Attention to positions first .. first + count - 1 of the live prefix; pack_queries must have run
+// for this head.
 template <class T>
 void attend(const AttentionShape& shape, const AttentionHead<T>& head, int64_t first, int64_t count,
             const Upcoming<T>& upcoming, const AttentionScratch& scratch,

@@ -11,7 +11,7 @@
 
 namespace rgtg {
 
-constexpr int64_t kDotGrain = 32768;  // multiply-adds that are worth a thread
+constexpr int64_t kDotGrain = 32768;  // multiply-adds per thread; fewer do not pay for waking it
 
 // Calls fn(Acc{}, static_cast<const T*>(nullptr)) with the accumulator type and the type of `rows`.
 template <class Fn>

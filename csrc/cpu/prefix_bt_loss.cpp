@@ -13,7 +13,7 @@
 namespace rgtg {
 namespace {
 
-constexpr int64_t kGrain = 4096;  // prefixes that are worth a thread
+constexpr int64_t kGrain = 4096;  // prefixes per thread; fewer do not pay for waking it
 
 template <class Acc>
 struct Batch {

@@ -1,5 +1,5 @@
-// The prefixes of one pair between two lengths, in one read. Included once per instruction set by
-// simd.h.
+// Loss and gradients of one pair over a range of prefix lengths, in one read. Included once per
+// instruction set by simd.h.
 #include "cpu/exp_simd.h"
 
 // log(1 + t) and 1 / (1 + e^d) for t = e^-|d|.
@@ -18,7 +18,7 @@ RGTG_INLINE Logistic logistic(Vec d) {
   p = fma(p, z, splat(3.9999701e-1f));
   p = fma(p, z, splat(6.6666667e-1f));
   const Vec log1p = fma(s * z, p, add(s, s));
-  // The last choice is that of a NaN.
+  // A NaN fails both comparisons and is passed on.
   const Vec numerator = d > zero ? t : (d <= zero ? one : d);
   return {log1p, numerator / add(one, t)};
 }
@@ -44,11 +44,12 @@ RGTG_INLINE PairVectors pair_terms(Vec chosen, Vec rejected, Vec weight,
   return {share * loss, share * add(pull, slope), share * sub(pull, slope)};
 }
 
-// Where a pointer to an answer's gradient is null, the answer has ended: its first reward holds.
+// A null gradient pointer means that the answer has ended before this range: its reward stays that
+// of its last token, *chosen or *rejected.
 template <class T>
 PairSums pair_segment(const T* chosen, const T* rejected, const float* weight, int64_t n,
                       const PairOptions<float>& o, float* grad_chosen, float* grad_rejected) {
-  constexpr int kFlush = 32;  // vectors that are added up in fp32
+  constexpr int kFlush = 32;  // vectors summed in fp32 before the sum goes to fp64
   const Vec held_chosen = splat(widen(*chosen)), held_rejected = splat(widen(*rejected));
   PairSums sums;
   for (int64_t start = 0; start < n; start += kFlush * kWidth) {
@@ -70,7 +71,8 @@ PairSums pair_segment(const T* chosen, const T* rejected, const float* weight, i
                 grad_rejected ? grad_rejected + i : nullptr);
     }
     if (i < end) {
-      // Beyond the end all is 0, held rewards too: a weight of 0 does not annul an infinity.
+      // Lanes beyond the end hold 0 in rewards and weights: an infinite held reward times a weight
+      // of 0 would be NaN.
       T c[kWidth] = {}, r[kWidth] = {};
       float w[kWidth] = {}, gc[kWidth], gr[kWidth];
       const int64_t rest = end - i;

@@ -15,17 +15,18 @@ struct RowPolicy {
   int64_t seed, position;
   bool do_sample;
 
-  // What ratio_sample will compare for this candidate and reward; -inf where it cannot be chosen.
+  // The value that ratio_sample compares for this candidate; -inf where it cannot be chosen.
   float value(const Score& score, int64_t id) const {
     return score.possible() ? score.value(do_sample, seed, position, id) : -kInf<float>;
   }
 };
 
-// A value is made of operations that are each rounded once, and rounding keeps order: between two
-// rewards it never leaves the interval of the values at both, so no margin is needed.
+// Drops a candidate whose best possible value is below another's worst. Every operation is rounded
+// once and so monotonic in the reward: values for rewards in between stay within those at the two
+// bounds, and no safety margin is needed.
 void keep_row(const RowPolicy& row, const float* logprobs, const int64_t* ids, int64_t k, float low,
               float high, float* best, bool* keep) {
-  float floor = -kInf<float>;  // what the winner reaches at least
+  float floor = -kInf<float>;  // the winner's value is at least this
   bool undefined = false;
   for (int64_t i = 0; i < k; ++i) {
     const Score at_low(logprobs[i], low, row.beta, row.temperature);

@@ -11,7 +11,7 @@
 namespace rgtg {
 namespace {
 
-constexpr int64_t kGrain = 2048;  // candidates that are worth a thread
+constexpr int64_t kGrain = 2048;  // candidates per thread; fewer do not pay for waking it
 
 struct RowInput {
   const float *logprobs, *rewards;  // [k]

@@ -27,7 +27,7 @@ RGTG_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 RGTG_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 RGTG_INLINE Vec div(Vec a, Vec b) { return a / b; }
 RGTG_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-// The second operand where either is NaN, as the x86 instruction does.
+// Returns the second operand where either is NaN, as the x86 instruction does.
 RGTG_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 RGTG_INLINE uint32_t greater_mask(Vec a, Vec b) {
   const VecBits m = a > b;

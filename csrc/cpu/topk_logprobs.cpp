@@ -14,15 +14,15 @@
 namespace rgtg {
 namespace {
 
-constexpr int64_t kMinSlice = 8192;
-constexpr int64_t kGrain = 16384;
+constexpr int64_t kMinSlice = 8192;  // logits per slice; merging shorter ones costs more
+constexpr int64_t kGrain = 16384;    // logits per thread; fewer do not pay for waking it
 
 struct Slice {
   TopkList best;
   LogSum<double> sum;
 };
 
-// Slices per row, so that rows * slices divides evenly among the threads.
+// Slices per row such that rows * slices divides evenly among the threads.
 int64_t slices_per_row(int64_t rows, int64_t vocab) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t even = rows >= 8 * threads ? 1 : threads / std::gcd(rows, threads);

@@ -2,8 +2,8 @@
 // per instruction set by simd.h.
 #include "cpu/exp_simd.h"
 
-// A block stays in the L1 cache while it is looked at again, which happens only where it holds a
-// new maximum or a new candidate.
+// Small enough to stay in the L1 cache: a block with a new maximum or a new candidate is read
+// again.
 constexpr int kBlock = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -38,7 +38,8 @@ inline void insert_all(const T* x, int n, int64_t first_id, TopkList& best) {
   }
 }
 
-// For a whole block without NaN and a full list.
+// Only for a whole block without NaN and a full list: greater_mask overlooks NaN, and any key
+// enters a list that is not full.
 template <class T>
 inline void insert_greater(const T* x, int64_t first_id, TopkList& best) {
   for (int i = 0; i < kBlock; i += kWidth) {
@@ -50,7 +51,8 @@ inline void insert_greater(const T* x, int64_t first_id, TopkList& best) {
   }
 }
 
-// How far a logit may exceed the reference before rounding of exp(x - reference) begins to show.
+// The reference is moved only when a logit exceeds it by this much: moving it reads the block
+// again, and below that exp(x - reference) costs no digits.
 constexpr float kSlack = 2.0f;
 
 template <class T>
@@ -62,7 +64,7 @@ LogSum<double> topk_slice(const T* x, int64_t n, int64_t first_id, TopkList& bes
     const int length = static_cast<int>(std::min<int64_t>(kBlock, n - start));
     const int whole = (length + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth);
     BlockStats stats;
-    // A reference of -inf would make NaN of -inf logits; 0 serves until there is a finite one.
+    // -inf minus -inf would be NaN: a finite stand-in until there is a finite logit.
     const float base = std::max(reference, kLowest);
     if (length == kBlock) {
       stats = block_stats(x + start, kBlock, base);
@@ -73,7 +75,8 @@ LogSum<double> topk_slice(const T* x, int64_t n, int64_t first_id, TopkList& bes
     if (stats.max > reference + kSlack && stats.max < kInfinity) {
       reference = stats.max;
       sum.rebase(reference);
-      // The maxima are counted, not summed: small terms would be rounded away beside their 1.
+      // Count the maxima instead of adding exp(0) = 1 in fp32: terms below 1e-7 would be rounded
+      // away beside them.
       int maxima = 0;
       for (int i = 0; i < whole; ++i) {
         const float v = i < length ? widen(x[start + i]) : -kInfinity;

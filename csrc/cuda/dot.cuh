@@ -80,7 +80,7 @@ __device__ double warp_dot(const T* a, Operand b, int64_t b_offset, int64_t begi
     const T* y = static_cast<const T*>(b.data) + b_offset + begin;
     if (is_aligned(x) && is_aligned(y)) return warp_sum(aligned_dot<kLoads>(x, y, end - begin));
   }
-  // Mixed or unaligned operands are rare: element by element, in fp64.
+  // Mixed or unaligned operands are rare, so this path may be slow: one element at a time, in fp64.
   double total = 0;
   for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) {
     total += static_cast<double>(widen(a[i])) * b.at(b_offset + i);

@@ -1,6 +1,6 @@
-// prefix_bt_loss on the device: a block per pair, which reads the weights of the pair's prefix
-// lengths for their sum and then each reward once. An answer that has ended is read at its last
-// token, whose gradient is the sum of those from there on and is stored once, at the end.
+// prefix_bt_loss on the device: a block per pair, which first sums the weights of the pair's prefix
+// lengths and then reads each reward once. Past its end an answer keeps the reward of its last
+// token; that token's gradient collects all those prefix lengths and is stored once, at the end.
 #pragma once
 
 #include "cuda/element.cuh"
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) prefix_bt_loss_kernel(PairArguments 
   using Acc = Accumulator<T>;
   __shared__ double sums[4][kWarps];
   const int64_t pair = blockIdx.x, begin = a.first - 1;
-  // A length of -2^63 must not wrap to a large one.
+  // length - 1 would overflow for -2^63 and pass the check below.
   const auto last = [](int64_t length) { return length > 0 ? length - 1 : -1; };
   const int64_t last_chosen = last(a.len_chosen[pair]), last_rejected = last(a.len_rejected[pair]);
   const int64_t end = (last_chosen > last_rejected ? last_chosen : last_rejected) + 1;

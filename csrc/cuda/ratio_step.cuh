@@ -6,12 +6,13 @@
 
 namespace rgtg::cuda {
 
-// The k = 10 of the paper in one round, with registers for every load in flight.
+// Covers the paper's k = 10 in one round; more warps would leave too few registers for 8 loads
+// each.
 constexpr int kStepCandidates = 12;
 constexpr int kStepThreads = kStepCandidates * kWarpsPerDot * 32;
 
-// Grid: rows. The rewards are read back from global memory, past the barrier that ends
-// head_rewards.
+// Grid: rows. sample_row reads the rewards back from global memory; the barrier that ends
+// head_rewards makes them visible.
 template <class T>
 __global__ void __launch_bounds__(kStepThreads, 1)
     ratio_step_kernel(HeadArguments head, RatioArguments ratio) {

@@ -1,9 +1,9 @@
 // The k largest of the keys that the threads of a block hold, in descending order.
 //
-// The threads form kGroups groups. The k-th largest of the groups' maxima is a threshold that at
-// least k keys reach and that only k groups exceed or reach, so few keys have to be queued (about
-// 90 for k = 64 and keys in random order, never more than k groups hold). A queue that is still
-// long is filtered by a threshold of its own; the rank of a key in a short one is counted.
+// The threads form kGroups groups. The k-th largest of the groups' maxima is the threshold: at
+// least k keys reach it, and only k groups hold such keys, so few are queued (about 90 for k = 64
+// and keys in random order). A queue longer than the block is filtered again in the same way; then
+// each thread counts the rank of one key.
 #pragma once
 
 #include "ordered_key.h"
@@ -64,8 +64,9 @@ struct Selection {
 };
 
 // Empties the queue and sets the threshold, given the largest key of each thread. A threshold of
-// kNoKey says that fewer than k groups hold a key. Begins and ends with work between barriers: the
-// caller's reads of count and queue before it, and its pushes after it, need none of their own.
+// kNoKey says that fewer than k groups hold a key. Synchronises before it resets count and before
+// it returns; callers need no barrier between reading the queue and this, nor between this and
+// pushes.
 __device__ inline void set_threshold(Selection& shared, uint64_t thread_best, int k) {
   uint64_t best = thread_best;
   for (int offset = kGroupThreads / 2; offset > 0; offset >>= 1) {
@@ -88,8 +89,8 @@ __device__ inline void set_threshold(Selection& shared, uint64_t thread_best, in
   __syncthreads();
 }
 
-// Moves the k best keys of the queue to shared.best, padded with kNoKey. The caller has a barrier
-// between its pushes and this.
+// Moves the k best keys of the queue to shared.best, padded with kNoKey. The caller must
+// synchronise between its pushes and this call, or keys are missed. Ends with a barrier.
 __device__ inline void select_best(Selection& shared, int k) {
   int count = shared.count;
   while (count > kThreads) {

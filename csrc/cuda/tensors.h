@@ -88,7 +88,8 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A kernel cannot reach another device's memory, and says so by killing the process's context.
+// Without this check a kernel that reads another device's memory would fail with an illegal access,
+// after which the process can use no GPU at all.
 inline void check_same_device(const Tensor& first, std::initializer_list<const Tensor*> others) {
   for (const Tensor* other : others) {
     STD_TORCH_CHECK(other->is_cuda() && other->get_device() == first.get_device(),
@@ -96,7 +97,7 @@ inline void check_same_device(const Tensor& first, std::initializer_list<const T
   }
 }
 
-// Rows are blocks, of which a grid has 2^31 - 1, and groups of candidates its second dimension.
+// Grids are (rows, groups of at least 8 candidates), limited to 2^31 - 1 and 65535 blocks.
 inline void check_grid(int64_t rows, int64_t k) {
   STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(), "too many rows: ", rows);
   STD_TORCH_CHECK(k <= 8 * 65535, "too many candidates: ", k);

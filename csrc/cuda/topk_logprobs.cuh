@@ -78,7 +78,7 @@ struct Tile {
 template <class T>
 __device__ LogSum<Accumulator<T>> tile_sum(const Tile<T>& tile, Accumulator<T> largest) {
   using Acc = Accumulator<T>;
-  // Relative to -inf even -inf would be NaN.
+  // -inf minus -inf would be NaN.
   const Acc reference = largest == -kInf<Acc> ? Acc(0) : largest;
   LogSum<Acc> sum = {largest, 0};
 #pragma unroll
@@ -106,10 +106,11 @@ __device__ uint64_t scan_tile(const Tile<T>& tile, int64_t vocab, LogSum<Accumul
   const LogSum<Acc> part = tile_sum(tile, largest);
   sum.merge(part);
   if (part.total == part.total) {
-    const int64_t id = tile.id(at) < 0 ? 0 : tile.id(at);  // item 0 of a row of -inf
+    // In a tile of -inf alone `at` is still item 0, which may lie before the row.
+    const int64_t id = tile.id(at) < 0 ? 0 : tile.id(at);
     return id < vocab ? pack_key(top, static_cast<uint32_t>(id)) : kNoKey;
   }
-  uint64_t best = kNoKey;  // a NaN, which comparisons overlook, or +inf
+  uint64_t best = kNoKey;  // the tile holds a NaN, which the loop above overlooks, or +inf
 #pragma unroll
   for (int i = 0; i < Tile<T>::kItems; ++i) {
     const int64_t id = tile.id(i);
@@ -122,7 +123,7 @@ __device__ uint64_t scan_tile(const Tile<T>& tile, int64_t vocab, LogSum<Accumul
 template <class T>
 __device__ void push_tile(const Tile<T>& tile, int64_t vocab, uint64_t threshold,
                           Selection& shared) {
-  const float least = key_logit(threshold);  // NaN, below which nothing is, for kNoKey
+  const float least = key_logit(threshold);  // NaN for kNoKey: nothing is skipped
 #pragma unroll
   for (int i = 0; i < Tile<T>::kItems; ++i) {
     const float logit = static_cast<float>(tile.logit(i));

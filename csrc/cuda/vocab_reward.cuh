@@ -1,6 +1,6 @@
 // vocab_reward on the device: k rows gathered from a [V, H] head, each dotted with the row's hidden
-// state. One block alone is starved of bandwidth, so a row's candidates are spread over blocks, two
-// of which share a multiprocessor, that one loads while the other adds up.
+// state. One block cannot draw the full bandwidth, so a row's candidates are spread over blocks;
+// two share a multiprocessor, so that one loads while the other sums.
 #pragma once
 
 #include "cuda/dot.cuh"

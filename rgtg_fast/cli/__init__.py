@@ -27,7 +27,7 @@ COMMANDS: dict[str, Any] = {
     "eval": eval,
     "select-pairs": select_pairs,
 }
-# What a user can mend, said in one line. Others are faults of ours, and show their traceback.
+# Errors that a user can mend are said in one line; any other is a bug and keeps its traceback.
 _FORESEEN = (
     ValueError,
     OSError,
@@ -37,7 +37,7 @@ _FORESEEN = (
     BackendUnavailable,
     torch.OutOfMemoryError,
 )
-_INTERRUPTED = 130  # as a shell has it for SIGINT
+_INTERRUPTED = 130  # a shell's exit status for SIGINT
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as stop:
         print(f"\n{args.command}: {str(stop) or f'stopped. {command.STOPPED}'}", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
-    except BrokenPipeError:  # the reader of our output has ended, as `head` does
+    except BrokenPipeError:  # whoever reads the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except _FORESEEN as error:

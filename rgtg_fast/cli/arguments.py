@@ -1,4 +1,4 @@
-"""Kinds of arguments, for `type=` of argparse, and those that commands share."""
+"""Types for argparse's `type=`, and arguments that commands share."""
 
 from __future__ import annotations
 

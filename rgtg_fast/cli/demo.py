@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rgtg_fast.demo.run import run_demo
 
-    # The models are so small that threads cost more in waiting than they bring in work, several
-    # times over on a busy machine.
+    # The models are so small that with threads the demo is slower, on a busy machine many times.
     torch.set_num_threads(1)
     run_demo(prompts=args.prompts, out=args.out, seed=args.seed, draw=not args.no_plot)

@@ -1,9 +1,9 @@
 """Microbenchmarks of the ops: ``python -m rgtg_fast bench <op> [--backend ...]``.
 
 Every time is that of one call. Implementations are called in turns, so that a slow spell of the
-machine hits all, and calls go round copies of the inputs, as many as a CPU's cache does not hold
-(small inputs, which a step does have in the cache, are few). On a GPU a buffer larger than the L2
-cache is overwritten before each call, which also lets the host run ahead, so that the events around
+machine hits all. On a CPU calls rotate through copies of the inputs, more than its cache holds (few
+for small inputs, which a decoding step finds in the cache too). On a GPU a buffer larger than the
+L2 cache is overwritten before each call; meanwhile the host runs ahead, so that the events around
 the call enclose device time and not the launch. An implementation whose result differs from the
 reference's gets no time.
 """
@@ -71,7 +71,7 @@ def times(
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device != "cpu" else None
     for turn in range(warm + repeat):
         for i, function in enumerate(functions):
-            # Each at another place of the round: none finds what the one before it has just read.
+            # Each takes another copy: the last one's may still be in the cache.
             arguments = inputs[(turn + i * len(inputs) // len(functions)) % len(inputs)]
             if flush is None:
                 begin = time.perf_counter()
@@ -148,7 +148,7 @@ def _processor() -> str:
 
 
 def circumstances() -> dict[str, Any]:
-    """What figures depend on: processor, commit (of a checkout), versions, build, threads."""
+    """What the figures depend on: processor, commit (in a checkout), versions, build, threads."""
     facts = installation.info()
     del facts["backends"]
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -18,7 +18,7 @@ from .record import Record
 
 @dataclass
 class Call:
-    """A run: who gives logits, who gives rewards, how to choose, how to go, what to keep.
+    """A run: logits, rewards, the choice between candidates, the plan, the record.
 
     `reward_prompt` are the prompts' ids and mask [B, P'] as the scorer sees them. `epilogue`: the
     reward is one linear head, which the draw takes in (`ops.ratio_step`). A `graph` replays the
@@ -45,5 +45,5 @@ class Call:
         self.processors = keep_rows(self.processors, rows)
 
     def caches(self) -> list[Any]:
-        """The sibling caches that a step fills; there are some once the prompts are in."""
+        """The sibling caches that a step fills; empty before the prompts are in."""
         return [*self.policy.caches, *getattr(self.scorer, "caches", ())]

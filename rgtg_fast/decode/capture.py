@@ -32,7 +32,7 @@ def choose_graph(asked: bool | None, call: Call) -> Graph | None:
 
 
 def _why_not_host(call: Call, device: torch.device) -> str | None:
-    """What of a step the host has to see."""
+    """What in a step has to run on the host."""
     if device.type not in GRAPHS:
         return f"the prompts are on a {device.type} device"
     if call.streamer is not None:
@@ -56,7 +56,7 @@ def _why_not_processor(processor: Any, device: torch.device) -> str | None:
         return f"the logits processor {name} may look at the step, or make the host wait"
     ids = getattr(processor, "suppress_tokens", None)
     if ids is not None and (ids.device != device or ids.numel() >= 10):
-        # From some ten ids on, by the size of the vocabulary, torch.isin sorts and waits.
+        # From about ten ids on, depending on the vocabulary, torch.isin sorts and the host waits.
         return f"{name} with {ids.numel()} tokens on {ids.device} makes the host wait"
     return None
 
@@ -83,7 +83,8 @@ def _why_not_module(model: nn.Module, device: torch.device) -> str | None:
             return f"has weights on {tensor.device}, the prompts are on {device}"
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        # transformers' own stay for good once hidden states were asked for, and do nothing here.
+        # transformers leaves its own on a model once hidden states were asked for; they do nothing
+        # in these forwards.
         if any(not getattr(h, "__module__", "").startswith("transformers.") for h in hooks):
             return f"has hooks (on {name or 'itself'}), which replays would pass by"
         rope = getattr(module, "rope_type", None)

@@ -2,12 +2,12 @@
 
 Launch overhead dominates a small step; a graph replays it with one launch. What it takes: every
 tensor of the step stays where it is (rows, record and caches are updated in place), and nothing in
-it waits for the device or hangs on the host's counters (capture.py says what does).
+it waits for the device or depends on the host's counters (capture.py says what does).
 
 The first steps of the answer run eagerly, on the capture's stream: they warm up what allocates or
-compiles on first use, and count as steps. A capture itself computes nothing; of what it leaves on
-the host only the caches' lengths matter, and those are put back. So where a step cannot be captured
-the eager steps go on as if nothing had been tried. When rows leave the batch (at halves, so at most
+compiles on first use, and count as steps. A capture itself computes nothing; the host's state that
+it changes are the caches' lengths, which are put back. So where a step cannot be captured the eager
+steps simply go on. When rows leave the batch (at halves, so at most
 log2(B) times) tensors have moved, and the next steps warm up and capture again.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 WARM_UP = 2  # eager steps before a capture
-WORTH = 16  # steps still to come that a capture must serve
+WORTH = 16  # fewest steps to come that repay a capture
 
 
 class Graph(Protocol):
@@ -58,20 +58,20 @@ class TorchGraph:
 
     def capture(self, step: Callable[[], None]) -> None:
         graph, failure = torch.cuda.CUDAGraph(), None
-        # Other threads (a data loader's) may go on allocating.
+        # "thread_local": allocations by other threads would break a capture in the default mode.
         mode: dict[str, Any] = {"stream": self.stream, "capture_error_mode": "thread_local"}
         recording = torch.cuda.graph(graph, pool=self.pool, **mode)
         try:
-            # The stream's own context gives it back where the end of a failed capture raises.
+            # A capture whose end raises leaves its stream current; the outer context resets it.
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream), recording:
                 try:
                     step()
                 except Exception as error:
                     failure = error
                     raise
-        except Exception as error:  # the end of a failed capture raises too, and says nothing
+        except Exception as error:  # the end of a failed capture raises too: not that error
             raise failure or error from None
-        self.graph = graph  # the one before goes only now: a pool needs a user
+        self.graph = graph  # frees the graph before: its memory pool must stay in use until now
 
     def replay(self) -> None:
         assert self.graph is not None
@@ -83,8 +83,8 @@ GRAPHS: dict[str, type[Graph]] = {"cuda": TorchGraph}
 
 
 class Runner:
-    """Runs a step: eagerly where there is no `graph`, else at first, and then by replays, which
-    move the device's counts alone: the lengths of the `caches()` follow on the host."""
+    """Runs a step: eagerly at first, and then, where there is a `graph`, by replays. A replay
+    advances the counts on the device alone; the lengths of the `caches()` are advanced here."""
 
     def __init__(
         self, step: Callable[[], None], graph: Graph | None, caches: Callable[[], list[Any]]
@@ -109,7 +109,7 @@ class Runner:
             self(left)
 
     def moved(self) -> None:
-        """The tensors of the step are others now."""
+        """Capture again: the tensors of the step have been replaced."""
         self.captured, self.warm = False, 0
 
     def _replay(self, graph: Graph) -> None:

@@ -1,4 +1,4 @@
-"""The ratio policy: which candidates there are, and which of them is taken."""
+"""The ratio policy: the candidates of a step, and the draw among them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .rows import Rows
 
 
 class Choice(NamedTuple):
-    """What a step chose from, and what: log-probabilities under π, rewards and log-probabilities
-    under the ratio policy fp32 [B, k], ids int64 [B, k], `slot` int64 [B]; `keep` bool [B, k] says
-    which candidates were scored (None: all)."""
+    """A step's candidates and the one chosen: log-probabilities under π, rewards and
+    log-probabilities under the ratio policy fp32 [B, k], ids int64 [B, k], `slot` int64 [B]; `keep`
+    bool [B, k] says which candidates were scored (None: all)."""
 
     slot: Tensor
     ids: Tensor
@@ -90,7 +90,7 @@ class Guidance:
         return keep
 
     def bounded(self, rewards: Tensor) -> Tensor:
-        """Rewards within the range; -inf (an id that is no token) stays, and NaN does."""
+        """Rewards clamped to the range; -inf (an id that is no token) and NaN are left."""
         if self.reward_range is None:
             return rewards
         return rewards.clamp(*self.reward_range).where(rewards != -torch.inf, rewards)

@@ -151,7 +151,7 @@ class ChoiceCheck:
     def __call__(self, choice: Choice, rows: Rows) -> Tensor:
         """The slots int64 [B], at least 0."""
         slot = choice.slot
-        if self.each_step and int(slot.min()) >= 0:  # as a rule, in one operation
+        if self.each_step and int(slot.min()) >= 0:  # the usual case, with one wait for the device
             return slot
         bad = (slot < 0) & rows.unfinished
         if self.each_step and bad.any():

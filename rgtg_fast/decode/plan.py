@@ -1,4 +1,4 @@
-"""How the decode loop may go for a call: what leaves results as they are and spares work."""
+"""Which shortcuts the decode loop may take in a call without changing its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 SYNC_EVERY = 16  # steps between two looks at whether rows have ended, on a GPU
 
-# Processors that judge each row by itself: they do not mind rows leaving the batch.
+# Processors that treat each row by itself, so that ended rows may leave the batch.
 ROW_BY_ROW = (
     tf.MinLengthLogitsProcessor,
     tf.MinNewTokensLengthLogitsProcessor,
@@ -36,8 +36,8 @@ ROW_BY_ROW = (
     tf.SuppressTokensLogitsProcessor,
     tf.SuppressTokensAtBeginLogitsProcessor,
 )
-# What these hold as tensors: the same for all rows, or one value for each row [B], which leaves
-# with its row (from transformers 5.23 on the lengths of the padding, for the repetition penalty).
+# Tensors that they may hold: the same for all rows, or (PER_ROW) a value for each row [B], which is
+# indexed when rows leave (since transformers 5.23 the repetition penalty's lengths of padding).
 SAME_FOR_ALL = (
     "eos_token_id",
     "suppress_tokens",
@@ -47,7 +47,7 @@ SAME_FOR_ALL = (
 )
 PER_ROW = ("prompt_ignore_length",)
 
-# Of these, those that make of scores what they make of them whatever the text, without the host: a
+# Those of them that depend on the scores alone, not on the text, and never wait for the device: a
 # CUDA graph can hold them. (Not EtaLogitsWarper: torch.distributions checks its arguments there.)
 SCORES_ALONE = (
     tf.TopKLogitsWarper,
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def can_end(self) -> bool:
-        """Whether the host has anything to look for."""
+        """Whether a row can end before the last step, so that the host has to look."""
         return bool(self.foreign or self.synced_gpus or len(self.eos))
 
 
@@ -156,7 +156,7 @@ def ended(criteria: StoppingCriteriaList, input_ids: Tensor, scores: Any) -> Ten
     for criterion in criteria:
         got = criterion(input_ids, scores)
         if isinstance(got, bool) or (isinstance(got, Tensor) and got.shape in ((), (1,))):
-            got = torch.as_tensor(got).expand(done.shape)  # for all rows
+            got = torch.as_tensor(got).expand(done.shape)  # a single bool is for all rows
         if not isinstance(got, Tensor) or got.shape != done.shape or got.dtype != torch.bool:
             what = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
             raise ValueError(

@@ -2,8 +2,8 @@
 
 `HFPolicy` is Hugging Face's own forward, cache and bookkeeping, for any model and option.
 `CachedPolicy` keeps the keys and values in a `SiblingCache` of width 1 and attends by plug-in:
-nothing is concatenated and no mask is built, so a step costs the same at every length but for the
-reading of the prefix. It is taken where a numerical probe finds it right for the model.
+nothing is concatenated and no mask is built; only the reading of the prefix grows with its length.
+It is taken where a numerical probe finds it right for the model.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _is_plain_call(
     )
     if any(asked) or not given.keys() <= known or mask.shape != input_ids.shape:
         return False
-    if has_holes(mask):  # the cache would move its slots
+    if has_holes(mask):  # the cache would reorder its slots, and is given back to the caller
         return False
     cache, positions = given.get(CACHE), given.get("position_ids")
     if not _keys_and_values_alone(cache) or not given.get("use_cache"):

@@ -38,7 +38,7 @@ class Record:
     def write(
         self, rows: Rows, policy: Policy, logits: Tensor, scores: Tensor, choice: Choice
     ) -> None:
-        """Keep what a step has found, in place but for Hugging Face's own tuples."""
+        """Keep a step's results: columns in place; Hugging Face's tuples of tensors grow."""
         if not self.on:
             return
         for name, value in self.of_step(rows.unfinished, choice).items():
@@ -68,7 +68,7 @@ class Record:
             # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
             q = logq.exp()
             kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
-            # The ratio policy is not known where a reward is not.
+            # Where a reward is unknown the ratio policy is, and so is its KL.
             kl = kl.masked_fill(scored < ids.shape[1], torch.nan)
         else:  # all of the policy is on the token taken
             kl = 0.0 - logprobs.gather(1, chosen)[:, 0]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .plan import Plan
 
-ROOM = 512  # steps that buffers are made for at first; they grow unless a graph holds them
+ROOM = 512  # steps that buffers have room for at first; those a graph holds cannot grow
 
 
 def with_room(buffer: Tensor, steps: int, fill: Tensor | None = None) -> Tensor:
@@ -32,18 +32,18 @@ class Rows:
         self.origin = torch.arange(self.batch, device=input_ids.device)
         self.unfinished = torch.ones_like(self.origin, dtype=torch.bool)
         self.position = torch.zeros_like(self.origin)  # [B], tokens of the answer so far
-        self.steps = self.position.new_zeros(())  # of those taken, how many had a row to serve
+        self.steps = self.position.new_zeros(())  # steps taken while a row was unfinished
         self.taken = 0
         self.left: list[tuple[Tensor, Tensor]] = []
 
     def reserve(self, taken: int) -> None:
-        """`taken` steps are done, and another is to come."""
+        """Make room for one step after `taken`."""
         self.taken = taken
         if self.prompt + taken >= self.ids.shape[1]:
             self.ids = with_room(self.ids, taken, self.pad)
 
     def so_far(self) -> Tensor:
-        """Prompts and answers int64 [B, P + t], for whoever reads them all."""
+        """Prompts and answers int64 [B, P + t]."""
         return self.ids[:, : self.prompt + self.taken].contiguous()
 
     def last(self) -> Tensor:

@@ -282,7 +282,7 @@ def run_demo(
         most = task.SPLIT_SIZES["test"]
         raise ValueError(f"prompts={prompts} asked for, but there are 1 to {most} to choose from")
     started = time.perf_counter()
-    disable_progress_bar()  # of transformers' weight loading; the demo has its own
+    disable_progress_bar()  # transformers' bars for weight loading would break up the demo's own
     console = Console()
     assets = load_assets()
     test = assets.prompts["test"][:prompts]

@@ -47,7 +47,7 @@ def published_decode(
 
 def _tokens_per_second(decode: Callable[[torch.Tensor], torch.Tensor], prompts: list) -> float:
     """New tokens per second of `decode`, called on one prompt [1, L] after another."""
-    decode(prompts[0])  # warm-up: probes, thread pools, allocator
+    decode(prompts[0])  # not timed: probes, thread pools and allocator start up
     started, tokens = time.perf_counter(), 0
     for prompt in prompts:
         tokens += decode(prompt).shape[1] - prompt.shape[1]

@@ -48,7 +48,7 @@ class Answer:
 
 
 class _AtOnce(StoppingCriteria):
-    """Ends every answer with its first token."""
+    """Stopping criterion: ends every answer after its first token."""
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -129,7 +129,7 @@ class Answerer:
             "return_dict_in_generate": True,
             "stopping_criteria": stop,
         }
-        if self.run.do_sample:  # None would be 50, the default of the configuration class
+        if self.run.do_sample:  # None would mean 50, the configuration class's default
             options["top_k"] = 0
         if self.guide is None:
             out = self._sample(options, copies[0], seed)

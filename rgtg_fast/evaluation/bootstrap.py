@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 
 _NORMAL = NormalDist()
-_CHUNK = 1 << 23  # resampled prompts held at a time
+_CHUNK = 1 << 23  # resampled counts held in memory at a time
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Bootstrap:
         mean = float(inside.mean())
         if count == 1:
             return Estimate(mean, math.nan, math.nan, math.nan, 1)
-        # About the mean, so that equal values give exactly no spread.
+        # Of deviations from the mean, so that equal values give a spread of exactly 0.
         boot = self._means(np.where(known, values - mean, 0.0), known)
         boot = boot[np.isfinite(boot)]
         low, high = (mean + float(np.quantile(boot, p)) for p in self._levels(boot, inside - mean))
-        # A mean of values lies between them, but for rounding.
+        # Rounding may put a resampled mean outside the range of the values.
         low, high = (min(max(x, inside.min()), inside.max()) for x in (low, high))
         return Estimate(mean, low, high, float(boot.std(ddof=1)), count)
 

@@ -19,7 +19,7 @@ _SHOWN = 200  # characters of an error's text
 
 
 class _Unredirected(urllib.request.HTTPRedirectHandler):
-    """A redirection is an error: the reply of whoever it leads to was not asked for."""
+    """Makes a redirection an error: followed, it would send prompts and key to another server."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -40,7 +40,7 @@ class Endpoint:
     """
 
     def __init__(self, url: str, key: str | None, key_env: str | None) -> None:
-        # http.client's own error for such a key quotes it.
+        # Not left to http.client, whose error would show the key.
         if key is not None and not re.fullmatch(r"[!-~]+", key):
             raise ValueError(
                 f"win_judge: the key in {key_env} holds a line break, a space or another character "
@@ -65,14 +65,14 @@ class Endpoint:
                 opener = urllib.request.build_opener(_Unredirected, _HTTP(connect), _HTTPS(connect))
                 with opener.open(request, timeout=timeout) as answer:
                     data = answer.read(LARGEST_REPLY + 1)
-                    missing = answer.length  # read(n) takes a reply that breaks off for the whole
+                    missing = answer.length  # read(n) does not raise where a reply breaks off
             except urllib.error.HTTPError as error:
                 raise self._refused(error) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if passed.is_set():
                     raise Refused(f"no whole reply within {timeout:g} s") from None
                 raise Refused(self._shown(f"{type(error).__name__}: {error}")) from None
-        if passed.is_set():  # cut off, what came may look whole
+        if passed.is_set():  # the deadline cut it off, which may look like an end
             raise Refused(f"no whole reply within {timeout:g} s")
         if len(data) > LARGEST_REPLY:
             raise Refused(f"its reply is larger than {LARGEST_REPLY >> 20} MB", again=False)
@@ -84,7 +84,7 @@ class Endpoint:
             raise Refused(f"its reply is no JSON: {self._shown(repr(data[:_SHOWN]))}") from None
 
     def close(self) -> None:
-        """Break off what is going on in other threads, and let nothing new begin."""
+        """Break off requests of other threads, and refuse new ones."""
         with self._lock:
             self.closed.set()
             for sock in self._open:
@@ -98,14 +98,14 @@ class Endpoint:
         return Refused(f"HTTP {error.code}: {self._shown(text)}", again)
 
     def _shown(self, text: str) -> str:
-        """What the other side said as one line, without the key and what a terminal obeys."""
+        """Text of the other side as one line, without the key and control characters."""
         text = text.replace(self.key, "***") if self.key else text
         return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
     @contextmanager
     def _deadline(self, seconds: float) -> Iterator[tuple[Any, threading.Event]]:
-        """What to tell of each socket that is opened, and an event set once time is over: then it
-        is shut down. A socket's own timeout begins anew with every byte that drips in."""
+        """A callback for each socket that is opened, and an event. Once time is over the event is
+        set and the socket shut down: its own timeout starts anew with every byte received."""
         mine: list[socket.socket] = []
         passed = threading.Event()
 

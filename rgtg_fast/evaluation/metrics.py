@@ -35,8 +35,8 @@ def distinct(answers: Sequence[Ids], n: int) -> float:
 
 
 def distinct_without(answers: Sequence[Ids], n: int) -> np.ndarray:
-    """`distinct` with each answer left out in turn, [len(answers)]: for the jackknife, as resampled
-    prompts would repeat each other."""
+    """`distinct` with each answer left out in turn, [len(answers)]: for the jackknife. The repeated
+    answers of a bootstrap would lower it."""
     counts = [Counter(ngrams(ids, n)) for ids in answers]
     total: Counter[Any] = Counter()
     for count in counts:

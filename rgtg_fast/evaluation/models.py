@@ -116,7 +116,7 @@ def check_found(key: str, name: str) -> None:
         try:
             hf_hub_download(name, file)
             return
-        except RemoteEntryNotFoundError as absent:  # an adapter has the other file
+        except RemoteEntryNotFoundError as absent:  # no config.json: it may be an adapter
             error = absent
         except OSError as failed:
             error = failed

@@ -59,7 +59,7 @@ def _prompt(line: str, tokenizer: Any, where: str) -> Prompt:
             )
         try:
             text = tokenizer.apply_chat_template(source, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like, and whatever jinja does
+        except Exception as error:  # a template may raise anything
             raise ValueError(f"{where}: the chat template refuses it ({error})") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:

@@ -57,7 +57,8 @@ def markdown(settings: Settings, results: dict[str, Any]) -> str:
 
 
 def _notes(settings: Settings, runs: dict[str, Any]) -> list[str]:
-    """What each column is. A judge that guides is named first: its rewards mean something else."""
+    """What each column is; first a warning where the judge also guides, as a guide raises its own
+    reward whatever the quality."""
     guided = [run.name for run in settings.runs if judged_by_guide(settings, run)]
     notes = [
         f"- **`{settings.judge}` is also the guide or selector of {', '.join(guided)}: there, "

@@ -24,7 +24,7 @@ _JUDGED_AT_ONCE = 64
 def generate_all(evaluation: Evaluation) -> dict[str, RunRows]:
     """The answers of all runs, those that are there already read from their files."""
     settings, n = evaluation.settings, len(evaluation.prompts)
-    transformers.utils.logging.disable_progress_bar()  # of weight loading; there is one already
+    transformers.utils.logging.disable_progress_bar()  # of weight loading: it would break up ours
     files = {
         spec.name: {s: evaluation.rows("answers", spec, s) for s in evaluation.seeds(spec)}
         for spec in settings.runs
@@ -54,7 +54,7 @@ def generate_all(evaluation: Evaluation) -> dict[str, RunRows]:
 
 def _rehearse(evaluation: Evaluation, ahead: list[Run]) -> Any:
     """Try the judge, and every guide and selector of the runs `ahead`, on one prompt; returns the
-    language model. What is broken is so found now, not after the hours of the runs before it.
+    language model. A broken one is found now and not after hours of other runs.
 
     One guide is in memory at a time. That of the first run comes last: it need not be loaded again.
     """
@@ -89,7 +89,8 @@ def _generate(evaluation: Evaluation, spec: Run, lm: Any, files: dict[int, Rows]
     answerer = _answerer(evaluation, spec, lm)
     step = max(1, settings.batch_size // spec.best_of)
     for seed, file in files.items():
-        if len(file.rows) < len(prompts):  # batches begin where an uninterrupted run's would
+        # Go on at the start of a batch: tokens may depend on the batch, and must not on a break.
+        if len(file.rows) < len(prompts):
             file.cut(len(file.rows) // step * step)
         evaluation.progress.advance(bar, len(file.rows))
         for at in range(len(file.rows), len(prompts), step):
@@ -106,7 +107,7 @@ def _guide(evaluation: Evaluation, spec: Run, lm: Any) -> Any:
     """The run's guide; a grid's runs share one, so it is loaded and probed once."""
     wanted = _loaded_as(spec)
     if evaluation.guide[0] != wanted:
-        evaluation.guide = (None, None)  # first let go of the other one's memory
+        evaluation.guide = (None, None)  # free the old guide before loading the next
         _release()
         evaluation.guide = (wanted, models.load_guide(spec, lm, evaluation.settings))
     return evaluation.guide[1]
@@ -126,7 +127,7 @@ def judge_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
     for spec in settings.runs:
         for seed in seeds[spec.name]:
             rows = done[spec.name].by_seed[seed]
-            if function:  # quick, and nothing tells when its code has changed
+            if function:  # never kept: nothing tells when its code has changed
                 for at in range(0, len(rows), _JUDGED_AT_ONCE):
                     _rate(judge, prompts, rows, at)
             else:
@@ -170,7 +171,7 @@ def compare_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
                 for seed in settings.seeds
             }
     finally:
-        if isinstance(prefer, ChatJudge):  # its threads outlive an error or Ctrl-C
+        if isinstance(prefer, ChatJudge):  # its threads would go on after an error or Ctrl-C
             prefer.close()
 
 

@@ -87,8 +87,8 @@ class Rows:
     `total` prompts, which belong to `key`: it is in the file's name and its first line.
 
     Another key is another file: answers of other settings are neither mixed in nor overwritten. The
-    file is believed up to the first line that is not what was written there (cut short by a kill,
-    of another key, twice, missing, out of order, of another shape); the rest is cut off, with a
+    file is valid up to the first line that is not what was written there (cut short by a kill, of
+    another key, twice, missing, out of order, of another shape); the rest is cut off, with a
     `UserWarning` that says so, and made again.
     """
 

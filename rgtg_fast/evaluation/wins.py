@@ -53,9 +53,9 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """`win` of a over b for each (prompt, a, b) in turn, asked in both positions.
 
-    win = (p(a, b) + 1 - p(b, a)) / 2, which a mere liking for a position leaves at 1/2; `swapped`
-    says that the verdict changed sides with the positions. Equal answers are a tie and not asked
-    about; a verdict that cannot be read counts as a tie and in `unread`.
+    win = (p(a, b) + 1 - p(b, a)) / 2: a judge that only prefers a position gives 1/2. `swapped`
+    says that the verdict went with the position and not with the answer. Equal answers are a tie
+    and not asked about; a verdict that cannot be read counts as a tie and in `unread`.
     """
 
     def ask(pair: tuple[Any, str, str]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def compare(
     pool = ThreadPoolExecutor(workers)
     try:
         yield from pool.map(ask, pairs)
-    finally:  # not `with`: after an error it would wait for every reply that is still to come
+    finally:  # not `with`, which after an error would wait for all pending replies
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -99,7 +99,7 @@ class ChatJudge:
     def __call__(self, prompt: Any, a: str, b: str) -> float | None:
         text = self.judge.template or TEMPLATE
         parts = {"{prompt}": conversation_text(prompt), "{a}": a, "{b}": b}
-        # In one pass: an answer may itself contain {b}.
+        # All in one pass: an answer may contain "{b}" itself.
         text = re.sub(r"\{(prompt|a|b)\}", lambda found: parts[found[0]], text)
         return verdict(self._ask(text))
 
@@ -136,7 +136,7 @@ def _content(reply: Any) -> str:
         content = reply["choices"][0]["message"]["content"]
     except (LookupError, TypeError):
         raise Refused("its reply has no choices[0].message.content") from None
-    if content is None or isinstance(content, str):  # None: only thought so far
+    if content is None or isinstance(content, str):  # None: max_tokens went into reasoning
         return content or ""
     raise Refused(f"its message is {type(content).__name__}, not text")
 

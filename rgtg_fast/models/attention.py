@@ -1,10 +1,11 @@
-"""What k siblings may attend to, and the plug-in that reads it from the cache without a mask.
+"""What k siblings may attend to: through an attention function of our own, or through masks.
 
-Fused: transformers' attention interface is pointed at the op `candidate_attention`, for the twin of
-one call (twin.py) and from its first step on. The prefix stays in the `SiblingCache`; instead of a
-mask the model is handed each row's first visible slot, as a [B, 1, 1, 1] tensor that transformers
-passes through (it takes any 4D mask for a prepared one). Masked: models that do not let their
-attention be replaced, or add to it, get a dense additive mask [B, 1, k, k + L] instead.
+Fused: the twin of one call (twin.py) attends by the op `candidate_attention`, registered with
+transformers as an attention function, from the first step after the prompt on. The op reads the
+prefix in the `SiblingCache`; in place of a mask the model is given each row's first visible slot as
+a [B, 1, 1, 1] tensor, which transformers passes through, as it does any 4D mask. Masked: models
+whose attention cannot be replaced, or does more than softmax over scaled products, get a dense
+additive mask [B, 1, k, k + L].
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .foreign import Unsupported, set_attention
 from .padding import has_holes
 
 NAME = "rgtg_candidates"
-_DECODING = "rgtg_decoding"  # of a twin's configuration: the cache, weakly, and the kernel
+# Attribute of a twin's configuration: weak reference to the cache, kernel.
+_DECODING = "rgtg_decoding"
 Spans = dict[str, int | None]
 
 
@@ -43,7 +45,7 @@ def attend(
 
     Returns [B, k, Hq, D]; for a packed selection, whose query is [1, Hq, N, D], [1, N, Hq, D].
     Raises `Unsupported` for attention that is more than softmax over scaled, capped products; the
-    probe then has the model use masks.
+    probe then chooses masks for the model.
     """
     held, kernel = module.config.__dict__[_DECODING]
     if attention_mask is None or attention_mask.dtype != torch.int64:
@@ -56,7 +58,8 @@ def attend(
     layer, packed = cache.current, cache.packed
     dtype = layer.prefix_keys.dtype
     if query.dtype is not dtype or key.dtype is not dtype or value.dtype is not dtype:
-        # Under autocast rotary embeddings leave fp32; torch's attention rounds them like this too.
+        # Under autocast rotary embeddings give fp32 queries and keys. The kernel wants one dtype;
+        # torch's own attention rounds them in the same way.
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if packed is not None:  # keys and values were spread by the cache
         query = packed.spread(query)
@@ -93,10 +96,10 @@ def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[...
 
 
 def plug_in(configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tensor]) -> None:
-    """From now on the modules of a twin's `configs` attend by `attend` on `cache`."""
+    """Have the modules with a twin's `configs` attend by `attend` on `cache`."""
     for config in configs:
         set_attention(config, NAME)
-        # Weakly: nothing that a twin holds on to keeps keys and values alive.
+        # Weakly, or a twin that outlives its call would keep the keys and values alive.
         config.__dict__[_DECODING] = weakref.ref(cache), kernel
 
 
@@ -136,11 +139,11 @@ def first_visible(name: str, span: int | None, left_padding: Tensor, length: Ten
 
 
 class SiblingStarts:
-    """For fused attention: what stands in for a mask, int64 [B, 1, 1, 1] for each layer type.
+    """For fused attention: each row's first visible slot, int64 [B, 1, 1, 1] for each layer type.
 
-    Updated in place, from the cache's lengths alone, so that a CUDA graph of a step stays right.
-    Where a mask has holes after its first real token, the cache holds the slots in `order`: the
-    hidden ones first, so that what a sibling sees is still the end of its row.
+    Updated in place, from the cache's lengths alone, so that a captured CUDA graph of a step stays
+    valid. The op sees one contiguous range. So where a mask hides slots after the first real token,
+    the cache is filled in `order`, hidden slots first, and the visible ones end the row.
     """
 
     def __init__(self, attention_mask: Tensor, spans: Spans, cache: SiblingCache) -> None:
@@ -156,11 +159,11 @@ class SiblingStarts:
         self.starts = {name: hidden.view(-1, 1, 1, 1).clone() for name in spans}
 
     def current(self, siblings: int | None = None) -> Tensor | dict[str, Tensor]:
-        """A dict by layer type where the model has several; the same for all siblings."""
+        """The starts, the same for all siblings; a dict by layer type if the model has several."""
         return self.starts if len(self.starts) > 1 else next(iter(self.starts.values()))
 
     def advance(self) -> None:
-        """The cache's lengths have changed."""
+        """Follow a change of the cache's lengths."""
         for name, span in self.spans.items():
             if span:
                 length = self.cache.lengths[self.left_padding.device]

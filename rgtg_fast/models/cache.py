@@ -22,7 +22,7 @@ class SiblingLayer(CacheLayerMixin):
     """One layer's view of the stores: `keys` and `values` are [B, Hkv, k + capacity, D]."""
 
     is_sliding = False
-    # Set when the prompt is in. Weakly: a reference cycle would keep the stores after the call.
+    # Set after the prompt. Weakly: a reference cycle would keep the stores alive after the call.
     cache: weakref.ref[SiblingCache] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -59,7 +59,7 @@ class SiblingLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    # transformers 5.17 declares this one abstract; 5.23 renamed it to get_max_length.
+    # Abstract in transformers 5.17, so it must be here; 5.23 renamed it to get_max_length.
     def get_max_cache_shape(self) -> int:
         return -1
 

@@ -1,9 +1,9 @@
 """fp32 linear layers on x86 CPUs, through oneDNN.
 
-For k siblings torch's fp32 `linear` and `addmm` (MKL) take 2 to 3 times the time of one row,
-although the weights are read once all the same. oneDNN's kernel, which torch ships as
-`mkldnn._linear_pointwise`, took 0.4 to 0.8 of MKL's time there, half of it for one row of an
-`nn.Linear`, and 0.9 of it for whole prompts (bench/README.md). It reads the weights as they are
+For k siblings torch's fp32 `linear` and `addmm` (MKL) take 2 to 3 times as long as for one row,
+though they read the same weights once. oneDNN's kernel, which torch ships as
+`mkldnn._linear_pointwise`, took 0.4 to 0.8 of MKL's time for k siblings, half for one row of an
+`nn.Linear`, and 0.9 for whole prompts (bench/README.md). It reads the weights as they are
 stored; nothing is packed or copied.
 """
 
@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .foreign import FORWARD_HOOKS, PARAMETERS, PRE_HOOKS, onednn_linear
 
-_LARGE = 1 << 19  # weights; below, the call's own cost (some 30 µs) outweighs the gain
-_WIDE = 128  # inputs; rows of weights that are shorter are read no faster
+_LARGE = 1 << 19  # weights; in a smaller layer the call's overhead (30 µs) outweighs its gain
+_WIDE = 128  # inputs; with fewer the kernel is no faster
 
 
 def quicken(twins: list[nn.Module]) -> None:
@@ -31,7 +31,7 @@ def quicken(twins: list[nn.Module]) -> None:
     kernel = onednn_linear()
     if kernel is None:
         return
-    for module in twins:  # one loop, without a call for each module
+    for module in twins:  # there are hundreds, so no function call for each
         kind = type(module)
         if kind is not nn.Linear and kind is not Conv1D:
             continue
@@ -62,9 +62,8 @@ def _linear(
 
 def _conv1d(kernel: Callable[..., Tensor], weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     rows = x.numel() // max(1, x.shape[-1])
-    if rows < 2 or _falls_through(
-        x
-    ):  # one row, whose weights lie the other way round, is no faster
+    # Conv1D stores its weights transposed: for one row the kernel is no faster.
+    if rows < 2 or _falls_through(x):
         out = torch.addmm(bias, x.view(-1, x.shape[-1]), weight)
         return out.view(*x.shape[:-1], weight.shape[1])
     return kernel(x, weight.t(), bias, "none", [], "")

@@ -1,7 +1,7 @@
 """Names of transformers and torch that are private or have moved: all of them stand in this file.
 
-Each is read plainly, so that a rename is an error here and not a wrong text elsewhere;
-tests/models/test_foreign.py holds what each must still mean.
+Each is read without a default, so that a rename raises here instead of giving wrong text elsewhere;
+tests/models/test_foreign.py checks that each still means the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
 class Unsupported(ValueError):
-    """What a model's own structure does not allow, whatever the call: worth remembering."""
+    """A model's structure does not allow a way of running it. That holds for every call, so the
+    probe keeps such a verdict."""
 
 
 # What generation calls the key/value cache, in its arguments and in its output: transformers 5.24
@@ -64,9 +65,9 @@ def streamer_of_caller(model: Any) -> Any:
 
 
 # Configurations. `config._attn_implementation` is a property over `_attn_implementation_internal`;
-# its setter checks the name against the installed packages and sets sub-configurations too, which
-# share nothing with each other here. Ends with a public way to choose attention for a configuration
-# (`set_attn_implementation` is one of models, and refuses functions that it did not check).
+# its setter would refuse our function's name and set sub-configurations too. No longer needed once
+# transformers lets attention be set on a configuration (`set_attn_implementation` is a method of
+# models, and refuses functions that it has not checked).
 
 
 def attention_of(config: Any) -> str | None:
@@ -76,7 +77,7 @@ def attention_of(config: Any) -> str | None:
 
 def set_attention(config: Any, name: str) -> None:
     """Have the modules of `config` attend by the registered function `name`."""
-    attention_of(config)  # a KeyError where the attribute has another name by now
+    attention_of(config)  # raises if the attribute was renamed; the assignment would not
     config.__dict__["_attn_implementation_internal"] = name
 
 
@@ -85,7 +86,7 @@ def name_or_path(config: Any) -> str:
     return config._name_or_path
 
 
-# Generation configurations as `generate` prepares them: no public way in transformers 5.24.
+# What `generate` prepares in its generation configuration; transformers 5.24 has no public access.
 
 
 def eos_tensor(config: GenerationConfig) -> Tensor | None:
@@ -99,10 +100,11 @@ def pad_tensor(config: GenerationConfig) -> Tensor | None:
 
 
 def mask_length(config: GenerationConfig) -> int:
-    """Tokens that the attention mask covers, those in a given cache included, where `generate`
-    dropped the mask because it hides nothing; 0 where it did not (never, before 5.23 or so)."""
+    """The length of an attention mask that `generate` dropped because it hides nothing, tokens of a
+    given cache included; 0 where it kept the mask (always, before transformers 5.23)."""
     if _DROPS_MASKS:
-        GenerationConfig.__annotations__["_mask_length"]  # a KeyError where it was renamed
+        # Raises if it was renamed, which the `get` below would not.
+        GenerationConfig.__annotations__["_mask_length"]
     return vars(config).get("_mask_length") or 0
 
 
@@ -124,7 +126,7 @@ def updated_kwargs(model: Any, outputs: Any, model_kwargs: dict[str, Any]) -> di
     return model._update_model_kwargs_for_generation(outputs, model_kwargs)
 
 
-# torch.nn.Module. Its instance dictionary is its state; torch.compile keeps its own beside it.
+# torch.nn.Module: keys of a module's instance dictionary.
 
 PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
 COMPILED = "_compiled_call_impl"  # what `module.compile()` made, or None

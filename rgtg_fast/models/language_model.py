@@ -25,7 +25,8 @@ class LanguageModel(ModelParts):
 
 
 class AfterBase:
-    """A causal LM whose base hands out hidden states that it is given."""
+    """A causal LM whose base is replaced by one that returns given hidden states, so that the
+    model's own code after the base (head, caps, scales) can be run on them."""
 
     def __init__(self, parts: LanguageModel, eval_mode: bool) -> None:
         self._handout = _Handout()
@@ -57,7 +58,7 @@ class AfterBase:
 
 
 class _Handout:
-    """Stands for the base's forward."""
+    """Replaces the base's forward: returns `output`."""
 
     output: Any = None
 

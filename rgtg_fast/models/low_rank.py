@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """What `find_inputs` saw."""
+    """Which layers share an input, as `find_inputs` observed."""
 
     groups: list[list[nn.Module]]  # layers that read one and the same tensor
     in_order: bool  # every layer sees the batch's rows in their order, flattened or not
@@ -80,11 +80,11 @@ class AdapterRows:
             )
         self.first, self.total = first, total
         for shared in self.inputs:
-            if shared.left:  # a forward that not all layers were in
+            if shared.left:  # the last forward did not run all layers: drop what it kept
                 shared.forget()
 
     def of(self, x: Tensor) -> Tensor:
-        """Their part of x [total, n, in] or [total * n, in], as a matrix."""
+        """The adapter's rows of x [total, n, in] or [total * n, in], as a matrix [.., in]."""
         if self.first:
             x = x[x.shape[0] * self.first // self.total :]
         return x.reshape(-1, x.shape[-1])
@@ -156,7 +156,7 @@ def find_inputs(
     groups: dict[Any, list[nn.Module]] = {}
     place: dict[nn.Module, Any] = {}
     in_order = True
-    for module, x in seen:  # `seen` keeps the tensors, so an id stands for one of them
+    for module, x in seen:  # ids are unique, as `seen` keeps the tensors alive
         in_order &= module not in place and x.shape[:-1] in ((2, 3), (6,))
         place.setdefault(module, (id(x), module.weight.device))
     for module in modules:

@@ -47,10 +47,10 @@ class OnBase(RewardModel):
             )
         layer = layer + layers + 1 if layer < 0 else layer
         self.layer = -1 if layer == layers else layer
-        # Never a list of layers: transformers 5.17 counts those from another zero than 5.23.
+        # All of them, not a list of layers: transformers 5.17 and 5.23 number those differently.
         self.base_kwargs = {} if self.layer == -1 else {"output_hidden_states": True}
 
-    # Whether the reward model's rows are others than the language model's: those with the adapter.
+    # Whether the reward model needs rows of its own in a shared forward, as with an adapter.
     own_rows = False
 
     def forward_both(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:

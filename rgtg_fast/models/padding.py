@@ -1,4 +1,4 @@
-"""Rows padded on the left: positions, the last real token, masks with holes."""
+"""Left-padded rows: positions, the last real token, masks that hide tokens in between."""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ def find_base(model: Any) -> Any:
 
 
 def numerics(device: torch.device) -> tuple[torch.dtype | None, torch.dtype]:
-    """What decides how forwards on `device` compute beside the weights: autocast's dtype (None
-    where it is off), and torch's default dtype. Each has verdicts of its own."""
+    """Autocast's dtype on `device` (None where it is off) and torch's default dtype. They change
+    what a forward computes, so the probe keeps verdicts by them."""
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else None
     return dtype, torch.get_default_dtype()

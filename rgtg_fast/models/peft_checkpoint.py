@@ -21,8 +21,8 @@ _WAY_OUT = (
     "load it with peft on a sequence-classification model and pass that as reward_model= "
     "(a second set of weights)"
 )
-# What leaves the forward as it is: how training went, and where the layers are (the tensors' own
-# names say that). `bias` and `init_lora_weights` are looked at apart.
+# Keys that do not change the forward: they tell of training, or name the layers, as the tensors'
+# names do too. `bias` and `init_lora_weights` are checked separately.
 _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -113,7 +113,8 @@ def _check_config(path: str | Path, config: dict[str, Any]) -> None:
             f"or {_WAY_OUT}"
         )
     for name, value in config.items():
-        # A switch that is on; a number or a name beside a switch that is off changes nothing.
+        # Only switches that are on and non-empty tables change the forward; numbers and names are
+        # parameters of switches, without effect while those are off.
         if name not in _HARMLESS and (value is True or (value and isinstance(value, (dict, list)))):
             shown = repr(value) if len(repr(value)) < 80 else "..."
             raise ValueError(f"{path} uses {name}={shown}, plain LoRA is wanted; {_WAY_OUT}")

@@ -54,7 +54,7 @@ class RewardModel(ModelParts):
             )
         super().__init__(model)
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        # Whether the public forward, which would have used the model's own head, says the same.
+        # The public forward uses the model's own head: the probe cannot check another against it.
         self.check_public = head is None
         self.head: Any = head
         self.label: int | None = None

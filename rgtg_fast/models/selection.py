@@ -1,4 +1,4 @@
-"""Which of the k candidates go through a forward, and where each is in it."""
+"""Some of the k candidates as one batch of tokens for a forward."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 class Selection:
     """The kept candidates `keep` [B, k] of a step, as a batch of tokens for one forward.
 
-    Dense: [B, n], n the largest count of a row; its kept candidates come first, in their order,
-    and some of the others fill up. `packed` where counts differ and `packs` allows it: the N kept
-    ones of all rows behind one another as [1, N], so that no layer computes what nobody asked for;
-    attention alone spreads them out again (`spread`, `pack`). At least one must be kept.
+    Dense: [B, n], n the largest count of any row; a row's kept candidates come first, in order, and
+    others fill it up. `packed`, where counts differ and `packs` allows it: the N kept ones of all
+    rows in one row [1, N], so that no layer computes a filler; attention, which needs the rows,
+    spreads them out and packs its result (`spread`, `pack`). At least one must be kept.
     """
 
     def __init__(self, keep: Tensor, packs: bool) -> None:
         counts = keep.sum(1)
         self.keep, self.width = keep, int(counts.max())
-        self.rank = keep.cumsum(1) - 1  # [B, k], of the kept ones in their row
+        self.rank = keep.cumsum(1) - 1  # [B, k], a kept candidate's place among those of its row
         self.packed = packs and int(counts.sum()) < self.width * len(keep)
         if self.packed:
             self.rows = keep.nonzero()[:, 0]  # [N]

@@ -99,7 +99,7 @@ def fill_cache(given: DynamicCache, own: SiblingCache, length: int, rows: int) -
     for i, layer in enumerate(own.layers):
         keys, values = (t[:rows] for t in own.prefix_of(layer))
         theirs = given.layers[i] if i < len(given.layers) else None
-        if type(theirs) is DynamicLayer:  # it takes the tensors as they are, without a copy
+        if type(theirs) is DynamicLayer:  # can be given the tensors themselves, without a copy
             theirs.lazy_initialization(keys, values)
             theirs.keys, theirs.values = keys, values
         else:

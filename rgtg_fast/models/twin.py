@@ -1,5 +1,4 @@
-"""A model's twin: its modules once more, around the same tensors, for one call to do with as it
-likes.
+"""A model's twin: copies of its modules that share its tensors, for one call to change freely.
 
 A guided call runs models in eval mode, with attention of its own, faster linear layers, adapters.
 On the user's modules each of these would be a switch that another thread sees, and that an
@@ -20,11 +19,11 @@ from transformers import PreTrainedConfig
 
 from .foreign import BUFFERS, COMPILED, HOOKS, MODULES, PARAMETERS, WRAPPED
 
-# Values that hold no module, by far the most of all attributes: nothing to look into.
+# Types that hold no module. Most attributes are of these; looking into each would be slow.
 _PLAIN = frozenset(
     (bool, int, float, str, type(None), set, OrderedDict, Tensor, nn.Parameter, torch.dtype)
 )
-_BOUND = (MethodType, partial, FunctionType)  # what may hold on to a module
+_BOUND = (MethodType, partial, FunctionType)  # callables that may refer to a module
 _OWN = (PARAMETERS, BUFFERS, MODULES)
 
 
@@ -34,9 +33,9 @@ class Twins:
     Buffers, hooks and configurations are in containers of the copies' own, so that whatever a
     forward sets (rotary tables, recording hooks) lands there. What is in two places of the original
     is one copy. Bound methods, partials and closures in instance attributes, as accelerate leaves
-    them, are bound to the copies. Parameters are shared with the container that names them: whoever
-    gathers or loads them around a forward finds them where they are. Scripted modules cannot be
-    copied and stay themselves; compiled ones run uncompiled.
+    them, are bound to the copies. The dictionaries of parameters are shared: what gathers
+    or loads parameters around a forward (DeepSpeed, accelerate) puts them where the copies see
+    them. Scripted modules cannot be copied and stay themselves; compiled ones run uncompiled.
 
     `given` has modules that are not to be copied, and what stands for them. With `eval_mode`
     dropout is off; without it each module keeps its training flag.
@@ -53,7 +52,7 @@ class Twins:
         # Instance dictionaries that lead back to their own module. They are emptied at the end: a
         # reference cycle would keep its module until Python's collector runs.
         self.cyclic: list[dict[str, Any]] = []
-        self._roots = roots  # ids are those of living modules
+        self._roots = roots  # kept alive, as copies are found by id
         originals = self._walk(list(roots))
         self.modules: list[nn.Module] = [self._of[id(m)] for m in originals]
         self._fill(originals, eval_mode)
@@ -77,7 +76,8 @@ class Twins:
             attributes.clear()
 
     def _walk(self, waiting: list[nn.Module]) -> list[nn.Module]:
-        """All modules below, each with an empty copy made. One loop: models have hundreds."""
+        """All modules below `waiting`, each with an empty copy made; in one loop, as a call for
+        each of hundreds of modules would be slow."""
         of, originals, wrappers = self._of, [], []
         while waiting:
             module = waiting.pop()
@@ -95,12 +95,12 @@ class Twins:
             for child in children.values():
                 if child is not None:
                     waiting.append(child)
-        for module in reversed(wrappers):  # the inner of two wrappers was found last
+        for module in reversed(wrappers):  # inner ones first, so that an outer one finds its copy
             of[id(module)] = of[id(module.__dict__[MODULES][WRAPPED])]
         return originals
 
     def _fill(self, originals: list[nn.Module], eval_mode: bool) -> None:
-        """Give each copy its attributes. One loop, as above."""
+        """Give each copy its attributes; in one loop, as in `_walk`."""
         of, configs = self._of, self._configs
         for module in originals:
             attributes = of[id(module)].__dict__
@@ -124,7 +124,7 @@ class Twins:
                     known = configs.get(id(value))
                     attributes[name] = known or _copy_config(value, configs)
                     continue
-                inside, seen = [value], set()  # grows by what is in its containers
+                inside, seen = [value], set()  # extended by the contents of its containers
                 for part in inside:
                     kind = type(part)
                     if id(part) in seen:  # a container that is in itself
@@ -145,7 +145,7 @@ class Twins:
                         self.cyclic.append(attributes)
 
     def _rebound(self, value: Any, inside: set[int]) -> Any:
-        if id(value) in inside:  # a function that is in its own closure
+        if id(value) in inside:  # a function whose closure holds itself: no endless recursion
             return value
         inside = inside | {id(value)}
 
@@ -176,7 +176,7 @@ class Twins:
         cells = function.__closure__
         try:
             new, changed = again([cell.cell_contents for cell in cells])
-        except ValueError:  # a cell that is still empty: not called by this name yet
+        except ValueError:  # an empty cell: the variable is not assigned yet
             return function
         if not changed:
             return function
@@ -193,7 +193,7 @@ class Twins:
 
 
 def _copy_config(config: Any, copies: dict[int, Any]) -> Any:
-    """A configuration with attributes of its own, and so have the configurations in it."""
+    """A copy of a configuration and of the configurations in it."""
     copy = copies[id(config)] = object.__new__(type(config))
     for name, value in config.__dict__.items():
         if isinstance(value, PreTrainedConfig):

@@ -5,8 +5,8 @@ has been measured on a GPU yet. Until it is, CUDA C++ is taken wherever an op ha
 costs the host a few microseconds and Triton's a few tens, and a step of decoding is bound by
 launches.
 
-FASTER holds what was measured to be otherwise: op to a list of (rows, backend), ascending, of which
-the first whose ``rows`` is at least B holds.
+FASTER holds the measured exceptions: op -> list of (rows, backend), rows ascending; the first entry
+whose ``rows`` is at least B decides.
 """
 
 from __future__ import annotations

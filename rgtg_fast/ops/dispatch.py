@@ -121,12 +121,13 @@ def automatic(op: str, device: str, rows: int) -> str:
 
 
 def settle(op: str, backend: str, device: str, rows: int) -> str:
-    """The backend that runs this call; raises BackendUnavailable where it cannot."""
+    """The backend that runs this call; raises BackendUnavailable where the one asked for cannot."""
     chosen = _requested(backend)
     if chosen == "auto":
         if missing_extension is None:
             return automatic(op, device, rows)
-        # On a CPU this is an error that says what is amiss with the extension.
+        # Without the extension "cpp" raises and says why; falling back to the reference would make
+        # a CPU run slow in silence.
         chosen = "cpp" if device == "cpu" else automatic(op, device, rows)
     if chosen != "reference":
         _check_available(op, chosen, device)

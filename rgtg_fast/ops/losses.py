@@ -130,7 +130,8 @@ def prefix_bt_loss(
     per_length = prefix_weights(weights, r_chosen, dtype)
     check_pair_prefixes(first, end, weights)
     if extension == "eos":
-        # Both count as long as the longer one, so that nothing is held. An empty answer stays one.
+        # Both count as long as the longer one, so that no reward is held; an empty answer must stay
+        # empty to be found as an error.
         ends = [torch.where(own > 0, end, own) for own in ends]
     margins = pair_margins(margin, r_chosen, dtype)
     settings = (per_length, margins, float(label_smoothing), float(centering), int(first))

@@ -1,7 +1,7 @@
 """The ops in plain torch: the oracle of the tests and ``backend="reference"``.
 
-What is marked ``op`` is an op; its signature is the schema, and its results tell ``torch.compile``
-what the kernels return and autograd what their gradients are.
+Functions decorated with ``op`` define the ops: the signature is the schema, the results' shapes are
+what ``torch.compile`` is told, and autograd through them gives the kernels' gradients.
 
 Values are computed in float64 from the inputs as given and returned in float32. The noise of the
 sampler is the exception: it is float32 arithmetic, operation for operation that of
@@ -60,7 +60,7 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     top = torch.topk(keys, k, dim=1).values
     chosen = _WORD - (top & _WORD)  # [B, k]
     logprobs = torch.log_softmax(logits.to(torch.float64), dim=1).gather(1, chosen)
-    # log_softmax makes NaN of a row that is -inf throughout.
+    # log_softmax would give NaN for a row of -inf alone; its log-probabilities are -inf.
     hopeless = torch.isneginf(logits).all(dim=1, keepdim=True)
     logprobs = torch.where(hopeless, -torch.inf, logprobs)
     return logprobs.to(torch.float32), chosen
@@ -176,7 +176,8 @@ def candidate_attention(
     live = (t >= start.unsqueeze(1)) & (t < end)  # [B, T]
     if window is not None:
         live = live & (t > end - window)
-    # A NaN that is not live would reach the result and, through its zero share, the gradients.
+    # Outside the live range a NaN times its weight of 0 would still be NaN, in the result and in
+    # the gradients.
     keys, values = (
         torch.where(live[:, None, :, None], x.to(torch.float64), 0.0) for x in (k_prefix, v_prefix)
     )

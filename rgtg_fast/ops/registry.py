@@ -1,4 +1,4 @@
-"""What is derived from the one list of the ops: schemas, and the shapes of results."""
+"""Schemas and result shapes of the ops, derived from `reference.OPS`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .registry import KINDS, table
 from .tree import TreeScorer
 from .vocab_head import VocabRewardScorer
 
-# Not by name: a new line of the registry is then all that a scorer needs to be here.
+# From the registry, so that a scorer added there need not be listed here too.
 _made = {kind.make.__name__: kind.make for kind in KINDS.values() if not kind.is_model}
 globals().update(_made)
 __doc__ += f"\nThe kinds of reward, as `eval` (`kind:`) and `train` know them::\n\n{table()}\n"

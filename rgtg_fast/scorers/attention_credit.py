@@ -14,7 +14,7 @@ from ..models.reward_model import as_reward_model
 from .expand import ExpandScorer
 from .probe import probe
 
-_PROBED = 32  # tokens: eager attention on a probe past a window of thousands would not be cheap
+_PROBED = 32  # tokens: eager attention over a probe as long as a window of thousands would be slow
 
 
 def check_share(share: float) -> None:
@@ -64,7 +64,7 @@ class AttentionCreditScorer(ExpandScorer):
     def __init__(self, model: Any, share: float = 0.5, backend: ops.Backend = "auto") -> None:
         check_share(share)
         rm = copy.copy(as_reward_model(model))
-        rm.attention = "eager"  # the one attention that gives its weights away
+        rm.attention = "eager"  # only eager attention returns its weights
         why = probe(rm, _PROBED, ("expand",), backend).why_not("expand")
         if why is not None:
             raise ValueError(

@@ -33,7 +33,7 @@ class AutoregressiveScorer(NextTokenScorer):
 
     def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         kwargs[self._cache_argument] = cache
-        # The model's own forward: some cap or scale their logits behind the head.
+        # Not base and head: some models cap or scale their logits after the head.
         out = self.parts.model(input_ids=ids, return_dict=True, **kwargs, **self._options)
         return out.logits[:, -1].float(), cache_of(out)
 

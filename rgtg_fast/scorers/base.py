@@ -19,11 +19,11 @@ class Scorer(Protocol):
     A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone). Without it,
     rows that have ended are carried along until all have. One whose `can_skip` is true takes
     `score(ids, keep)` too: bool [B, k], only these candidates need a reward (at least one does);
-    the others get NaN and are not committed. One that says `capturable = True` changes tensors in
-    place only in `score` and `commit`, never waits for the device there, and keeps nothing on the
-    host but the lengths of its `caches`, the `SiblingCache`s it has after `prefill` (a graph moves
-    the device's counts alone, so whoever replays one sets these). `finish()`, where there is one,
-    ends a call: whatever belongs to it is let go of.
+    the others get NaN and are not committed. One that says `capturable = True` only changes
+    tensors in place in `score` and `commit`, never waits for the device there, and keeps nothing on
+    the host but the lengths of its `caches`, the `SiblingCache`s it has after `prefill` (replaying
+    a graph advances the counts on the device alone, so whoever replays one sets these).
+    `finish()`, where there is one, ends a call and drops what belongs to it.
     """
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -44,8 +44,8 @@ class RewardModelScorer(ABC):
 
     method: str
     can_skip: bool = False
-    parts: RewardModel  # a twin, of one call
-    state: tuple[str, ...] = ("parts", "rewards", "last_reward")  # attributes of one call
+    parts: RewardModel  # a twin, for one call
+    state: tuple[str, ...] = ("parts", "rewards", "last_reward")  # attributes that `finish` drops
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class RewardModelScorer(ABC):
         if known is not None:
             rewards = rewards.masked_fill(~known, -torch.inf)
         if self.eos_ids is not None:
-            # Not torch.isin: with many EOS ids it sorts, and waits for the device.
+            # Not torch.isin: with many EOS ids it sorts and makes the host wait for the device.
             is_eos = (ids_here[..., None] == self.eos_ids).any(-1)
             rewards = torch.where(is_eos, self.last_reward[:, None], rewards)
         if keep is not None:

@@ -59,9 +59,9 @@ def make_scorer(
     are decoded and encoded again; `own_prompt` says that the prompt is in the reward model's ids.
     A `reward_model` that is a scorer already is returned as it is: `help(rgtg_fast.scorers)` lists
     the kinds of those. `head` and `label` are `generate`'s `reward_head` and `reward_label`.
-    `joint_way` ("fused" or
-    "masked") makes one that shares the forwards of the language model: for a `RewardHead` or
-    `RewardAdapter` whose language model decodes by the policy that belongs to it (policy.py).
+    `joint_way` ("fused" or "masked") makes a `JointScorer`, which shares the forwards of the
+    language model: for a `RewardHead` or `RewardAdapter` on the model that decodes; its logits are
+    then taken from a `JointPolicy`.
 
     Example: `make_scorer(rm, k=10).method` is "tree" for a Llama-like reward model.
     """
@@ -148,7 +148,8 @@ def _resolve_eos(rm: RewardModel, eos_ids: Tensor | None, eos_reward: str, whole
     if eos_reward != "auto" or eos_ids is None:
         return "hidden" if eos_reward == "auto" else eos_reward
     pad = getattr(rm.text_config, "pad_token_id", None)
-    if whole or pad is None or pad not in eos_ids.tolist():  # whole: it pools the text itself
+    # whole: the text goes through the public forward, which applies its own rule for EOS.
+    if whole or pad is None or pad not in eos_ids.tolist():
         return "hidden"
     _warn_once(
         rm,

@@ -20,7 +20,7 @@ from .tree import SiblingScorer
 
 
 class _Both:
-    """The base model on the rows of the language model, then those of the adapter if any."""
+    """The base model on the language model's rows, followed by the adapter's rows if any."""
 
     def __init__(self, parts: OnBase) -> None:
         self.parts = parts

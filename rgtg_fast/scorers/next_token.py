@@ -15,7 +15,8 @@ from ..models.parts import ModelParts
 class NextTokenScorer(ABC):
     """A causal model on its own cache, one token a step; subclasses say what a candidate gets.
 
-    The winner's forward is run by the `score` that needs it, so the last token costs nothing.
+    `commit` only notes the winner; the next `score` runs its forward, so none is spent on the last
+    token.
     """
 
     method = "next_token"
@@ -27,14 +28,14 @@ class NextTokenScorer(ABC):
                 "causal LM (AutoModelForCausalLM)"
             )
         self.model, self.rm = model, ModelParts(model)
-        self.parts: ModelParts  # from here on, of one call
+        self.parts: ModelParts  # from here on: for one call
         self.head: Any
         self.state: Tensor
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Prompts int64 [B, P] and their mask [B, P], padding on the left."""
-        self.rm = ModelParts(self.model)  # as it is now
+        self.rm = ModelParts(self.model)  # anew: its modules may have changed
         self.parts = self.rm.twin()
         self.head = self.parts.model.get_output_embeddings()  # type: ignore[operator]
         self.mask = attention_mask.to(self.rm.device)

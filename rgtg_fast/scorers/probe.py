@@ -2,7 +2,7 @@
 
 Each way is run for a few steps on two left-padded rows and compared with plain full forwards of the
 same model without padding or cache. The head is replaced by a random projection of the hidden
-state, so that a trained head's blind directions hide nothing.
+state: a trained head may ignore directions in which the hidden states are wrong.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _SIBLINGS, _STEPS = 3, 3
 # by the order of the spread itself; low precision needs room for reordered sums.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
-# Per model: under a key whether it pools, under a key and that the reasons found.
+# Per model: key -> whether only the public forward gives its reward (pooled); (key, pooled) ->
+# why each way fails.
 _verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, Any]] = weakref.WeakKeyDictionary()
-# Held while a model is probed, so that many threads that begin with it at once find out once.
+# Held while a model is probed: threads that begin at once would each probe it.
 _probing = threading.RLock()
 
 
@@ -91,7 +92,7 @@ def probe(
             if lasting:
                 known[key] = pooled
         reasons: dict[str, str | None]
-        failures: dict[str, str | None]  # of the call before
+        failures: dict[str, str | None]  # of the call before this one
         reasons, failures = known.setdefault((key, pooled), ({}, {}))
         for way in ways:
             if way not in reasons:
@@ -147,7 +148,7 @@ def _why_not(
             scorer = ExpandScorer(projected, _SIBLINGS, backend=backend)
         else:
             scorer = TreeScorer(projected, _SIBLINGS, fused=way == "fused", backend=backend)
-        got, asked = _run(scorer, ids)  # before the many full forwards: it may fail at once
+        got, asked = _run(scorer, ids)  # before the full forwards, which take longer: it may fail
         truth, noise = _full_forwards(projected.twin(), ids)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return f"it failed with {type(error).__name__}", False
@@ -158,7 +159,7 @@ def _why_not(
 
 
 def _project(hidden: Tensor, backend: Any = "auto") -> Tensor:
-    """A number for each hidden state, the same for the same one."""
+    """A fixed random projection of hidden states [.., H] to numbers [..]."""
     generator, width = torch.Generator("cpu").manual_seed(1), hidden.shape[-1:]
     weight = torch.randn(width, generator=generator, dtype=torch.float32, device="cpu")
     return hidden.float() @ weight.to(hidden.device)
@@ -212,11 +213,11 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> tuple[bool, bool]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         inspect.signature(rm.model.forward).bind(**inputs)
-    except TypeError:  # a holder of base and head without a forward of its own
+    except TypeError:  # a module with base and head but no forward of its own
         return True, True
     try:
         logits = getattr(rm.model(**inputs), "logits", None)
-    except Exception as failed:  # one that wants pairs or labels may raise anything
+    except Exception as failed:  # a forward that wants pairs or labels may raise anything
         warnings.warn(
             f"the forward of {type(rm.model).__name__} failed with {_brief(failed)}, so nothing "
             "tells whether its head on the last hidden state is its reward; it is taken to be",
@@ -233,9 +234,9 @@ def _head_is_public(rm: RewardModel, ids: Tensor) -> tuple[bool, bool]:
     try:
         hidden, _ = rm.forward_base(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         every = rm.rewards(hidden, "reference")[0]
-    except Exception:  # an encoder's head may need more; the public forward, which works, is right
+    except Exception:  # an encoder's head may take more than hidden states: use the public forward
         return False, False
-    if every[-1].isnan() and public.isnan():  # broken weights, not another structure
+    if every[-1].isnan() and public.isnan():  # broken weights: says nothing of the structure
         return True, True
     spread = every.std().item() + public.abs().item() * 1e-3
     error = (every[-1] - public).abs().item()
@@ -249,7 +250,7 @@ def _random_ids(rm: ModelParts, length: int) -> Tensor:
         0, rm.vocab_size, (2, length), generator=generator, dtype=torch.int64, device="cpu"
     )
     pad = getattr(rm.text_config, "pad_token_id", None)
-    if pad is not None:  # some models read padding off the ids
+    if pad is not None:  # some models find padding by its id
         ids = ids.where(ids != pad, (pad + 1) % rm.vocab_size)
     return ids.to(rm.device)
 

@@ -106,7 +106,7 @@ class ReencodeScorer(RewardModelScorer):
         texts = []
         for b, prompt in enumerate(self.prompts):
             if self.prompt_tokenizer is self.tokenizer:
-                # Decoded together: spaces and byte pieces depend on what comes before.
+                # Decoded with the prompt: a token's spaces and bytes depend on those before it.
                 rows = [torch.cat([prompt, a]) for a in answers[b, keep[b]]]
                 texts += [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
             else:

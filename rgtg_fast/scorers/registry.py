@@ -1,4 +1,4 @@
-"""The kinds of reward: a line for each, from which all who load, train or describe one take it."""
+"""The kinds of reward, one line each: the table that loading, training and the docs are made of."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class SiblingScorer(RewardModelScorer):
     it runs on the model's device.
     """
 
-    forward: SiblingForward  # of one call
+    forward: SiblingForward  # for one call
     state = (*RewardModelScorer.state, "forward")
 
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
@@ -71,7 +71,7 @@ class TreeScorer(SiblingScorer):
 
     def __init__(self, rm: RewardModel, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
-        # On a GPU siblings are nearly free, and the shapes of a step stay as they are.
+        # On a GPU skipping saves next to nothing, and changing shapes would rule out a graph.
         self.can_skip = rm.device.type == "cpu"
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class VocabRewardScorer(NextTokenScorer):
     def _rewards(self, ids: Tensor) -> Tensor:
         head: Any = self.head
         hidden = self.state.to(head.weight.device)
-        if type(head) is not nn.Linear:  # adapters: no row to gather
+        if type(head) is not nn.Linear:  # an adapter on the head: there are no plain rows to gather
             return head(hidden.to(head.weight.dtype)).gather(1, ids).float()
         rewards = ops.vocab_reward(hidden, head.weight, ids, backend=self.backend)
         return rewards if head.bias is None else rewards + head.bias[ids].float()

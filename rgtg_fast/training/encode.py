@@ -7,8 +7,8 @@ from typing import Any
 
 from .formats import UNUSABLE, Loaded, Row, common_prefix, finite_number, normalise
 
-# Characters that are tokenised for each token of max_length. A row of 20 MB takes a minute
-# otherwise, to be cut to 512 tokens.
+# Characters tokenised per token of max_length. Without the limit a row of 20 MB takes a minute to
+# encode, only to be cut to 512 tokens.
 _HEAD = 64
 
 
@@ -51,7 +51,7 @@ def encode_prompt(
     if _is_long(text, max_length):
         ids = encode_prompt(tokenizer, text[: _HEAD * max_length], special)  # type: ignore[operator]
         if len(ids) > 2 * max_length:  # type: ignore[operator]
-            return ids  # where it is cut, tokens differ, but max_length are far from there
+            return ids  # tokens at the cut may differ, far beyond max_length
     ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     extra = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)}
     if special and ids and ids[-1] in extra:
@@ -126,7 +126,7 @@ def _encode_pair(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> 
             tokenizer, row["prompt"], prompt, row[side], special, eos, max_length
         )
     if entry["chosen_ids"] == entry["rejected_ids"] != []:
-        # Whether long answers are equal is not known of their beginnings.
+        # Long answers may differ only beyond what is encoded: compare the texts.
         entry["begins"] = row["chosen"] != row["rejected"] and _is_long(
             row["prompt"] + row["chosen"], max_length
         )

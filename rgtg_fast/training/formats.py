@@ -153,7 +153,7 @@ def _read(text: str, split: str) -> Loaded:
 def _jsonl(text: str) -> Loaded:
     rows: list[Row] = []
     places = []
-    # Not splitlines: a text may hold U+2028 and its kin, which end no line of a file.
+    # Not splitlines, which also splits at characters inside a text, such as U+2028.
     with open(text, encoding="utf-8-sig") as file:
         try:
             lines = list(file)
@@ -279,7 +279,7 @@ def _is_text(value: Any) -> bool:
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """The number of elements with which both begin."""
-    # By halves: a loop over the characters of a long text takes seconds.
+    # Bisection: a loop over the characters of a long text takes seconds.
     same, end = 0, min(len(a), len(b))
     while same < end:
         middle = (same + end + 1) // 2
@@ -302,7 +302,7 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _common_messages(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     same = 0
     if not isinstance(chosen, str) and not isinstance(rejected, str):
-        # Equal conversations keep their last message, to be found equal.
+        # Equal conversations keep their last message as the answer, so that they are found equal.
         same = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if same < 1:
         raise ValueError(
@@ -341,6 +341,6 @@ def _apply_template(tokenizer: Any, prompt: Any, answers: Sequence[Any]) -> list
             )
         text = whole[len(start) :]
         eos = tokenizer.eos_token
-        # Templates end a turn with EOS and a newline that no model generates.
+        # A template may put a newline after EOS, which no model generates.
         texts.append(text.rstrip() if eos and text.rstrip().endswith(eos) else text)
     return texts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.reward_model import RewardModel
 
-_ROWS = 1024  # positions whose logits over the vocabulary are held at once
+_ROWS = 1024  # positions per block of logits over the vocabulary; more would take more memory
 
 
 class TrainedParts:
@@ -60,7 +60,7 @@ class TrainedParts:
     def scalar(self, hidden: Tensor) -> Tensor:
         """Rewards [..] of hidden states [.., H], fp32 unless they are wider."""
         weight = next(self.head.parameters(), None)
-        # Outside of autocast: in bf16 rewards around 10 would be 1/16 apart.
+        # Outside of autocast: in bf16 rewards around 10 are multiples of 1/16.
         with torch.autocast(hidden.device.type, enabled=False):
             if type(self.head) is nn.Linear:
                 bias = self.head.bias if self.head.bias is None else at_least_fp32(self.head.bias)
@@ -73,7 +73,7 @@ class TrainedParts:
 
     def token(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The vocabulary head's outputs [..] for tokens [..] at hidden states [.., H]."""
-        if type(self.head) is not nn.Linear:  # adapters: no row to gather
+        if type(self.head) is not nn.Linear:  # an adapter on the head: no plain rows to gather
             return at_least_fp32(self.head(hidden).gather(-1, ids[..., None])[..., 0])
         rows = F.embedding(ids, self.head.weight)
         out = (at_least_fp32(hidden) * at_least_fp32(rows)).sum(-1)
@@ -129,9 +129,9 @@ def call_inside(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Any
 
 @torch.no_grad()
 def check_causal(parts: TrainedParts) -> None:
-    """Changes the last of a few tokens and looks whether earlier hidden states move.
+    """Changes the last of a few tokens and checks that earlier hidden states stay the same.
 
-    Raises `ValueError` where they do: one forward then gives no prefix rewards.
+    Raises `ValueError` where they change: one forward then does not give the prefixes' rewards.
     """
     ids = torch.arange(7, device=parts.rm.device)[None] % parts.rm.vocab_size
     changed = ids.clone()

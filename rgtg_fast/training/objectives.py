@@ -140,7 +140,7 @@ def _consistency(parts: TrainedParts, batch: Batch, first: int) -> Tensor:
 def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
     """GenARM (arXiv 2410.08193): r(y) = beta Σ_t log p(y_t | x, y_<t), Bradley-Terry at the end."""
     ids, start = batch["input_ids"], batch["start"]
-    # A wait for the device, before it has work: spares the logits of the shortest prompt.
+    # This waits for the device, which has no work yet, and saves the logits of the shortest prompt.
     first = max(int(start.min()), 1)
     logprobs = parts.token_logprobs(
         ids.flatten(0, 1), batch["attention_mask"].flatten(0, 1), first

@@ -16,8 +16,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 FIGURES = "metrics.json"  # written last: a folder that has it holds a finished run
 _LOCK = ".train.lock"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-# What save_model and save_pretrained of transformers and peft write, in the folder and in its
-# checkpoints; what is not here is somebody else's and stays.
+# The files that save_model and save_pretrained of transformers and peft write, in the folder and in
+# its checkpoints. Only these are removed: any other file may be the user's.
 _MODEL = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|(config|generation_config|adapter_config|tokenizer|tokenizer_config)\.json"
@@ -101,7 +101,7 @@ def remove_run(folder: Path) -> None:
                 shutil.rmtree(part)
             elif (_STATE.fullmatch(part.name) or _MODEL.fullmatch(part.name)) and _no_folder(part):
                 part.unlink()
-        with contextlib.suppress(OSError):  # something foreign is left in it
+        with contextlib.suppress(OSError):  # not empty: it holds files of the user's
             path.rmdir()
 
 
@@ -110,8 +110,8 @@ def _no_folder(path: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step of a checkpoint that was written to its end, which the Trainer's state marks as it
-    is written last; None for one that a run was killed over."""
+    """The step of a complete checkpoint; None for one that a killed run left unfinished. The
+    Trainer's state is written last and so marks a complete one."""
     try:
         return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -118,7 +118,7 @@ def _check_target(settings: Settings, args: PrefixRewardConfig, out: Path) -> No
                     f"{key}={name!r} lies in output_dir={str(out)!r}, and overwrite would remove "
                     "it; name another output_dir"
                 )
-    elif args.process_index == 0:  # the others may come when it has begun to write
+    elif args.process_index == 0:  # other processes may check after this one has begun to write
         if settings.resume:
             find_checkpoint(settings.resume, out)
         else:
@@ -183,7 +183,7 @@ def _run_trainer(trainer: PrefixRewardTrainer, settings: Settings, out: Path) ->
             "max_steps (or num_train_epochs) to go on, or name another output_dir"
         )
     if trainer.is_world_process_zero():
-        (out / FIGURES).unlink(missing_ok=True)  # the model they are of goes now
+        (out / FIGURES).unlink(missing_ok=True)  # figures of the model that is overwritten now
     trainer.save_model()
     history = [h for h in trainer.state.log_history if "loss" in h]
     metrics: dict[str, Any] = {
@@ -201,8 +201,8 @@ def _run_trainer(trainer: PrefixRewardTrainer, settings: Settings, out: Path) ->
 
 
 def _mean_loss(history: list[dict[str, Any]], short: float) -> float:
-    """Mean over all steps that were logged; `short` where the run was too short for a log. The
-    Trainer's own figure has only the steps since a run was resumed, divided by all."""
+    """Mean over all logged steps; `short` where the run was too short for a log. In a resumed run
+    the Trainer's own figure divides the loss since the resumption by the steps of the whole run."""
     if not history:
         return short
     before = [0, *(entry["step"] for entry in history)]

@@ -133,5 +133,5 @@ def _typed(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     """`value` as the field's type has it; mappings, lists and enums are not looked at."""
     simple = {"bool", "int", "float", "str", "None"}.issuperset(type_names(field))
     if value is False and not simple:
-        return "no"  # as YAML reads `save_strategy: no`
+        return "no"  # YAML reads the `no` of `save_strategy: no` as False
     return typed(key, value, field) if simple else value

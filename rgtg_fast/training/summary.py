@@ -16,7 +16,7 @@ def print_summary(metrics: dict[str, Any], out: Path) -> None:
     for name, value in summary_rows(metrics):
         table.add_row(name, value)
     Console().print(table)
-    print(f"wrote {out}", flush=True)  # not in the table, which would cut it to its width
+    print(f"wrote {out}", flush=True)  # not in the table, whose width may cut a path
 
 
 def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:

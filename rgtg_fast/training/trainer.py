@@ -45,8 +45,8 @@ class _AtTheEnd(Exception):
 
 
 class _StepsLeft(TrainerCallback):
-    """Looks, once weights and state of a checkpoint are loaded, whether steps are left: the
-    Trainer would train one more, or none, and say that it had trained."""
+    """Checks, once a checkpoint is loaded, whether steps are left: at the last step the Trainer
+    would train one more, or none, and report a training loss."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > state.max_steps:
@@ -114,7 +114,7 @@ class PrefixRewardTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         for adapter in (getattr(model, "peft_config", None) or {}).values():
-            # As given it would be looked for wherever the adapter is loaded from.
+            # A relative path would be resolved against wherever the adapter is loaded from.
             base = adapter.base_model_name_or_path
             if base and Path(base).is_dir():
                 adapter.base_model_name_or_path = str(Path(base).resolve())
@@ -142,8 +142,8 @@ class PrefixRewardTrainer(Trainer):
             **kwargs,
         )
         if cached is not None:
-            # Trainer turns it off in the config that is saved with the model; the forwards here
-            # ask for no cache themselves.
+            # Trainer sets it to False, which would be saved with the model and slow its use; the
+            # forwards here ask for no cache anyway.
             config.use_cache = cached  # type: ignore[union-attr]
         self.model_accepts_loss_kwargs = False
         self._parts: TrainedParts | None = None
@@ -177,7 +177,7 @@ class PrefixRewardTrainer(Trainer):
             (path / "adapter_config.json").exists(),
             hasattr(self.model, "peft_config"),
         )
-        if adapter != wanted:  # the Trainer would go on with the weights it does not find as new
+        if adapter != wanted:  # the Trainer would go on with random weights where it finds none
             kinds = "an adapter" if adapter else "a whole model"
             raise ValueError(
                 f"{path} holds {kinds} and the run trains {'an adapter' if wanted else 'none'}; "
@@ -190,8 +190,8 @@ class PrefixRewardTrainer(Trainer):
             return TrainOutput(self.state.global_step, math.nan, {"train_runtime": 0.0})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in the Trainer. A state that an earlier run left in the folder would mark what is
-        half-written as whole, so it goes first."""
+        """As in the Trainer. The state that an earlier run left in the folder is removed first: it
+        would mark a half-written checkpoint as complete."""
         if self.args.should_save and output_dir is not None:
             (Path(output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
@@ -312,8 +312,8 @@ def check_fit(data: TokenRows, text_config: Any, name: str) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout of the model to zero, but for that of adapters, which is asked for by
-    name."""
+    """Sets every dropout of the model to zero, except in adapters, whose dropout is an option of
+    their own."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0

@@ -58,5 +58,6 @@ def _verdict(values: Any) -> dict[str, Any]:
     if not seeds:
         return {"seeds": 0, "passed": False}
     got = crossed(values[~np.isnan(values).all(1)])
-    ratio = got["mean"] / got["se"] if got["se"] else 0.0  # one figure is no evidence
+    # Without a standard error (a single value, say) there is no evidence.
+    ratio = got["mean"] / got["se"] if got["se"] else 0.0
     return {**got, "in_se": ratio, "seeds": seeds, "passed": ratio > STANDARD_ERRORS}

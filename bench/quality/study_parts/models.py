@@ -72,7 +72,7 @@ def _trained(task: Task, kind: str, seed: int, folder: Path) -> Any:
         )
         doubtful.save(_pessimistic(task, seed, folder))
         return model
-    other("head")  # whose Σ has been kept
+    other("head")  # trains the head and stores its Σ, which is read below
     model.score = PessimisticHead.load(_pessimistic(task, seed, folder))
     model.score.penalty = PENALTIES[kind]
     return model

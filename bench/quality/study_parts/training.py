@@ -15,7 +15,7 @@ from torch import nn
 from study_parts.tasks import Task
 
 KINDS = ("full", "partial", "farma", "rad", "genarm")
-# Those of the smaller methods are trained by the losses of these.
+# A smaller method's model is trained with the loss of one of these kinds.
 LOSS = {"full": "full", "partial": "prefix", "farma": "farma", "rad": "rad", "genarm": "genarm"}
 EVAL_SEED = 7
 
@@ -83,7 +83,8 @@ def trainer_of(
         loss_type=LOSS[kind],
         learning_rate=task.learning_rate,
         per_device_train_batch_size=rows,
-        # FaRMA's steps alternate between its two losses: twice as many for as many of each.
+        # FaRMA's steps alternate between its two losses: twice the epochs give each loss as many
+        # steps as another kind's has.
         num_train_epochs=sizes.epochs * (2 if kind == "farma" else 1),
         seed=seed,
         **options,

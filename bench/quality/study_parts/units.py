@@ -50,7 +50,7 @@ def run_unit(task: Task, kind: str, seed: int, folder: Path) -> None:
     model = model_of(task, kind, seed, folder)
     trained = time.process_time()
     raw: dict[str, Any] = {}
-    if kind != "credit":  # the reward of a prefix is not its own there
+    if kind != "credit":  # its model is that of "full", measured there
         by_decile = margins(task, kind, model, eval_pairs(task))
         count = task.sizes.eval_pairs
         raw["margins"] = [
@@ -75,7 +75,7 @@ def _seconds(started: float, trained: float) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """All of the file or none of it."""
+    """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(rounded(value), separators=(",", ":")))
@@ -176,7 +176,7 @@ def run_all(
             list(pool.map(_run_here, units))
 
 
-_here: dict[str, Any] = {}  # of a worker process
+_here: dict[str, Any] = {}  # tasks and folder of a worker process
 
 
 def _begin(tasks: dict[str, Task], folder: Path, threads: int) -> None:

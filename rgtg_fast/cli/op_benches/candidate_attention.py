@@ -39,7 +39,7 @@ def concatenate_and_attend(q: Tensor, *rest: Any) -> Any:
 
 
 def cases(device: str) -> Iterator[Case]:
-    kept = lru_cache(maxsize=64)(_concatenated)  # one entry for each copy of the inputs
+    kept = lru_cache(maxsize=64)(_concatenated)  # an entry for each copy of the inputs
 
     def attend(q: Tensor, *rest: Any) -> Any:
         return _attend(q, *kept(*rest[:4]), rest[-1])

@@ -90,7 +90,7 @@ def attention_labels(
     Raises `ValueError` for a model that gives no attention weights.
     """
     rm = copy.copy(as_reward_model(model))
-    rm.attention = "eager"  # the one attention that gives its weights away
+    rm.attention = "eager"  # only eager attention returns its weights
     rm = rm.twin()
     single: list[Row] = []
     for row in rows:

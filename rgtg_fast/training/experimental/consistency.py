@@ -37,7 +37,7 @@ def kendall_tau(a: Tensor, b: Tensor, variant: str = "a") -> Tensor:
         )
     if a.isnan().any() or b.isnan().any():
         raise ValueError("a score is NaN; leave its response out")
-    # Not the sign of a difference: inf - inf is NaN.
+    # Not the sign of a difference: two equal infinities would give NaN.
     signs = [(s[..., :, None] > s[..., None, :]).long() for s in (a, b)]
     x, y = (s - s.mT for s in signs)
     difference = (x * y).sum((-2, -1))  # every pair twice

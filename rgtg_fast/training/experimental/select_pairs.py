@@ -112,7 +112,7 @@ def select_pairs(
     for index, gain in zip(chosen.index.tolist(), chosen.gain.tolist(), strict=True):
         source = candidates.sources[index]
         rows.append(raw[source] | {"gain": gain, "row": source})
-    # A lone surrogate becomes its own escape in JSON.
+    # A lone surrogate could not be written as UTF-8; its backslash escape is valid JSON.
     with out.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     total = chosen.gain.sum()
