@@ -148,6 +148,7 @@ class RewardGuided:
         reward_prompt = self._reward_prompt(rm, input_ids, mask, copies)
         new_tokens = config.max_length - input_ids.shape[1]
         as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
+        check.check_families(model, rm, self.reward_tokenizer)
         temperature, processors = take_temperature(logits_processor)
         guidance = self._guidance(batch, copies, input_ids.device, config, temperature)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,8 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from .decode import options
-from .models.foreign import CACHE, CACHE_NAMES
+from .models.foreign import CACHE, CACHE_NAMES, name_or_path
+from .models.on_base import OnBase
 from .models.reward_model import RewardModel
 from .ops import BACKENDS
 from .scorers.factory import EOS_REWARDS, METHODS, same_vocabulary
@@ -340,6 +344,43 @@ def check_vocabularies(
             "agree, texts re-encoded where they do not)"
         )
     return False
+
+
+_compared: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_comparing = threading.Lock()
+
+
+def check_families(model: Any, rm: RewardModel | None, reward_tokenizer: Any) -> None:
+    """Warns, once for a pair of models that share token ids, where neither BOS nor EOS (of those
+    that both configurations know) has an id in common. One suffices: the chat models of a family
+    often have another EOS than its base models."""
+    if rm is None or reward_tokenizer is not None or isinstance(rm, OnBase):
+        return  # the vocabularies were compared, or there is one tokenizer for both
+    with _comparing:
+        others = _compared.setdefault(model, WeakSet())
+        if rm.model in others:
+            return
+        others.add(rm.model)
+    ours = (model.config, model.config.get_text_config(), model.generation_config)
+    theirs = (rm.config, rm.text_config, getattr(rm.model, "generation_config", None))
+    both = [(k, *(_ids(k, c, rm.vocab_size) for c in (ours, theirs))) for k in ("bos", "eos")]
+    known = [(kind, a, b) for kind, a, b in both if a and b]
+    if known and not any(a & b for _, a, b in known):
+        differ = " and ".join(f"{kind} {sorted(a)} against {sorted(b)}" for kind, a, b in known)
+        names = [name_or_path(c[0]) or c[0].model_type for c in (ours, theirs)]
+        warnings.warn(
+            f"the language model ({names[0]}) and reward_model ({names[1]}) have vocabularies of "
+            f"one size and other ids for special tokens ({differ}), so an id may mean two texts; "
+            "pass tokenizer= and reward_tokenizer=: texts are re-encoded where the two differ",
+            stacklevel=3,
+        )
+
+
+def _ids(kind: str, configs: Iterable[Any], vocab_size: int) -> set[int]:
+    """The ids that any of `configs` gives; one beyond the vocabulary is a class's default."""
+    given = [getattr(config, f"{kind}_token_id", None) for config in configs]
+    ids = [i for value in given for i in (value if isinstance(value, (list, tuple)) else [value])]
+    return {i for i in ids if isinstance(i, int) and 0 <= i < vocab_size}
 
 
 def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Tensor:
