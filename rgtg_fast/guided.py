@@ -21,10 +21,10 @@ from . import ops
 from . import validation as check
 from .decode.call import Call
 from .decode.capture import choose_graph
-from .decode.guidance import Guidance
+from .decode.logits import HFLogits, LanguageModel, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
-from .decode.policies import HFPolicy, LanguageModel, make_policy, plain_language_model
+from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
 from .models import foreign
 from .models.on_base import OnBase
@@ -150,13 +150,13 @@ class RewardGuided:
         as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
         check.check_families(model, rm, self.reward_tokenizer)
         temperature, processors = take_temperature(logits_processor)
-        guidance = self._guidance(batch, copies, input_ids.device, config, temperature)
+        policy = self._ratio_policy(batch, copies, input_ids.device, config, temperature)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
         scorer = self._make_scorer(rm, as_text, max_length, config, vocab_size, found)
         if self.reward_range is not None:
-            guidance.prune = check.prunes(scorer, self.prune, self.output_candidates)
-        policy = make_policy(model, found, scorer, mask, config, model_kwargs, self.backend)
+            policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
+        source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
         keep_cache = keep_cache or record.on
         plan = make_plan(
@@ -166,42 +166,42 @@ class RewardGuided:
             criteria,
             foreign.pad_tensor(config),
             sync_every=self.sync_every,
-            compact=self.compact and policy.can_keep_rows() and hasattr(scorer, "keep_rows"),
+            compact=self.compact and source.can_keep_rows() and hasattr(scorer, "keep_rows"),
             # Hugging Face's cache must hold no token beyond the last step when it is returned.
-            step_by_step=streamer is not None or (keep_cache and isinstance(policy, HFPolicy)),
+            step_by_step=streamer is not None or (keep_cache and isinstance(source, HFLogits)),
             whole_batch=keep_cache or streamer is not None,
             synced_gpus=synced_gpus,
         )
         call = Call(
-            policy=policy,
+            source=source,
             scorer=scorer,
             reward_prompt=reward_prompt,
-            guidance=guidance,
+            policy=policy,
             plan=plan,
             record=record,
             processors=processors,
             criteria=criteria,
             streamer=streamer,
-            epilogue=guidance.reward_range is None
+            epilogue=policy.reward_range is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(input_ids.device),
         )
         call.graph = choose_graph(self.cuda_graph, call)
         return call
 
-    def _guidance(
+    def _ratio_policy(
         self,
         batch: int,
         copies: int,
         device: torch.device,
         config: GenerationConfig,
         temperature: float,
-    ) -> Guidance:
+    ) -> RatioPolicy:
         """The ratio policy of a call; `temperature` is that of the generation configuration."""
         own = temperature if self.temperature is None else self.temperature
         do_sample = bool(config.do_sample)
         low_high = self.reward_range
-        return Guidance(
+        return RatioPolicy(
             k=self.k,
             beta=check.per_row("beta", self.beta, batch // copies, batch, device),
             temperature=check.per_row("temperature", own, batch // copies, batch, device),

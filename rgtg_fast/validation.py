@@ -363,7 +363,8 @@ def check_families(model: Any, rm: RewardModel | None, reward_tokenizer: Any) ->
         others.add(rm.model)
     ours = (model.config, model.config.get_text_config(), model.generation_config)
     theirs = (rm.config, rm.text_config, getattr(rm.model, "generation_config", None))
-    both = [(k, *(_ids(k, c, rm.vocab_size) for c in (ours, theirs))) for k in ("bos", "eos")]
+    size = rm.vocab_size
+    both = [(k, _ids(k, ours, size), _ids(k, theirs, size)) for k in ("bos", "eos")]
     known = [(kind, a, b) for kind, a, b in both if a and b]
     if known and not any(a & b for _, a, b in known):
         differ = " and ".join(f"{kind} {sorted(a)} against {sorted(b)}" for kind, a, b in known)

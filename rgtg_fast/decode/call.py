@@ -10,9 +10,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..scorers.base import Scorer
 from .graphs import Graph
-from .guidance import Guidance
+from .logits import LogitsSource
 from .plan import Plan, keep_rows
-from .policies import Policy
+from .ratio_policy import RatioPolicy
 from .record import Record
 
 
@@ -25,10 +25,10 @@ class Call:
     steps; `streamer` is given every token.
     """
 
-    policy: Policy
+    source: LogitsSource
     scorer: Scorer
     reward_prompt: tuple[Tensor, Tensor]
-    guidance: Guidance
+    policy: RatioPolicy
     plan: Plan
     record: Record
     processors: LogitsProcessorList
@@ -39,11 +39,11 @@ class Call:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with rows `rows` int64 [n] alone: the others have ended."""
-        self.policy.keep_rows(rows)
+        self.source.keep_rows(rows)
         self.scorer.keep_rows(rows)  # type: ignore[attr-defined]
-        self.guidance = self.guidance.keep_rows(rows)
+        self.policy = self.policy.keep_rows(rows)
         self.processors = keep_rows(self.processors, rows)
 
     def caches(self) -> list[Any]:
         """The sibling caches that a step fills; empty before the prompts are in."""
-        return [*self.policy.caches, *getattr(self.scorer, "caches", ())]
+        return [*self.source.caches, *getattr(self.scorer, "caches", ())]

@@ -18,11 +18,11 @@ def choose_graph(asked: bool | None, call: Call) -> Graph | None:
     warning that says why where `asked` is True)."""
     if asked is False:
         return None
-    device = call.guidance.seeds.device
+    device = call.policy.seeds.device
     reason = (
         _why_not_host(call, device)
         or next((why for p in call.processors if (why := _why_not_processor(p, device))), None)
-        or _why_not_models(call.policy, call.scorer, device)
+        or _why_not_models(call.source, call.scorer, device)
     )
     if reason is None:
         return GRAPHS[device.type](device)
@@ -41,9 +41,9 @@ def _why_not_host(call: Call, device: torch.device) -> str | None:
         return "synced_gpus=True counts the other ranks' steps"
     if call.plan.foreign is not None:
         return f"the stopping criterion {call.plan.foreign} runs on the host"
-    if call.guidance.check_nan is True:
+    if call.policy.check_nan is True:
         return "check_nan=True looks at every step"
-    if call.guidance.prune:
+    if call.policy.prune:
         return "prune=True asks for other candidates at every step"
     if call.record.wants_logits:
         return "output_scores and output_logits keep new tensors at every step"
@@ -61,15 +61,15 @@ def _why_not_processor(processor: Any, device: torch.device) -> str | None:
     return None
 
 
-def _why_not_models(policy: Any, scorer: Any, device: torch.device) -> str | None:
-    if not policy.capturable:
+def _why_not_models(source: Any, scorer: Any, device: torch.device) -> str | None:
+    if not source.capturable:
         return "the language model runs on Hugging Face's own cache"
     if not getattr(scorer, "capturable", False):
         kind = getattr(scorer, "method", type(scorer).__name__)
         return f"scoring by {kind!r} does not keep its state in place on the device"
     rm = getattr(scorer, "rm", None)
     of_reward = () if rm is None else (rm.model, rm.head)
-    for what, modules in (("language", (policy.view.model,)), ("reward", of_reward)):
+    for what, modules in (("language", (source.view.model,)), ("reward", of_reward)):
         for part in modules:
             why = _why_not_module(part, device) if isinstance(part, nn.Module) else None
             if why is not None:

@@ -1,10 +1,10 @@
 """The decode loop: one function per arrow of a guided step.
 
-    last token -> policy -> logits [B, V] -> HF logits processors -> topk_logprobs
+    last token -> source -> logits [B, V] -> HF logits processors -> topk_logprobs
                                                                        |  ids, logprobs [B, k]
     next token <- commit(slot) <- ratio_sample <- rewards [B, k] <- scorer.score(ids)
 
-The loop knows no model: a policy gives logits, a scorer gives rewards. It waits for the device only
+The loop knows no model: a source gives logits, a scorer gives rewards. It waits for the device only
 when it has to know whether every row has ended: every `Plan.sync_every` steps. A step changes
 tensors in place, so that the same one runs eagerly or is captured and replayed (graphs.py).
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 from ..scorers.base import RewardModelScorer, Scorer
 from .call import Call
 from .graphs import Runner
-from .guidance import Choice
 from .plan import ended
+from .ratio_policy import Choice
 from .rows import ROOM, Rows
 
 
@@ -31,29 +31,29 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
     Returns the sequences int64 [B, P + T], or the fields of a `RewardGuidedOutput` where the record
     is on. Raises `ValueError` for a row whose step has no valid choice.
     """
-    plan, policy, scorer = call.plan, call.policy, call.scorer
+    plan, source, scorer = call.plan, call.source, call.scorer
     room = plan.steps if call.graph is not None else min(plan.steps, ROOM)
     rows = Rows(input_ids, plan, room)
-    check = ChoiceCheck(call.guidance.check_nan, rows)
+    check = ChoiceCheck(call.policy.check_nan, rows)
     scorer.prefill(*call.reward_prompt)
 
     def choose(logits: Tensor) -> None:
         raw, scores = process_logits(logits, call, rows)
-        logprobs, ids = call.guidance.candidates(scores)
-        keep = call.guidance.contenders(logprobs, ids, known(scorer, ids), rows)
+        logprobs, ids = call.policy.candidates(scores)
+        keep = call.policy.contenders(logprobs, ids, known(scorer, ids), rows)
         choice = weigh(call, logprobs, ids, keep, rows)
         choice = choice._replace(slot=check(choice, rows))
         scorer.commit(choice.slot)
-        call.record.write(rows, policy, raw, scores, choice)
+        call.record.write(rows, source, raw, scores, choice)
         rows.append(ids, choice.slot)
 
-    run = Runner(lambda: choose(policy.step(rows)), call.graph, call.caches)
+    run = Runner(lambda: choose(source.step(rows)), call.graph, call.caches)
     for step in range(plan.steps):
         rows.reserve(step)
         if step:
             run(plan.steps - step)
         else:
-            choose(policy.prefill(input_ids))
+            choose(source.prefill(input_ids))
         rows.taken = step + 1
         if call.streamer is not None:
             call.streamer.put(rows.last()[:, 0].cpu())
@@ -73,7 +73,7 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
     if call.streamer is not None:
         call.streamer.end()
     steps = int(rows.steps)
-    return call.record.result(rows.sequences(rows.prompt + steps), steps, policy.finish(steps))
+    return call.record.result(rows.sequences(rows.prompt + steps), steps, source.finish(steps))
 
 
 def process_logits(logits: Tensor, call: Call, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -97,10 +97,10 @@ def weigh(call: Call, logprobs: Tensor, ids: Tensor, keep: Tensor | None, rows: 
     """
     if call.epilogue:
         hidden, weight, bias = call.scorer.linear(ids)  # type: ignore[attr-defined]
-        slot, rewards, logq = call.guidance.step(logprobs, hidden, weight, bias, ids, rows.position)
+        slot, rewards, logq = call.policy.step(logprobs, hidden, weight, bias, ids, rows.position)
         return Choice(slot, ids, logprobs, rewards, logq)
-    rewards = call.guidance.bounded(score(call.scorer, ids, keep))
-    slot, logq = call.guidance.select(logprobs, rewards, ids, rows.position, keep)
+    rewards = call.policy.bounded(score(call.scorer, ids, keep))
+    slot, logq = call.policy.select(logprobs, rewards, ids, rows.position, keep)
     return Choice(slot, ids, logprobs, rewards, logq, keep)
 
 
@@ -136,8 +136,8 @@ def wait_for_peers(done: bool, call: Call, rows: Rows) -> None:
         torch.distributed.all_reduce(working)
         if not done or working.item() == 0:
             return
-        call.policy.step(rows)
-        call.scorer.score(rows.last().expand(-1, call.guidance.k))
+        call.source.step(rows)
+        call.scorer.score(rows.last().expand(-1, call.policy.k))
 
 
 class ChoiceCheck:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..models.foreign import CACHE
-from .guidance import Choice
-from .policies import Policy
+from .logits import LogitsSource
+from .ratio_policy import Choice
 from .rows import Rows, with_room
 
 
@@ -36,7 +36,7 @@ class Record:
         return self.logits is not None or self.scores is not None
 
     def write(
-        self, rows: Rows, policy: Policy, logits: Tensor, scores: Tensor, choice: Choice
+        self, rows: Rows, source: LogitsSource, logits: Tensor, scores: Tensor, choice: Choice
     ) -> None:
         """Keep a step's results: columns in place; Hugging Face's tuples of tensors grow."""
         if not self.on:
@@ -54,9 +54,9 @@ class Record:
         if self.logits is not None:
             self.logits += (logits,)
         if self.attentions is not None:
-            self.attentions += (policy.attentions,)
+            self.attentions += (source.attentions,)
         if self.hidden_states is not None:
-            self.hidden_states += (policy.hidden_states,)
+            self.hidden_states += (source.hidden_states,)
 
     def of_step(self, unfinished: Tensor, choice: Choice) -> dict[str, Tensor]:
         """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where

@@ -61,7 +61,7 @@ def make_scorer(
     the kinds of those. `head` and `label` are `generate`'s `reward_head` and `reward_label`.
     `joint_way` ("fused" or "masked") makes a `JointScorer`, which shares the forwards of the
     language model: for a `RewardHead` or `RewardAdapter` on the model that decodes; its logits are
-    then taken from a `JointPolicy`.
+    then taken from a `JointLogits`.
 
     Example: `make_scorer(rm, k=10).method` is "tree" for a Llama-like reward model.
     """

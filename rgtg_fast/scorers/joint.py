@@ -34,7 +34,7 @@ class _Both:
 
 
 class JointScorer(SiblingScorer):
-    """The scorer's side; `JointPolicy` is the policy's. `fused` as for `TreeScorer`."""
+    """The scorer's side; `JointLogits` is the language model's. `fused` as for `TreeScorer`."""
 
     method = "joint"
     parts: OnBase

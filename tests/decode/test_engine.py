@@ -8,8 +8,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 import rgtg_fast
 from rgtg_fast import guided as guided_module
+from rgtg_fast.decode.logits import CachedLogits, HFLogits
 from rgtg_fast.decode.loop import decode
-from rgtg_fast.decode.policies import CachedPolicy, HFPolicy
 from rgtg_fast.models.attention import NAME
 from rgtg_fast.ops.dispatch import settle
 
@@ -36,11 +36,11 @@ def models():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The policies and plans that calls were run with."""
+    """The sources of logits and the plans that calls were run with."""
     runs = []
 
     def spy(call, input_ids):
-        runs.append((call.policy, call.plan, call.scorer))
+        runs.append((call.source, call.plan, call.scorer))
         return decode(call, input_ids)
 
     monkeypatch.setattr(guided_module, "decode", spy)
@@ -160,10 +160,10 @@ def test_an_error_names_the_row_of_the_call_after_rows_have_left(models):
 @compiled
 def test_plain_calls_take_the_own_cache_and_a_whole_batch_where_asked(models, seen):
     guided(models, 5, 9)
-    policy, plan, _ = seen[-1]
-    assert isinstance(policy, CachedPolicy) and plan.compact
+    source, plan, _ = seen[-1]
+    assert isinstance(source, CachedLogits) and plan.compact
     guided(models, 5, 9, return_dict_in_generate=True)
-    assert isinstance(seen[-1][0], CachedPolicy) and not seen[-1][1].compact
+    assert isinstance(seen[-1][0], CachedLogits) and not seen[-1][1].compact
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_plain_calls_take_the_own_cache_and_a_whole_batch_where_asked(models, se
 def test_hugging_faces_loop_runs_where_it_is_asked_for(models, seen, option):
     want = guided(models, 5, 9)
     out = guided(models, 5, 9, **option)
-    assert isinstance(seen[-1][0], HFPolicy)
+    assert isinstance(seen[-1][0], HFLogits)
     assert torch.equal(getattr(out, "sequences", out), want)
 
 
@@ -190,7 +190,7 @@ def test_hooks_on_the_language_model_are_not_passed_by(models, seen):
         guided(models, 5, 9, max_new_tokens=3)
     finally:
         handle.remove()
-    assert isinstance(seen[-1][0], HFPolicy) and len(calls) == 3
+    assert isinstance(seen[-1][0], HFLogits) and len(calls) == 3
 
 
 class Count(StoppingCriteria):

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import rgtg_fast
-from rgtg_fast.decode.guidance import Guidance
+from rgtg_fast.decode.ratio_policy import RatioPolicy
 from rgtg_fast.scorers.tree import SiblingScorer
 
 COLUMNS = ("sequences", "rewards", "kl", "candidate_rewards")
@@ -15,8 +15,8 @@ COLUMNS = ("sequences", "rewards", "kl", "candidate_rewards")
 def epilogues(monkeypatch):
     """How many steps ended in `ops.ratio_step`."""
     seen = []
-    step = Guidance.step
-    monkeypatch.setattr(Guidance, "step", lambda *a: seen.append(1) or step(*a))
+    step = RatioPolicy.step
+    monkeypatch.setattr(RatioPolicy, "step", lambda *a: seen.append(1) or step(*a))
     return seen
 
 

@@ -16,10 +16,10 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from rgtg_fast import ops
 from rgtg_fast.decode import graphs
 from rgtg_fast.decode.call import Call
-from rgtg_fast.decode.guidance import Guidance
+from rgtg_fast.decode.logits import CachedLogits, LanguageModel
 from rgtg_fast.decode.loop import decode
 from rgtg_fast.decode.plan import SCORES_ALONE, Plan
-from rgtg_fast.decode.policies import CachedPolicy, LanguageModel
+from rgtg_fast.decode.ratio_policy import RatioPolicy
 from rgtg_fast.decode.record import Record
 from rgtg_fast.models import attention, siblings
 from rgtg_fast.models.reward_model import RewardModel
@@ -115,10 +115,10 @@ def run(lm_device, rm_device, steps=STEPS, family="llama", processors=(), graph=
     options = {"eos_ids": eos, "eos_reward": "previous", "capacity": capacity}
     pad = torch.zeros((), dtype=torch.int64, device=lm_device)
     call = Call(
-        policy=CachedPolicy(LanguageModel(language), mask, capacity, "auto", DynamicCache()),
+        source=CachedLogits(LanguageModel(language), mask, capacity, "auto", DynamicCache()),
         scorer=tree.TreeScorer(RewardModel(reward), K, fused=True, **options),
         reward_prompt=(ids, mask),
-        guidance=Guidance(K, ones, ones, ones.long(), True, None, "auto"),
+        policy=RatioPolicy(K, ones, ones, ones.long(), True, None, "auto"),
         plan=Plan(steps, eos, sync_every=100, pad=pad, reads_ids=False),
         record=Record(GenerationConfig(return_dict_in_generate=True), True),
         processors=LogitsProcessorList(processors),

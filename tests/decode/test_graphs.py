@@ -186,9 +186,9 @@ def test_a_length_criterion_shorter_than_the_configuration(made):
 
 def test_nan_is_flagged_with_its_row_and_step(made, monkeypatch):
     module = importlib.import_module("rgtg_fast.guided")
-    own = module.Guidance
+    own = module.RatioPolicy
     flagged = lambda **options: own(**(options | {"check_nan": None}))  # noqa: E731
-    monkeypatch.setattr(module, "Guidance", flagged)  # as on a GPU
+    monkeypatch.setattr(module, "RatioPolicy", flagged)  # as on a GPU
     rm = zoo.build_rm("llama")
     free = guided(zoo.lm("llama"), rm, cuda_graph=False)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """What gives the next token's logits: the frozen language model π, in one of two ways.
 
-`HFPolicy` is Hugging Face's own forward, cache and bookkeeping, for any model and option.
-`CachedPolicy` keeps the keys and values in a `SiblingCache` of width 1 and attends by plug-in:
+`HFLogits` is Hugging Face's own forward, cache and bookkeeping, for any model and option.
+`CachedLogits` keeps the keys and values in a `SiblingCache` of width 1 and attends by plug-in:
 nothing is concatenated and no mask is built; only the reading of the prefix grows with its length.
 It is taken where a numerical probe finds it right for the model.
 """
@@ -31,7 +31,7 @@ from ..scorers.probe import TOLERANCE, probe
 from .rows import Rows
 
 
-class Policy(Protocol):
+class LogitsSource(Protocol):
     """The contract between the decode loop and whatever gives logits."""
 
     attentions: Any  # of the last forward, where the generation configuration asks for them
@@ -58,7 +58,7 @@ class Policy(Protocol):
         """The key/value cache to return after `steps` tokens were chosen, the last not fed."""
 
 
-class HFPolicy:
+class HFLogits:
     """`model.forward` with what `model.generate` prepared; any cache, embeddings, no cache."""
 
     capturable = False
@@ -110,7 +110,7 @@ class HFPolicy:
         return self.model_kwargs.get(CACHE)
 
 
-class CachedPolicy:
+class CachedLogits:
     """The language model on a `SiblingCache` of width 1; `cache` is the one to give back filled."""
 
     attentions = hidden_states = None
@@ -159,7 +159,7 @@ class CachedPolicy:
         return fill_cache(self.cache, self.forward.cache, self.prompt + steps - 1, len(self.slot))
 
 
-class JointPolicy:
+class JointLogits:
     """The logits of a `JointScorer`'s winners; it has no forward of its own."""
 
     attentions = hidden_states = None
@@ -184,14 +184,14 @@ class JointPolicy:
         return True
 
     def keep_rows(self, rows: Tensor) -> None:
-        """The scorer's rows are the policy's."""
+        """The scorer's rows are the source's."""
 
     def finish(self, steps: int) -> Any:
         rows = len(self.scorer.next_hidden)
         return fill_cache(self.cache, self.scorer.forward.cache, self.prompt + steps - 1, rows)
 
 
-def make_policy(
+def logits_source(
     model: Any,
     found: tuple[LanguageModel, str] | None,
     scorer: Any,
@@ -199,16 +199,16 @@ def make_policy(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
     backend: ops.Backend,
-) -> Policy:
-    """The policy of a call; `found` is what `plain_language_model` gave for it."""
+) -> LogitsSource:
+    """The source of a call; `found` is what `plain_language_model` gave for it."""
     if found is not None:
         view, way = found
         cache = model_kwargs[CACHE]
         if isinstance(scorer, JointScorer):
-            return JointPolicy(view, scorer, cache)
+            return JointLogits(view, scorer, cache)
         if way == "fused":
-            return CachedPolicy(view, attention_mask, config.max_length, backend, cache)
-    return HFPolicy(model, config, model_kwargs, len(attention_mask))
+            return CachedLogits(view, attention_mask, config.max_length, backend, cache)
+    return HFLogits(model, config, model_kwargs, len(attention_mask))
 
 
 def plain_language_model(

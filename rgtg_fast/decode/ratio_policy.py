@@ -28,7 +28,7 @@ class Choice(NamedTuple):
 
 
 @dataclass
-class Guidance:
+class RatioPolicy:
     """The ratio policy of a run: softmax((log π + β r) / T) over the k most likely tokens.
 
     `beta` and `temperature` are fp32 [B], `seeds` int64 [B], on the device of the ids; `check_nan`
@@ -84,8 +84,8 @@ class Guidance:
         assert self.reward_range is not None
         if known is not None:
             logprobs = logprobs.masked_fill(~known, -torch.inf)
-        policy = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
-        keep = self._keep(logprobs, ids, *policy, *self.reward_range) & rows.unfinished[:, None]
+        per_row = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
+        keep = self._keep(logprobs, ids, *per_row, *self.reward_range) & rows.unfinished[:, None]
         keep[:1, 0] |= ~keep.any()
         return keep
 
@@ -107,8 +107,8 @@ class Guidance:
         `position` int64 [B] counts the answer's tokens. Only those in `keep` [B, k] can win."""
         if keep is not None:
             logprobs, rewards = logprobs.masked_fill(~keep, -torch.inf), rewards.where(keep, 0.0)
-        policy = self.beta, self.temperature, self.seeds, position, self.do_sample
-        return self._sample(logprobs, rewards, ids, *policy)
+        per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
+        return self._sample(logprobs, rewards, ids, *per_row)
 
     def step(
         self,
@@ -121,9 +121,9 @@ class Guidance:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`select` with the rewards hidden [B, k, H] · weight [H] + bias: slots int64 [B], rewards
         fp32 [B, k] and log-probabilities [B, k]."""
-        policy = self.beta, self.temperature, self.seeds, position, self.do_sample
-        return self._step(logprobs, hidden, weight, ids, *policy, bias)
+        per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
+        return self._step(logprobs, hidden, weight, ids, *per_row, bias)
 
-    def keep_rows(self, rows: Tensor) -> Guidance:
+    def keep_rows(self, rows: Tensor) -> RatioPolicy:
         columns = {n: getattr(self, n)[rows] for n in ("beta", "temperature", "seeds")}
         return replace(self, **columns)
