@@ -37,15 +37,15 @@ def floor_ms(size, gigabytes_per_second):
     return size / gigabytes_per_second / 1e6
 
 
-def bandwidth(device="cpu", megabytes=None, passes=3):
-    """GB/s of a copy (bytes read + written) and of a read-only sum, the best of `passes` each."""
+def bandwidth(device="cpu", megabytes=None):
+    """GB/s of a copy (bytes read + written) and of a read-only sum, the best of three each."""
     megabytes = megabytes or (1024 if torch.device(device).type == "cuda" else 256)
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     source.sum()
     rates = {"copy_gb_s": 0.0, "read_gb_s": 0.0}
-    for _ in range(passes):
+    for _ in range(3):
         start = now(device)
         target.copy_(source)
         copied = now(device)

@@ -62,8 +62,8 @@ def _merge_runs(cube, stage: tl.constexpr, dims: tl.constexpr):
 
 
 @triton.jit
-def top_keys(keys, N: tl.constexpr, K: tl.constexpr, LOG_N: tl.constexpr, LOG_K: tl.constexpr):
-    """The ``K`` largest of ``N`` int64 keys in descending order, by a bitonic top-k.
+def top_keys(keys, K: tl.constexpr, LOG_N: tl.constexpr, LOG_K: tl.constexpr):
+    """The ``K = 2^LOG_K`` largest of ``2^LOG_N`` int64 keys, descending, by a bitonic top-k.
 
     Runs of K are sorted; then pairs of runs, one descending and one ascending, are halved by an
     elementwise maximum (which leaves a bitonic run of the K largest) and sorted again.

@@ -72,9 +72,9 @@ def _merge(
     for start in range(0, groups, CHUNK):
         at = start + chunk
         key = tl.load(keys + row * groups + at, mask=at < groups, other=NO_KEY)
-        found = top_keys(key, CHUNK, K, LOG_CHUNK, LOG_K)
+        found = top_keys(key, K, LOG_CHUNK, LOG_K)
         both = tl.reshape(tl.join(best, found), [2 * K])
-        best = top_keys(both, 2 * K, K, LOG_K + 1, LOG_K)
+        best = top_keys(both, K, LOG_K + 1, LOG_K)
         x = tl.load(peaks + row * groups + at, mask=at < groups, other=-float("inf"))
         peak = tl.where((x > peak) | (x != x), x, peak)
     has_nan = tl.max((peak != peak).to(tl.int32), axis=0) == 1
@@ -100,14 +100,14 @@ def _merge(
     code, first = best_of_rows(
         tl.reshape(code, [PARTS, PART]), tl.reshape(ids.to(tl.int32), [PARTS, PART])
     )
-    best = top_keys(pack(code, first), PARTS, K, LOG_PARTS, LOG_K)
+    best = top_keys(pack(code, first), K, LOG_PARTS, LOG_K)
 
     part = key_id(best) // PART
     ids = (part * PART)[:, None] + tl.arange(0, PART)[None, :]
     ids = tl.where((best == NO_KEY)[:, None], vocab, ids)
     x = tl.load(logits + ids, mask=ids < vocab, other=-float("inf"))
     key = pack(tl.where(ids < vocab, ordered(x), NO_CODE), ids)
-    best = top_keys(tl.reshape(key, [K * PART]), K * PART, K, LOG_K + LOG_PART, LOG_K)
+    best = top_keys(tl.reshape(key, [K * PART]), K, LOG_K + LOG_PART, LOG_K)
 
     slots = tl.arange(0, K)
     ids = key_id(best)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.foreign import hooks_of
 from .call import Call
 from .graphs import GRAPHS, Graph
 from .plan import SCORES_ALONE
@@ -82,7 +83,7 @@ def _why_not_module(model: nn.Module, device: torch.device) -> str | None:
         if tensor.device != device:
             return f"has weights on {tensor.device}, the prompts are on {device}"
     for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hooks = hooks_of(module)
         # transformers leaves its own on a model once hidden states were asked for; they do nothing
         # in these forwards.
         if any(not getattr(h, "__module__", "").startswith("transformers.") for h in hooks):

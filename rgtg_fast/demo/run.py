@@ -68,21 +68,21 @@ class Assets:
     prompts: dict[str, list[str]]
 
 
-def load_assets(path: Path = ASSETS) -> Assets:
-    """Load what `bench/quality/make_assets.py` wrote to `path` (default: the shipped files)."""
-    rows = [json.loads(line) for line in (path / "prompts.jsonl").read_text().splitlines()]
+def load_assets() -> Assets:
+    """Load the shipped files, which `bench/quality/make_assets.py` wrote."""
+    rows = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text().splitlines()]
     prompts: dict[str, list[str]] = {}
     for row in rows:
         prompts.setdefault(row["split"], []).append(row["prompt"])
     return Assets(
-        lm=AutoModelForCausalLM.from_pretrained(path / "lm", dtype=torch.float32).eval(),
+        lm=AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=torch.float32).eval(),
         reward_models={
             name: AutoModelForSequenceClassification.from_pretrained(
-                path / name, dtype=torch.float32
+                ASSETS / name, dtype=torch.float32
             ).eval()
             for name in ("rm_full", "rm_partial")
         },
-        tokenizer=AutoTokenizer.from_pretrained(path / "lm"),
+        tokenizer=AutoTokenizer.from_pretrained(ASSETS / "lm"),
         prompts=prompts,
     )
 

@@ -147,6 +147,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """What runs before or after the module's forward."""
     return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
 
 

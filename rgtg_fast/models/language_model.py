@@ -36,6 +36,7 @@ class AfterBase:
         base.__dict__[COMPILED] = None
         twins = Twins([parts.model], eval_mode, given={parts.base: base})
         quicken(twins.modules)
+        # `twins` is kept, as its copies are emptied when it is freed.
         self._twins, self._model = twins, twins[parts.model]
         self._key: tuple | None = None
         self._fresh: Tensor

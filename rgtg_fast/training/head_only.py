@@ -15,6 +15,8 @@ from .collate import PairCollator
 from .data import PreferenceDataset
 from .objectives import answer_columns
 
+_MOST_EVALUATIONS = 500  # of the loss in `fit_head`; a fit needs far fewer
+
 
 @dataclass
 class PairFeatures:
@@ -102,7 +104,6 @@ def fit_head(
     *,
     l2: float = 1e-4,
     label_smoothing: float = 0.0,
-    max_evaluations: int = 500,
 ) -> HeadFit:
     """The head θ that minimises Σ_m w_m · BT(θ · Δ_m) + l2/2 · |θ ∘ s|², by L-BFGS.
 
@@ -119,8 +120,8 @@ def fit_head(
     theta = torch.zeros(x.shape[1], requires_grad=True)
     optimiser = torch.optim.LBFGS(
         [theta],
-        max_iter=max_evaluations,
-        max_eval=max_evaluations,
+        max_iter=_MOST_EVALUATIONS,
+        max_eval=_MOST_EVALUATIONS,
         tolerance_grad=1e-7,
         tolerance_change=1e-10,
         line_search_fn="strong_wolfe",

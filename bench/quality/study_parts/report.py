@@ -121,9 +121,9 @@ def write(folder: Path, results: Path, tasks: list[str], seeds: list[int]) -> di
     return summary
 
 
-def pm(row: dict[str, float] | None, digits: int = 2) -> str:
+def pm(row: dict[str, float] | None) -> str:
     """Mean and 95 % half-width."""
-    return "-" if row is None else f"{row['mean']:+.{digits}f} ± {row['ci95']:.{digits}f}"
+    return "-" if row is None else f"{row['mean']:+.2f} ± {row['ci95']:.2f}"
 
 
 def markdown(name: str, task: dict[str, Any]) -> list[str]:
