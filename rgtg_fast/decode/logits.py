@@ -264,7 +264,7 @@ _head_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, bool]] = weakref.Weak
 def language_model(
     model: Any, max_length: int, backend: ops.Backend
 ) -> tuple[LanguageModel, str] | None:
-    """`model` taken apart, and the way its siblings run ("fused" or "masked", see the probe).
+    """`model` taken apart, and the way its siblings run ("fused" or "masked", see `scorers.probe`).
 
     None where neither is right, or where the user has put something on the model that running its
     parts would pass by (hooks, a compiled or replaced forward, prompt tuning).
