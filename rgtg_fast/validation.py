@@ -355,7 +355,7 @@ def check_families(model: Any, rm: RewardModel | None, reward_tokenizer: Any) ->
     that both configurations know) has an id in common. One suffices: the chat models of a family
     often have another EOS than its base models."""
     if rm is None or reward_tokenizer is not None or isinstance(rm, OnBase):
-        return  # the vocabularies were compared, or there is one tokenizer for both
+        return  # the vocabularies were compared, or the tokenizer is one
     with _comparing:
         others = _compared.setdefault(model, WeakSet())
         if rm.model in others:
@@ -363,8 +363,7 @@ def check_families(model: Any, rm: RewardModel | None, reward_tokenizer: Any) ->
         others.add(rm.model)
     ours = (model.config, model.config.get_text_config(), model.generation_config)
     theirs = (rm.config, rm.text_config, getattr(rm.model, "generation_config", None))
-    size = rm.vocab_size
-    both = [(k, _ids(k, ours, size), _ids(k, theirs, size)) for k in ("bos", "eos")]
+    both = [(k, _ids(k, ours, rm), _ids(k, theirs, rm)) for k in ("bos", "eos")]
     known = [(kind, a, b) for kind, a, b in both if a and b]
     if known and not any(a & b for _, a, b in known):
         differ = " and ".join(f"{kind} {sorted(a)} against {sorted(b)}" for kind, a, b in known)
@@ -377,11 +376,11 @@ def check_families(model: Any, rm: RewardModel | None, reward_tokenizer: Any) ->
         )
 
 
-def _ids(kind: str, configs: Iterable[Any], vocab_size: int) -> set[int]:
+def _ids(kind: str, configs: Iterable[Any], rm: RewardModel) -> set[int]:
     """The ids that any of `configs` gives; one beyond the vocabulary is a class's default."""
     given = [getattr(config, f"{kind}_token_id", None) for config in configs]
     ids = [i for value in given for i in (value if isinstance(value, (list, tuple)) else [value])]
-    return {i for i in ids if isinstance(i, int) and 0 <= i < vocab_size}
+    return {i for i in ids if isinstance(i, int) and 0 <= i < rm.vocab_size}
 
 
 def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Tensor:

@@ -143,9 +143,9 @@ def _find_head(model: nn.Module, base: nn.Module) -> nn.Module:
     if head is None and getattr(model, "get_output_embeddings", lambda: None)() is not None:
         raise ValueError(
             f"reward_model {type(model).__name__} is a language model, which has no reward head; "
-            "pass rgtg_fast.scorers.AutoregressiveScorer(model) for one trained as GenARM, "
-            "VocabRewardScorer(model) for one trained as FaRMA, or reward_head= (hidden [..., H] "
-            "-> reward [...])"
+            "pass reward_model=rgtg_fast.scorers.AutoregressiveScorer(rm) for one trained as "
+            "GenARM, reward_model=rgtg_fast.scorers.VocabRewardScorer(rm) for one trained as "
+            "FaRMA, or reward_head= (hidden [..., H] -> reward [...])"
         )
     if head is None:
         raise ValueError(

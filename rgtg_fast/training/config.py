@@ -27,6 +27,12 @@ USED_BY = {
     "consistency": (None, PAIRS),
     "centering": (0.0, PAIRS),
 }
+# The least that an option may be. The Trainer would fail late over some, or train on in silence.
+LEAST: dict[str, int] = {"first": 1, "alternate": 1, "max_length": 2}
+LEAST |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
+LEAST |= dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), 1)
+LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), 0)
+LEAST |= dict.fromkeys(("data_seed", "dataloader_num_workers", "neftune_noise_alpha"), 0)
 
 
 @dataclass
@@ -105,10 +111,17 @@ class PrefixRewardConfig(TrainingArguments):
             one_of(name, getattr(self, name), allowed)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pairs; leave it False")
-        for name, least in (("first", 1), ("alternate", 1), ("max_length", 2)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}; pass at least {least}")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise ValueError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs} train "
+                "nothing; pass max_steps of at least 1, or -1 and a positive num_train_epochs"
+            )
+        if self.prediction_loss_only:
+            raise ValueError("prediction_loss_only=True leaves no rewards to report; leave it out")
         if self.consistency is not None:
             self._take_consistency(self.consistency)
         if not 0 <= self.label_smoothing < 0.5:

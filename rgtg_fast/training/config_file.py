@@ -24,8 +24,8 @@ def read_yaml(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> di
     if not file.is_file():
         raise ValueError(f"no config file at {str(file)!r}; write one (YAML) or mend the path")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}; write `key: value` lines")
@@ -34,10 +34,25 @@ def read_yaml(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> di
         if not equals:
             raise ValueError(f"override {override!r}; write key=value")
         try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r} is not YAML: {error}") from None
+            values[key] = _load(value)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise ValueError(f"override {override!r:.200} is not YAML: {error}") from None
     return values
+
+
+def _load(text: str) -> Any:
+    """The value of a YAML text; of a key given twice PyYAML would take the last in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for at, key in enumerate(keys):
+                if isinstance(key, str) and key in keys[:at]:
+                    raise ValueError(f"{key!r} is given twice; drop one of the two")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def check_keys(values: Mapping[Any, Any], known: Iterable[str], where: str = "") -> None:

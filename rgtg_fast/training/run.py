@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -132,7 +133,7 @@ def _check_target(settings: Settings, args: PrefixRewardConfig, out: Path) -> No
 def load_model(settings: Settings, args: PrefixRewardConfig) -> Any:
     """The model that the objective trains; a missing scalar head starts at random."""
     dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype={settings.dtype!r}; write float32, bfloat16 or float16")
     if settings.frozen or OBJECTIVES[args.loss_type].head == "vocab":
         return load_pretrained(
@@ -165,14 +166,20 @@ def _trainer(
             peft_config = LoraConfig(**{"task_type": task} | settings.lora)
         except TypeError as error:
             raise ValueError(f"lora: {error}; write options of peft.LoraConfig") from None
-    return PrefixRewardTrainer(
-        model,
-        args,
-        train_dataset=train,
-        eval_dataset=eval,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+    try:
+        return PrefixRewardTrainer(
+            model,
+            args,
+            train_dataset=train,
+            eval_dataset=eval,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, re.error) as error:
+        if peft_config is None:
+            raise
+        # peft checks few of its options: others fail in the midst of making the adapter.
+        raise ValueError(f"lora={settings.lora!r:.200} makes no adapter: {error}") from error
 
 
 def _run_trainer(trainer: PrefixRewardTrainer, settings: Settings, out: Path) -> dict[str, Any]:

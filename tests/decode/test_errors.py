@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import rgtg_fast
+from rgtg_fast.scorers.registry import KINDS
 
 V = tiny.vocab_size()
 NAN, INF = float("nan"), float("inf")
@@ -325,3 +326,15 @@ def test_inputs_embeds_have_no_ids_for_the_reward(lm, rm):
 def test_max_length_below_the_prompt(lm, rm):
     with refused(["max_length", "4"], lm, rm):
         guided(lm, rm, max_new_tokens=None, max_length=4)
+
+
+def test_a_causal_lm_as_reward_model_is_told_the_lines_that_take_it(lm):
+    rm = tiny.llama_lm(seed=5)
+    with pytest.raises(ValueError, match="is a language model, which has no reward head") as said:
+        rgtg_fast.generate(lm, **tiny.prompts(3), reward_model=rm, max_new_tokens=2)
+    lines = re.findall(r"reward_model=(rgtg_fast\.scorers\.\w+\(rm\))", str(said.value))
+    kinds = [kind.usage for kind in KINDS.values() if kind.holds == "CausalLM"]
+    assert sorted(lines) == sorted(kinds)
+    for line in lines:
+        scorer = eval(line, {"rgtg_fast": rgtg_fast, "rm": rm})
+        rgtg_fast.generate(lm, **tiny.prompts(3), reward_model=scorer, max_new_tokens=2)

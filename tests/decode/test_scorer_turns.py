@@ -9,8 +9,7 @@ import tiny
 import torch
 
 import rgtg_fast
-from rgtg_fast import guided
-from rgtg_fast.scorers import AutoregressiveScorer
+from rgtg_fast.scorers import AutoregressiveScorer, turns
 
 THREADS, CALLS = 4, 5
 
@@ -55,7 +54,7 @@ def test_calls_on_one_scorer_never_overlap():
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda seed: answers(lm, scorer, seed), range(THREADS)))
     assert scorer.most == 1 and scorer.prefills == THREADS
-    assert not guided._in_use
+    assert not turns._in_use
 
 
 def test_a_failed_call_lets_the_next_one_in():
@@ -63,4 +62,4 @@ def test_a_failed_call_lets_the_next_one_in():
     with pytest.raises(IndexError):
         answers(lm, scorer, 0)
     scorer.weights = torch.zeros(tiny.vocab_size())
-    assert answers(lm, scorer, 0) and not guided._in_use
+    assert answers(lm, scorer, 0) and not turns._in_use

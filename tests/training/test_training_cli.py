@@ -220,6 +220,31 @@ def test_the_command_line_ends_with_the_message(tmp_path):
         ("eval=eval.jsonl hold_out=3", "hold_out and eval are both given"),
         ("hold_out=48 eval=null", "48 rows to hold out leave nothing of 48 rows"),
         ("max_length=4", "48 with an empty answer after the cut at max_length"),
+        ("seed=-1", "Seed must be between 0 and"),
+        ("data_seed=-1", "data_seed=-1; pass at least 0"),
+        ("per_device_train_batch_size=0", "per_device_train_batch_size=0; pass at least 1"),
+        ("per_device_eval_batch_size=-2", "per_device_eval_batch_size=-2; pass at least 1"),
+        ("gradient_accumulation_steps=0", "gradient_accumulation_steps=0; pass at least 1"),
+        ("eval_accumulation_steps=0", "eval_accumulation_steps=0; pass at least 1"),
+        ("learning_rate=-1", "learning_rate=-1.0; pass at least 0"),
+        ("learning_rate=inf", "learning_rate: inf is out of range"),
+        ("neftune_noise_alpha=-1", "neftune_noise_alpha=-1.0; pass at least 0"),
+        ("max_steps=0", "max_steps=0 and num_train_epochs=3.0 train nothing"),
+        ("max_steps=-1 num_train_epochs=0", "num_train_epochs=0.0 train nothing"),
+        ("prediction_loss_only=true", "prediction_loss_only=True leaves no rewards"),
+        ("dtype=float8_e4m3fn", "dtype='float8_e4m3fn'; write float32"),
+        ("optim=adam", "adam is not a valid OptimizerNames"),
+        ("lora={r: 0}", "`r` should be a positive integer"),
+        ("lora={r: 1.5}", "lora={'r': 1.5} makes no adapter"),
+        ("lora={r: 1000000000000000, target_modules: all-linear}", "makes no adapter"),
+        ("lora={r: 2, target_modules: nothing}", "No modules were targeted"),
+        ("lora={r: 2, target_modules: [1]}", "makes no adapter"),
+        ("lora={r: 2, target_modules: '('}", "makes no adapter"),
+        ("lora={r: 2, lora_alpha: x}", "makes no adapter"),
+        ("lora={r: 2, r: 3}", "'r' is given twice"),
+        ("lora=" + "[" * 5000, "is not YAML: maximum recursion"),
+        ("seed=" + "9" * 5000, "is not YAML: Exceeds the limit"),
+        ("output_dir=cfg.yaml/sub", "cannot be written to"),
         ("eval=train.jsonl", "48 of 48 training rows are in the eval set too"),
     ],
 )
@@ -227,6 +252,13 @@ def test_foreseeable_mistakes_end_with_one_line(folder, monkeypatch, override, m
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match=f"train: .*{message}"):
         train(folder, *override.split(" ") if "{" not in override else [override])
+    assert not [p for p in (folder / "out").glob("*") if p.name != ".train.lock"]
+
+
+def test_a_key_given_twice_in_the_config_is_named(tmp_path):
+    (tmp_path / "cfg.yaml").write_text("model: m\ntrain: t\nmodel: n\noutput_dir: o\n")
+    with pytest.raises(ValueError, match=r"cfg.yaml is not YAML: 'model' is given twice"):
+        read_settings(tmp_path / "cfg.yaml")
 
 
 def test_accuracy_counts_each_prefix_length_once_it_differs():
