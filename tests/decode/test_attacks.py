@@ -1,0 +1,34 @@
+"""Models that their owners have changed by hand: the tokens are still those of full forwards."""
+
+import tiny
+
+import rgtg_fast
+
+OPTIONS = {"k": 5, "beta": 1.5, "do_sample": True, "seed": 3, "max_new_tokens": 8}
+
+
+def assert_as_full_forwards(lm, rm):
+    """As full forwards of the reward model, and Hugging Face's own of the language model, do."""
+    inputs = tiny.prompts(7, 3, 5) | OPTIONS | {"reward_model": rm}
+    plain = {"reward_method": "reencode", "cache_implementation": "dynamic"}
+    got, want = (rgtg_fast.generate(lm, **inputs, **way) for way in ({}, plain))
+    assert got.tolist() == want.tolist()
+    return got.tolist()
+
+
+def test_an_inner_forward_that_a_lambda_replaces():
+    lm, rm = tiny.llama_lm(), tiny.llama_rm()
+    before = assert_as_full_forwards(lm, rm)
+    for model in (lm, rm):
+        mlp = model.model.layers[0].mlp
+        mlp.forward = lambda x, forward=mlp.forward: -2 * forward(x)
+    assert assert_as_full_forwards(lm, rm) != before
+    lm, rm = tiny.llama_lm(), tiny.llama_rm()
+    for model in (lm, rm):
+        patch(model.model.layers[0].mlp)  # this time the old forward is in a closure
+    assert assert_as_full_forwards(lm, rm) != before
+
+
+def patch(module):
+    forward = module.forward
+    module.forward = lambda x: -2 * forward(x)
