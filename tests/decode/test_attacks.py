@@ -32,3 +32,27 @@ def test_an_inner_forward_that_a_lambda_replaces():
 def patch(module):
     forward = module.forward
     module.forward = lambda x: -2 * forward(x)
+
+
+def test_a_replaced_forward_runs_in_eval_mode_wherever_it_keeps_the_old_one():
+    lm, rm = tiny.gpt2_lm(), tiny.gpt2_rm()
+    want = assert_as_full_forwards(lm, rm)
+    one, two = rm.transformer.h
+    one.mlp.forward = lambda x, forward=one.mlp.forward: forward(x)
+    two.mlp.forward = lambda x, *, forward=two.mlp.forward: forward(x)
+    rm.train()  # with dropout, which none of it may run
+    assert assert_as_full_forwards(lm, rm) == want
+
+
+def test_attention_replaced_after_a_first_call():
+    lm, rm = tiny.llama_lm(), tiny.llama_rm()
+    before = assert_as_full_forwards(lm, rm)
+    for model in (lm, rm):
+        attention = model.model.layers[0].self_attn
+
+        def forward(*args, old=attention.forward, **kwargs):
+            out, *rest = old(*args, **kwargs)
+            return -out, *rest
+
+        attention.forward = forward
+    assert assert_as_full_forwards(lm, rm) != before
