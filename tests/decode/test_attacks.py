@@ -1,5 +1,9 @@
 """Models that their owners have changed by hand: the tokens are still those of full forwards."""
 
+import gc
+import weakref
+
+import pytest
 import tiny
 
 import rgtg_fast
@@ -56,3 +60,39 @@ def test_attention_replaced_after_a_first_call():
 
         attention.forward = forward
     assert assert_as_full_forwards(lm, rm) != before
+
+
+def negated(module, of=None):
+    """The forward of `module` with its logits negated."""
+    forward = of or module.forward
+
+    def forward_negated(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = -out.logits
+        return out
+
+    return forward_negated
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_public_forward_replaced_after_a_first_call_is_the_one_that_counts(where):
+    lm, rm, changed = tiny.llama_lm(), tiny.llama_rm(), tiny.llama_rm()
+    before = assert_as_full_forwards(lm, rm)
+    changed.forward = negated(changed)
+    want = assert_as_full_forwards(lm, changed)  # its first call is with the new forward
+    if where == "instance":
+        rm.forward = negated(rm)
+    else:
+        old = type(rm)
+        rm.__class__ = type("Negated", (old,), {"forward": negated(rm, old.forward)})
+    assert assert_as_full_forwards(lm, rm) == want != before
+
+
+def test_a_model_with_a_forward_of_its_own_is_freed():
+    lm, rm = tiny.llama_lm(), tiny.llama_rm()
+    rm.forward = negated(rm)
+    assert_as_full_forwards(lm, rm)
+    alive = weakref.ref(rm)
+    del rm
+    gc.collect()
+    assert alive() is None
