@@ -96,3 +96,14 @@ def test_a_model_with_a_forward_of_its_own_is_freed():
     del rm
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("k", 100), ("temperature", -1.0), ("reward_range", (2, 1)), ("reward_method", "best")],
+)
+def test_an_option_set_on_a_guide_is_checked_at_the_call(name, value):
+    lm, guide = tiny.llama_lm(), rgtg_fast.RewardGuided(tiny.llama_rm(), k=5)
+    setattr(guide, name, value)
+    with pytest.raises(ValueError, match=name):
+        lm.generate(**tiny.prompts(5), custom_generate=guide, max_new_tokens=3)
