@@ -139,6 +139,7 @@ class RewardGuided:
         keep_cache: bool,
     ) -> Call:
         """Everything that the run will be made of, after every check that can be made before it."""
+        check.check_options(self)  # again: they may have been set since
         rm = self._taken_apart()
         batch = max(input_ids.shape[0], 1)
         copies = config.num_return_sequences or 1
@@ -352,10 +353,11 @@ class RewardGuided:
 
 
 class OneCall(RewardGuided):
-    """A guide for one call, which takes the reward model apart, and not its construction too."""
+    """A guide for one call, which checks its options and takes the reward model apart, and not its
+    construction too."""
 
     def __post_init__(self) -> None:
-        check.check_options(self)
+        pass
 
 
 def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:

@@ -292,7 +292,8 @@ def _head_is_right(view: LanguageModel) -> bool:
     key = (view.dtype, str(view.device), numerics(view.device))
     if key not in known:
         ids = torch.arange(1, 4, device=view.device)[None] % view.vocab_size
-        whole = Twins([view.model], eval_mode=True)[view.model]
+        twins = Twins([view.model], eval_mode=True)  # kept: its copies are emptied when it is freed
+        whole = twins[view.model]
         want = whole(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
         hidden, out = view.twin().forward_base(ids, use_cache=False)
         got = view.rest(eval_mode=True).logits(hidden[:, -1], type(out))

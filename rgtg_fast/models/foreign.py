@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import platform
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -161,6 +162,13 @@ def untouched(*modules: nn.Module) -> bool:
         or m._compiled_call_impl is not None
         for m in modules
     )
+
+
+def forward_of(module: nn.Module) -> tuple[Any, Any]:
+    """What tells one forward of a module from another that replaces it: the function of its class,
+    and a weak reference to that of the instance, which may hold the module itself."""
+    own = module.__dict__.get("forward")
+    return type(module).forward, None if own is None else weakref.ref(own)
 
 
 # oneDNN's linear, which torch's inductor emits; torch has no public name for it.

@@ -32,10 +32,11 @@ class Twins:
 
     Buffers, hooks and configurations are in containers of the copies' own, so that whatever a
     forward sets (rotary tables, recording hooks) lands there. What is in two places of the original
-    is one copy. Bound methods, partials and closures in instance attributes, as accelerate leaves
-    them, are bound to the copies. The dictionaries of parameters are shared: what gathers
-    or loads parameters around a forward (DeepSpeed, accelerate) puts them where the copies see
-    them. Scripted modules cannot be copied and stay themselves; compiled ones run uncompiled.
+    is one copy. Bound methods, partials, closures and defaults of functions in instance attributes,
+    as accelerate leaves them, are bound to the copies. The dictionaries of parameters are shared:
+    what gathers or loads parameters around a forward (DeepSpeed, accelerate) puts them where the
+    copies see them. Scripted modules cannot be copied and stay themselves; compiled ones run
+    uncompiled.
 
     `given` has modules that are not to be copied, and what stands for them. With `eval_mode`
     dropout is off; without it each module keeps its training flag.
@@ -138,7 +139,7 @@ class Twins:
                         break
                 else:
                     continue
-                if kind is not FunctionType or part.__closure__ is not None:
+                if kind is not FunctionType or _holds_values(part):
                     new = self.rebound(value)
                     if new is not value:
                         attributes[name] = new
@@ -168,28 +169,35 @@ class Twins:
         if kind is partial:
             (function, args, kwargs), changed = again((value.func, value.args, value.keywords))
             return partial(function, *args, **kwargs) if changed else value
-        if kind is FunctionType and value.__closure__:
-            return self._rebound_closure(value, again)
+        if kind is FunctionType:
+            return self._rebound_function(value, again)
         return value
 
-    def _rebound_closure(self, function: Any, again: Any) -> Any:
-        cells = function.__closure__
+    def _rebound_function(self, function: Any, again: Any) -> Any:
+        """A function refers to modules in its closure and in its arguments' defaults."""
+        cells = function.__closure__ or ()
         try:
-            new, changed = again([cell.cell_contents for cell in cells])
+            contents = [cell.cell_contents for cell in cells]
         except ValueError:  # an empty cell: the variable is not assigned yet
             return function
+        held = [contents, list(function.__defaults__ or ()), function.__kwdefaults__ or {}]
+        (contents, defaults, named), changed = again(held)
         if not changed:
             return function
-        closure = tuple(CellType(content) for content in new)
         copy = FunctionType(
             function.__code__,
             function.__globals__,
             function.__name__,
-            function.__defaults__,
-            closure,
+            tuple(defaults) or None,
+            tuple(CellType(content) for content in contents) or None,
         )
-        copy.__kwdefaults__ = function.__kwdefaults__
+        copy.__kwdefaults__ = named or None
         return copy
+
+
+def _holds_values(function: FunctionType) -> bool:
+    """Whether a function has a closure or defaults, which may refer to a module."""
+    return bool(function.__closure__ or function.__defaults__ or function.__kwdefaults__)
 
 
 def _copy_config(config: Any, copies: dict[int, Any]) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models.attention import attention_kernel, plain_attention
-from ..models.foreign import Unsupported
+from ..models.foreign import Unsupported, forward_of
 from ..models.parts import ModelParts, computing_dtype, numerics
 from ..models.reward_model import RewardModel
 from .base import RewardModelScorer
@@ -73,10 +73,11 @@ def probe(
     """The verdict for `rm` on sequences of up to `max_length` tokens.
 
     `methods` are tried in order, each by all its ways, until one is right. Verdicts are kept per
-    model, attention implementation, dtype, device, attention kernel, autocast, default dtype and
-    the windows that `max_length` reaches: a slot-indexed window goes wrong only past its end. One
-    that came from an error which may have other reasons than the model's structure (memory, what
-    else the process does) is for this call only, until the next call has met the same error.
+    model and its forward, attention implementation, dtype, device, attention kernel, autocast,
+    default dtype and the windows that `max_length` reaches: a slot-indexed window goes wrong only
+    past its end. One that came from an error which may have other reasons than the model's
+    structure (memory, what else the process does) is for this call only, until the next call has
+    met the same error.
 
     Raises `ValueError` for a `reward_head` on a model whose hidden states look ahead.
     """
@@ -111,7 +112,7 @@ def _key(rm: ModelParts, length: int, backend: Any) -> tuple:
     head = (rm.check_public, rm.label) if isinstance(rm, RewardModel) else None
     kernel = attention_kernel(backend, rm.device)
     here = rm.dtype, str(rm.device), numerics(rm.device)
-    return rm.implementation, here, length, head, rm.layer, kernel
+    return rm.implementation, here, length, head, rm.layer, kernel, forward_of(rm.model)
 
 
 def _probe_length(rm: ModelParts, max_length: int | None) -> int:

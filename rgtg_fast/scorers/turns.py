@@ -1,4 +1,4 @@
-"""Calls of several threads on one scorer take turns."""
+"""Turns on a scorer: it holds the text of the call that it serves."""
 
 from __future__ import annotations
 
@@ -9,28 +9,39 @@ from typing import Any
 
 from .factory import is_scorer
 
-# By the id of a scorer, which need not be hashable: its lock, and how many calls want it.
+# By the id of a scorer, which need not be hashable: its lock, how many calls want it, and the
+# thread of the call that has it.
 _in_use: dict[int, list[Any]] = {}
 _looking = threading.Lock()
 
 
 @contextmanager
 def alone(reward_model: Any) -> Iterator[None]:
-    """One call at a time on a scorer: it holds the text of the call that it serves.
+    """One call at a time on a scorer.
 
     Calls of other threads wait for the one before to end. (What is made of a reward model is made
-    for each call, and needs no turn.)
+    for each call, and needs no turn.) A call made by the scorer, or by a callback of the call that
+    it serves, would overwrite that call's text: it is a `ValueError`.
     """
     if not is_scorer(reward_model):
         yield
         return
     key = id(reward_model)
     with _looking:
-        entry = _in_use.setdefault(key, [threading.RLock(), 0])
+        entry = _in_use.setdefault(key, [threading.Lock(), 0, None])
+        if entry[2] == threading.get_ident():
+            raise ValueError(
+                f"reward_model {type(reward_model).__name__} serves the call within which this one "
+                "is made; pass the inner call a scorer object of its own"
+            )
         entry[1] += 1
     try:
         with entry[0]:
-            yield
+            entry[2] = threading.get_ident()
+            try:
+                yield
+            finally:
+                entry[2] = None
     finally:
         with _looking:
             entry[1] -= 1

@@ -63,3 +63,21 @@ def test_a_failed_call_lets_the_next_one_in():
         answers(lm, scorer, 0)
     scorer.weights = torch.zeros(tiny.vocab_size())
     assert answers(lm, scorer, 0) and not turns._in_use
+
+
+class Nested(tiny.CountingScorer):
+    """Guides a text of its own, by `inner`, at each step."""
+
+    def score(self, ids):
+        answers(self.lm, self.inner or self, 1)
+        return super().score(ids)
+
+
+def test_a_call_within_the_call_that_a_scorer_serves_is_an_error():
+    lm, scorer = tiny.llama_lm(), Nested(torch.randn(tiny.vocab_size()))
+    scorer.lm, scorer.inner = lm, None
+    with pytest.raises(ValueError, match=r"Nested serves the call .* scorer object of its own"):
+        answers(lm, scorer, 0)
+    assert not turns._in_use
+    scorer.inner = tiny.CountingScorer(scorer.weights)
+    assert answers(lm, scorer, 0) == answers(lm, scorer.inner, 0)
