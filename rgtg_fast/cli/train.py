@@ -13,8 +13,8 @@ STOPPED = (
 )
 KEYS = (
     "model, train, eval or hold_out, output_dir, loss_type, tokenizer, dtype, lora, frozen, l2, "
-    "resume, and every field of rgtg_fast.training.PrefixRewardConfig, which has those of "
-    "transformers.TrainingArguments; an example is in help(rgtg_fast.training)"
+    "resume, overwrite, and every field of rgtg_fast.training.PrefixRewardConfig, which has those "
+    "of transformers.TrainingArguments; an example is in help(rgtg_fast.training)"
 )
 
 

@@ -16,12 +16,19 @@ from safetensors import SafetensorError
 
 from ..scorers import registry
 from ..scorers.factory import same_vocabulary
+from ..training.settings import missing_base, missing_base_error
 from .settings import CONFIGS, Run, Settings
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a folder or hub name, ready for left-padded batches."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+    """The tokenizer of a folder or hub name, ready for left-padded batches. Raises `ValueError`
+    naming it where there is none."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer of {name!r} cannot be loaded ({error}); save one to that folder"
+        ) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name} has neither padding nor EOS; set one")
@@ -91,11 +98,8 @@ def reward_tokenizer(run: Run, tokenizer: Any) -> Any:
         return None
     try:
         own = load_tokenizer(run.reward_model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"run {run.name}: the tokenizer of reward_model={run.reward_model!r} cannot be loaded "
-            f"({error}); save the one it was trained with to its folder"
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"run {run.name}: reward_model: {error}") from None
     if same_vocabulary(tokenizer, own):
         return None
     if not kind.is_model:
@@ -171,12 +175,17 @@ def _load(task: str, name: str, settings: Settings) -> Any:
             if task == "SequenceClassification":
                 options["num_labels"] = 1
             model = getattr(peft, f"AutoPeftModelFor{task}").from_pretrained(name, **options)
+            kept = peft.load_peft_weights(name, device="cpu")
+            missing = sorted(set(peft.get_peft_model_state_dict(model)) - set(kept))
         else:
             model, info = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
                 name, output_loading_info=True, **options
             )
             missing = sorted(info["missing_keys"])
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        base = missing_base(name)
+        if base is not None:
+            raise ValueError(missing_base_error(repr(name), base)) from None
         raise ValueError(f"{name!r} cannot be loaded ({error})") from None
     if missing:
         raise ValueError(

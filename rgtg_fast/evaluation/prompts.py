@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def _prompt(line: str, tokenizer: Any, where: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from None
     source = row.get("prompt") if isinstance(row, dict) else None
+    if re.search("[\ud800-\udfff]", json.dumps(source, ensure_ascii=False)):
+        raise ValueError(
+            f"{where}: the prompt has half of a surrogate pair, which is no character; write the "
+            "character itself, or both halves"
+        )
     if isinstance(source, str):
         text, ids = source, tokenizer(source)["input_ids"]
     elif _is_conversation(source):
@@ -87,8 +93,8 @@ def check_lengths(prompts: list[Prompt], config: Any, max_new_tokens: int) -> No
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     n = len(prompts[longest].ids)
     if n + max_new_tokens > limit:
+        ways = f"max_new_tokens<={limit - n} or shorter prompts" if n < limit else "shorter prompts"
         raise ValueError(
             f"prompt {longest + 1} has {n} tokens and max_new_tokens={max_new_tokens} makes "
-            f"{n + max_new_tokens}, but the model has {limit} positions; pass "
-            f"max_new_tokens<={max(0, limit - n)} or shorter prompts"
+            f"{n + max_new_tokens}, but the model has {limit} positions; pass {ways}"
         )

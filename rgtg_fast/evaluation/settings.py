@@ -20,6 +20,7 @@ from ..training.config_file import check_keys, read_yaml, typed
 
 GRID = ("reward_model", "k", "beta", "temperature", "best_of", "top_k", "top_p")
 CONFIGS = ("config.json", "adapter_config.json")
+MOST_SEEDS = 10_000
 _GUIDED = ("k", "beta", "kind", "options", "eos_reward", "reward_method")
 _UNGUIDED = ("top_k", "top_p", "min_p")
 
@@ -203,11 +204,13 @@ def _check_numbers(settings: Settings) -> None:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
+    if type(value) is int and value > MOST_SEEDS:  # their list would fill the memory
+        raise ValueError(f"seeds={value} is how many; pass at most {MOST_SEEDS}, or a list of ints")
     seeds = list(range(value)) if type(value) is int else value
     if not isinstance(seeds, list) or not seeds or any(type(s) is not int for s in seeds):
         raise ValueError(f"seeds={value!r}; write how many, or a list of ints such as [0, 1, 2]")
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds={value!r}; the seeds must differ and be 0 or more")
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise ValueError(f"seeds={value!r}; the seeds must differ and be 0 to 2**63 - 1")
     return tuple(seeds)
 
 

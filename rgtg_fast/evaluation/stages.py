@@ -132,6 +132,9 @@ def judge_all(evaluation: Evaluation, done: dict[str, RunRows]) -> None:
                     _rate(judge, prompts, rows, at)
             else:
                 file = evaluation.rows("rewards", spec, seed)
+                # Go on at the start of a batch, as above: sums in another one round differently.
+                if len(file.rows) < len(rows):
+                    file.cut(len(file.rows) // _JUDGED_AT_ONCE * _JUDGED_AT_ONCE)
                 for row, kept in zip(rows, file.rows, strict=False):
                     row["reward"] = kept["reward"]
                 for at in range(len(file.rows), len(rows), _JUDGED_AT_ONCE):

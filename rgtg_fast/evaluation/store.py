@@ -38,14 +38,19 @@ def locked(folder: Path) -> Iterator[None]:
     even where this one is killed. Raises `ValueError` where another one holds it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r} is no directory; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"output_dir={str(folder)!r} is being written by another process; wait until it has "
             "ended, or pass another output_dir"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={str(folder)!r} cannot be written to ({error.strerror or error}); name "
+            "another"
         ) from None
     try:
         yield

@@ -93,12 +93,9 @@ def load_pretrained(auto: Any, key: str, name: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        base = _missing_base(name)
+        base = missing_base(name)
         if base is not None:
-            raise ValueError(
-                f"{key}={name!r} is an adapter and its base model {base!r} is not there; put it "
-                "there, or mend base_model_name_or_path in its adapter_config.json"
-            ) from None
+            raise ValueError(missing_base_error(f"{key}={name!r}", base)) from None
         why = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise ValueError(
             f"{key}={name!r} cannot be loaded by {auto.__name__} ({why}); give a folder that holds "
@@ -106,7 +103,15 @@ def load_pretrained(auto: Any, key: str, name: str, **options: Any) -> Any:
         ) from None
 
 
-def _missing_base(name: str) -> str | None:
+def missing_base_error(which: str, base: str) -> str:
+    """What to say of an adapter without its base model."""
+    return (
+        f"{which} is an adapter and its base model {base!r} is not there; put it there, or mend "
+        "base_model_name_or_path in its adapter_config.json"
+    )
+
+
+def missing_base(name: str) -> str | None:
     """The base model of an adapter's folder where that is a path to nothing."""
     try:
         text = (Path(name) / "adapter_config.json").read_text(encoding="utf-8")

@@ -112,7 +112,10 @@ class PrefixRewardTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+            try:
+                model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+            except TypeError as error:  # peft checks no types
+                raise ValueError(f"lora: {error}; write options of peft.LoraConfig") from None
         for adapter in (getattr(model, "peft_config", None) or {}).values():
             # A relative path would be resolved against wherever the adapter is loaded from.
             base = adapter.base_model_name_or_path

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rgtg_fast
 from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
-from rgtg_fast.evaluation import answers
+from rgtg_fast.evaluation import answers, stages
 from rgtg_fast.evaluation import models as prepared_models
 from rgtg_fast.evaluation.store import locked
 from rgtg_fast.scorers import KINDS, AttentionCreditScorer
@@ -249,6 +249,22 @@ def test_a_run_goes_on_where_it_was_killed(copied, monkeypatch):
     assert batches == [("pargs beta=2.0", [5, 6, 7], 0)]
     after = rows(copied, "pargs_beta=2.0.0.answers")[1]
     assert [row["ids"] for row in after] == [row["ids"] for row in before]
+
+
+def test_rewards_cut_short_are_judged_again_in_the_same_batches(copied, monkeypatch):
+    path, _ = rows(copied, "pargs_beta=2.0.0.rewards")
+    whole_file, asked = path.read_bytes(), []
+    path.write_bytes(whole_file[:-1])
+    score = stages.Classifier.score
+
+    def counted(self, prompts, answers):
+        asked.append(len(answers))
+        return score(self, prompts, answers)
+
+    monkeypatch.setattr(stages.Classifier, "score", counted)
+    with pytest.warns(UserWarning, match="cut short"):
+        main(["eval", "--config", config(copied)])
+    assert asked == [8] and path.read_bytes() == whole_file
 
 
 def test_another_judge_rates_the_same_answers(copied, monkeypatch):

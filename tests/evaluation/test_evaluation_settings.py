@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 import torch
+from lora_checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
 from tiny import gpt2_rm, tokenizer
 
 from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.evaluation import check_settings
 from rgtg_fast.evaluation.models import load_classifier
-from rgtg_fast.evaluation.prompts import load_prompts
+from rgtg_fast.evaluation.prompts import Prompt, check_lengths, load_prompts
 from rgtg_fast.evaluation.scoring import Classifier, FunctionJudge
 
 GUIDE, JUDGE = str(ASSETS / "rm_partial"), str(ASSETS / "rm_full")
@@ -58,6 +60,8 @@ def run(**values):
     ("values", "message"),
     [
         ({"promts": "x"}, "unknown key promts: did you mean prompts?"),
+        ({"seeds": 10**30}, "is how many; pass at most 10000"),
+        ({"seeds": [2**70]}, "the seeds must differ and be 0 to"),
         ({"judge": None}, "lacks judge"),
         ({"limit": "many"}, "limit: 'many' is no int"),
         ({"limit": 2.5}, "limit: 2.5 is no int"),
@@ -139,6 +143,7 @@ def no_models(monkeypatch):
         ({"prompts": "none.jsonl"}, "no file at 'none.jsonl'"),
         ({"max_new_tokens": 250}, "250 makes .* but the model has 256 positions"),
         ({"device": "gpu"}, "device='gpu'; write auto"),
+        ({"tokenizer": "./nowhere"}, "the tokenizer of './nowhere' cannot be loaded"),
         ({"model": "nowhere"}, "model: there is no folder 'nowhere'.*not found here"),
         ({"judge": "nowhere"}, "judge: there is no folder 'nowhere'"),
         (run(reward_model="nowhere"), "run r: reward_model: there is no folder 'nowhere'"),
@@ -159,6 +164,7 @@ def test_the_command_line_ends_with_the_message(values, message, tmp_path, no_mo
         ('["a"]', "line 2 has no prompt"),
         ('{"promt": "a"}', "line 2 has no prompt"),
         ('{"prompt": ""}', "line 2: the prompt is empty"),
+        (r'{"prompt": "a \ud800"}', "line 2: the prompt has half of a surrogate pair"),
         ('{"prompt": [{"role": "user", "content": "a"}]}', "line 2 is a conversation but"),
     ],
 )
@@ -189,6 +195,13 @@ def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tmp_path)
     tok.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ValueError, match=r"line 1: the chat template refuses it .no system role"):
         load_prompts(str(path), tok)
+
+
+def test_a_prompt_that_fills_the_model_asks_for_a_shorter_one():
+    config = gpt2_rm().config
+    full = [Prompt("a", "a", [5] * 64)]
+    with pytest.raises(ValueError, match="the model has 64 positions; pass shorter prompts"):
+        check_lengths(full, config, 8)
 
 
 def test_a_file_without_prompts_is_an_error(tmp_path):
@@ -267,3 +280,32 @@ def test_a_reward_model_with_several_labels_is_an_error(tmp_path):
     gpt2_rm(num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="gives 3 labels; pass a model with one"):
         load_classifier(str(tmp_path), check_settings(MINIMAL))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    make_checkpoint(tmp_path / "rm")[1].save_pretrained(tmp_path / "base")
+    change_config(tmp_path / "rm", str(tmp_path / "base"))
+    return tmp_path / "rm"
+
+
+def change_config(folder, base):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+
+
+def test_an_adapter_whose_base_has_moved_names_it(adapter):
+    change_config(adapter, "/gone/base")
+    with pytest.raises(ValueError, match=r"rm' is an adapter and its base model '/gone/base'"):
+        load_classifier(str(adapter), check_settings(MINIMAL))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"), [("lora_B", "lacks .*lora_B"), ("score", "cannot be loaded .*score")]
+)
+def test_an_adapter_that_lacks_weights_is_an_error(adapter, part, message):
+    settings, file = check_settings(MINIMAL), adapter / "adapter_model.safetensors"
+    assert load_classifier(str(adapter), settings).config.num_labels == 1
+    save_file({k: v for k, v in load_file(file).items() if part not in k}, file)
+    with pytest.raises(ValueError, match=message):
+        load_classifier(str(adapter), settings)

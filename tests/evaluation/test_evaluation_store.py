@@ -185,3 +185,10 @@ def test_a_file_is_no_folder_to_hold(tmp_path):
     wrong = pytest.raises(ValueError, match="is no directory; name a folder")
     with wrong, locked(tmp_path / "out"):
         pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    wrong = pytest.raises(ValueError, match=r"output_dir='.*' cannot be written to \(Not a dir")
+    with wrong, locked(tmp_path / "file" / "out"):
+        pass

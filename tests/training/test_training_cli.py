@@ -210,6 +210,7 @@ def test_the_command_line_ends_with_the_message(tmp_path):
         ("tokenizer=./nowhere", "tokenizer='./nowhere' cannot be loaded"),
         ("train=no/pairs.csv", "no data at 'no/pairs.csv'"),
         ("lora={rank: 3}", "lora: .*unexpected keyword argument 'rank'"),
+        ("lora={r: x}", "lora: '<=' not supported"),
         ("resume=true", "holds no whole checkpoint to go on from"),
         ("resume=nowhere", "resume='nowhere' is no folder"),
         ("output_dir=cfg.yaml", "output_dir='cfg.yaml' is a file"),
