@@ -34,8 +34,10 @@ wheel: $(BUILT)
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHS)" $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
 bench: $(BUILT)
-	set -e; for script in $(wildcard bench/bench_*.py); do \
+	$(BIN)/pip install -q pytest-benchmark
+	set -e; for script in $(filter-out bench/bench_host.py,$(wildcard bench/bench_*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python -m pytest -q bench/bench_host.py
 
 study: $(BUILT)
 	$(BIN)/python bench/quality/study.py run
