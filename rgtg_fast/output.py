@@ -27,6 +27,7 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
         candidate_ids: int64 [B, T, k], most likely first (with `output_candidates=True`).
         candidate_logprobs: fp32 [B, T, k], log π of the candidates.
         candidate_rewards: fp32 [B, T, k], rewards of prefix + candidate, NaN if not scored.
+            After a row's end its candidates mean nothing.
     """
 
     rewards: Tensor | None = None
