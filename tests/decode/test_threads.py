@@ -1,5 +1,6 @@
 """Guided calls from many threads, and interrupted ones: right tokens, models as they were."""
 
+import functools
 import gc
 import sys
 import threading
@@ -8,11 +9,12 @@ import weakref
 import pytest
 import tiny
 import torch
+import zoo
 from test_state import assert_unchanged, snapshot
 
 import rgtg_fast
 from rgtg_fast.models import cache, twin
-from rgtg_fast.scorers import AutoregressiveScorer, RewardHead, VocabRewardScorer
+from rgtg_fast.scorers import AutoregressiveScorer, RewardAdapter, RewardHead, VocabRewardScorer
 
 OPTIONS = {"k": 5, "beta": 2.0, "do_sample": True, "max_new_tokens": 5}
 
@@ -104,6 +106,30 @@ def test_heads_on_one_language_model():
     before = snapshot(lm)
     wanted = [alone(lm, head, range(6)) for head in heads]
     in_threads([repeated(lm, h, range(6), w) for h, w in zip(heads, wanted, strict=True)] * 2)
+    assert_unchanged(lm, before)
+
+
+def test_an_adapter_and_a_head_on_one_language_model(tmp_path):
+    pytest.importorskip("peft")
+    from lora_checkpoints import make_checkpoint
+
+    _, lm = make_checkpoint(tmp_path)
+    adapter = RewardAdapter.from_pretrained(lm, tmp_path)
+    width = lm.config.hidden_size
+    head = RewardHead(lm, torch.randn(width, generator=torch.Generator().manual_seed(0)))
+    before, inputs = snapshot(lm), zoo.left_pad(zoo.prompts())
+
+    def answer(rewards, seed):
+        options = {"k": 4, "max_new_tokens": 5, "do_sample": True, "seed": seed}
+        return rgtg_fast.generate(lm, **inputs, reward_model=rewards, **options).tolist()
+
+    wanted = {(r, seed): answer(r, seed) for r in (adapter, head) for seed in range(6)}
+
+    def work(rewards):
+        for seed in range(6):
+            assert answer(rewards, seed) == wanted[rewards, seed]
+
+    in_threads([functools.partial(work, rewards) for rewards in (adapter, head)] * 3)
     assert_unchanged(lm, before)
 
 
