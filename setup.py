@@ -45,7 +45,8 @@ def sources(*patterns: str) -> list[str]:
 def extension():
     # Error messages name their source file: below the root or the include folder, not where those
     # lay on the machine that built.
-    folders = [*cpp_extension.include_paths(), pybind11.get_include(), str(ROOT)]
+    # The last that fits counts, and an environment may lie below the root.
+    folders = [str(ROOT), *cpp_extension.include_paths(), pybind11.get_include()]
     no_paths = [f"-ffile-prefix-map={folder}/=" for folder in folders]
     common = ["-O3", "-std=c++20", *STABLE_ABI]
     # The sampler's noise is bit-identical on every backend only if no multiply-add is fused.

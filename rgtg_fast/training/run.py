@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -166,20 +165,14 @@ def _trainer(
             peft_config = LoraConfig(**{"task_type": task} | settings.lora)
         except TypeError as error:
             raise ValueError(f"lora: {error}; write options of peft.LoraConfig") from None
-    try:
-        return PrefixRewardTrainer(
-            model,
-            args,
-            train_dataset=train,
-            eval_dataset=eval,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-        )
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, re.error) as error:
-        if peft_config is None:
-            raise
-        # peft checks few of its options: others fail in the midst of making the adapter.
-        raise ValueError(f"lora={settings.lora!r:.200} makes no adapter: {error}") from error
+    return PrefixRewardTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=eval,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
 
 
 def _run_trainer(trainer: PrefixRewardTrainer, settings: Settings, out: Path) -> dict[str, Any]:

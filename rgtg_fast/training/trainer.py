@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ class _StepsLeft(TrainerCallback):
             )
         if state.global_step == state.max_steps:
             raise _AtTheEnd
+
+
+# peft checks few of its options: others fail in the midst of making the adapter.
+_NO_ADAPTER = (AttributeError, NotImplementedError, RuntimeError, TypeError, re.error)
 
 
 class PrefixRewardTrainer(Trainer):
@@ -114,8 +119,10 @@ class PrefixRewardTrainer(Trainer):
 
             try:
                 model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-            except TypeError as error:  # peft checks no types
-                raise ValueError(f"lora: {error}; write options of peft.LoraConfig") from None
+            except _NO_ADAPTER as error:
+                raise ValueError(
+                    f"lora makes no adapter: {error}; write options of peft.LoraConfig"
+                ) from error
         for adapter in (getattr(model, "peft_config", None) or {}).values():
             # A relative path would be resolved against wherever the adapter is loaded from.
             base = adapter.base_model_name_or_path
