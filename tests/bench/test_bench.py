@@ -67,7 +67,7 @@ CONTENDERS = (
 )
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_every_contender_gives_the_guided_tokens_and_a_row(bench, shape, tmp_path, capsys):
     script, contenders = bench("bench_generate"), bench("generate_contenders")
     assert set(contenders.LABELS) == set(CONTENDERS)

@@ -175,7 +175,7 @@ def assert_same(lm, rm, **options):
     return pruned
 
 
-@over("way", WAYS)
+@over("way", [way if way == "fused" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 @over("family", [f for f in zoo.RMS if f not in zoo.NO_TREE])
 def test_same_tokens_in_every_family(family, way, monkeypatch):
     use(monkeypatch, way)

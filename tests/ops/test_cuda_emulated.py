@@ -241,6 +241,7 @@ def pair_loss(op, len_chosen, width=300):
     return op(randn(1, width), randn(1, width, seed=1), *lengths, *vectors, 0.1, 0.1, 2)
 
 
+@pytest.mark.slow
 def test_a_missing_barrier_in_the_sums_of_a_pair_is_found(tmp_path):
     broken = mutant(tmp_path, "select.cuh", BARRIER, "")
     with pytest.raises(AssertionError):

@@ -18,8 +18,14 @@ over = pytest.mark.parametrize
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
+SLOW = pytest.mark.slow
 OPERATORS = [pytest.param("rgtg_fast", op, id=f"cpp-{op}") for op in IN_CPP] + [
     pytest.param("rgtg_fast_triton", op, id=f"triton-{op}", marks=needs_triton) for op in IN_TRITON
+]
+# Interpreting each of opcheck's calls takes its time.
+CHECKED = [
+    p if p.values[0] == "rgtg_fast" else pytest.param(*p.values, id=p.id, marks=[*p.marks, SLOW])
+    for p in OPERATORS
 ]
 ON_CPU = [
     pytest.param(b, op, id=f"{b.name}-{op}", marks=needs_triton if "triton" in b.name else ())
@@ -42,7 +48,7 @@ def test_the_operator_has_the_schema_of_its_reference(op):
     assert f"{takes} -> {unnamed}" == registry.schema(op)
 
 
-@over(("space", "op"), OPERATORS)
+@over(("space", "op"), CHECKED)
 def test_opcheck(space, op):
     for given in arguments(op, Size(dtype=torch.bfloat16)):
         torch.library.opcheck(operator(space, op), given)
