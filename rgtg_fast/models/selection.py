@@ -39,9 +39,11 @@ class Selection:
             return out
         return values.gather(1, self.rank.clamp(min=0)).masked_fill(~self.keep, torch.nan)
 
-    def places_of(self, slot: Tensor) -> Tensor:
-        """Where candidate `slot` [B] is among its row's tokens; 0 where nothing of it was kept."""
-        return self.rank.gather(1, slot[:, None])[:, 0].clamp(min=0)
+    def places_of(self, slot: Tensor, at: Tensor | None = None) -> Tensor:
+        """Where candidate `slot` [n] is among the tokens of its row, of the rows `at` [n] (None:
+        all); 0 where nothing of it was kept."""
+        rank = self.rank if at is None else self.rank[at]
+        return rank.gather(1, slot[:, None])[:, 0].clamp(min=0)
 
     def spread(self, states: Tensor) -> Tensor:
         """Packed attention heads [1, H, N, D] as [B, H, n, D], zero where there is no token."""
