@@ -80,9 +80,10 @@ def extension():
     return ext
 
 
-setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
-    packages=[*find_packages(include=["rgtg_fast", "rgtg_fast.*"]), "rgtg_fast.kernels"],
-    package_dir={"rgtg_fast.kernels": "kernels"},
-)
+if __name__ == "__main__":  # tests/support/torch_headers.py reads the extension
+    setup(
+        ext_modules=[extension()],
+        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        packages=[*find_packages(include=["rgtg_fast", "rgtg_fast.*"]), "rgtg_fast.kernels"],
+        package_dir={"rgtg_fast.kernels": "kernels"},
+    )
