@@ -84,7 +84,8 @@ def generate(
         output_candidates: also return ids, log-probabilities and rewards of all candidates.
         check_nan: True raises at the step, None (default) at the step on CPU and at the end on
             CUDA, False never (such a row goes on with its most likely token).
-        backend: of the ops; see `rgtg_fast.ops`.
+        backend: of the ops; see `rgtg_fast.ops`. The environment variable RGTG_BACKEND stands in
+            for "auto", with the same effect.
         sync_every: steps between two looks at whether every row has ended (default 1 on CPU, 16 on
             CUDA, where looking means waiting). Steps beyond the end are cut off: the result does
             not depend on it. With a streamer, `stop_strings` or a stopping criterion other than

@@ -44,7 +44,7 @@ def _why_not_host(call: Call, device: torch.device) -> str | None:
         return f"the stopping criterion {call.plan.foreign} runs on the host"
     if call.policy.check_nan is True:
         return "check_nan=True looks at every step"
-    if call.policy.prune:
+    if call.policy.prune and call.policy.reward_range is not None:
         return "prune=True asks for other candidates at every step"
     if call.record.wants_logits:
         return "output_scores and output_logits keep new tensors at every step"

@@ -179,3 +179,16 @@ def onednn_linear() -> Callable[..., Tensor] | None:
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return None
     return torch.ops.mkldnn._linear_pointwise
+
+
+# CUDA graphs. A capture whose end raises does not end its allocations; torch has no public way to.
+
+
+def leave_pool(device: int, pool: tuple[int, int]) -> None:
+    """Stop allocating into a graph's memory pool, and release the capture's hold on it, where the
+    end of a capture raised before it had done so."""
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it had, or the capture had not begun
+        return
+    torch._C._cuda_releasePool(device, pool)
