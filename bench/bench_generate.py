@@ -22,7 +22,7 @@ import json
 import os
 import platform
 import statistics
-import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from generate_probes import HOLDS_CACHE, kv_memory, overhead
 from plot_generate import plot
 
 import rgtg_fast
+from rgtg_fast.cli.microbench import commit, gpu, processor
 
 SLOW_REPEATS = 2
 COST_PROMPTS, COST_KS, COST_BASE = (64, 128, 256, 512, 1024), (5, 10, 20, 40), (10, 256)
@@ -43,28 +44,16 @@ QUICK_VOCAB, OVERHEAD_VOCAB = 512, 50257
 
 
 def environment(device):
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {
-        "cpu": cpu,
-        "gpu": gpu,
+        "cpu": processor(),
+        **gpu(torch.device(device).type),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "rgtg_fast": rgtg_fast.__version__,
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
     }
 
 
@@ -140,25 +129,38 @@ def measure(args, models, contenders, point):
     generator = torch.Generator().manual_seed(batch * 100_000 + prompt)
     ids = torch.randint(0, models.lm.config.vocab_size, (batch, prompt), generator=generator)
     bench = Bench(models, ids.to(args.device), k, args.new, args.slow_new, args.beta)
-    skipped, runs, memory, rates = {}, {}, {}, []
+    skipped, failed, runs, memory, rates = {}, {}, {}, {}, []
+
+    def attempt(call, name):
+        """None where contender `name` fails: the others go on without it."""
+        if name in failed:
+            return None
+        try:
+            return call(name)
+        except Exception as error:  # its compiler's, out of memory, other tokens
+            failed[name] = " ".join(str(error).split())[:500] or type(error).__name__
+            return None
+
     for name in contenders:
         reason = bench.too_dear(name, args.budget, free_bytes(args.device))
         if reason:
             skipped[name] = reason
         else:
-            bench.answer(name)
+            attempt(bench.answer, name)
             runs[name] = []
     for repeat in range(args.repeats + 1):
         rates.append(bandwidth(args.device, 16 if args.quick else None))
         for name, values in runs.items():
             # A slow contender runs many forwards: it needs no run to warm up, and few repeats.
             if name in SLOW and 1 <= repeat <= SLOW_REPEATS:
-                memory[name] = bench.run_for_memory(name)
+                memory[name] = attempt(bench.run_for_memory, name)
                 values.append(memory[name])
             elif name not in SLOW:
-                run = bench.run(name)
+                run = attempt(bench.run, name)
                 values += [run] if repeat > 0 else []
-    memory |= {name: bench.run_for_memory(name) for name in runs if name not in SLOW}
+    memory |= {name: attempt(bench.run_for_memory, name) for name in runs if name not in SLOW}
+    pruned = attempt(lambda _: bench.candidates_scored(), "pruned") if "pruned" in runs else None
+    runs = {name: values for name, values in runs.items() if name not in failed}
     return {
         "batch": batch,
         "k": k,
@@ -168,7 +170,8 @@ def measure(args, models, contenders, point):
         "bandwidth": {key: statistics.median(r[key] for r in rates) for key in rates[0]},
         "near_ties": bench.near_ties,
         "skipped": skipped,
-        "candidates_scored": bench.candidates_scored() if "pruned" in runs else None,
+        "failed": failed,
+        "candidates_scored": pruned,
         "runs": runs,
         "rows": rows_of(models, runs, memory, rates, batch, args.new),
     }
@@ -233,6 +236,8 @@ def show(args, cell):
         print(f"{LABELS[row['name']]:28}{text}")
     for name, reason in cell["skipped"].items():
         print(f"{LABELS[name]:28} skipped: {reason}")
+    for name, reason in cell["failed"].items():
+        print(f"{LABELS[name]:28} no time, it failed: {reason}")
     if cell["slow_new"] < cell["new"] and any(r["name"] in SLOW for r in cell["rows"]):
         print(
             f"Re-encoding contenders ran {cell['slow_new']} tokens from the middle of the answer "
@@ -243,7 +248,7 @@ def show(args, cell):
         print(f"Pruning left {cell['candidates_scored']:.2f} of {cell['k']} candidates to score.")
     peak = max((row["peak_mb"] for row in cell["rows"]), default=0)
     print(f"Peak memory of the process (CUDA: of its tensors): {peak:.0f} MB.")
-    print(f"All agree on the greedy tokens; near ties decided otherwise: {cell['near_ties']}")
+    print(f"Those with a time agree on the greedy tokens; near ties: {cell['near_ties']}")
 
 
 def table(rows, columns):
@@ -315,6 +320,9 @@ def main(argv=None):
     cells = race(args, points, positions, save)
     if args.plot:
         plot(cells, args.plot)
+    failed = [reason for cell in cells for reason in cell["failed"].values()]
+    if failed:
+        sys.exit("no time for some contenders: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

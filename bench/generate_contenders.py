@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +47,10 @@ def why_not(name, device):
     if name == "adapter" and importlib.util.find_spec("peft") is None:
         return "peft is not installed"
     return None
+
+
+class Disagreement(Exception):
+    """A contender's tokens are not the guided ones: it gets no time."""
 
 
 @dataclass
@@ -168,7 +171,7 @@ class Bench:
             step = int(differs[0])
             margin = float(answer.margins[row, first + step])
             if margin > NEAR_TIE[self.models.lm.dtype]:
-                sys.exit(
+                raise Disagreement(
                     f"{name} disagrees with guided decoding in row {row} at token {first + step}: "
                     f"{int(tokens[row, step])} against {int(wanted[row, step])}, which won by "
                     f"{margin:.4f}; no timings of different answers are printed"

@@ -10,7 +10,6 @@ additive mask [B, 1, k, k + L].
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -89,11 +88,9 @@ _kernels: dict[tuple, Callable[..., Tensor] | None] = {}
 
 def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[..., Tensor] | None:
     """The kernel that fused attention runs on, or None where there is none but the reference."""
-    key = backend, device.type, os.environ.get("RGTG_BACKEND")
+    key = ops.requested(backend), device.type
     if key not in _kernels:
-        if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
-            backend = "auto"
-        kernel = ops.kernel("candidate_attention", backend, device)
+        kernel = ops.kernel_or_auto("candidate_attention", backend, device)
         _kernels[key] = None if kernel is ops.OPS["candidate_attention"] else kernel
     return _kernels[key]
 

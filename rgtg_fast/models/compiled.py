@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from .siblings import SiblingForward
 
 MOST = 8  # forwards kept for a model
-OPTIONS = {"triton.cudagraphs": False}  # the step is captured as a whole (decode/graphs.py)
+OPTIONS: dict[str, Any] = {
+    "triton.cudagraphs": False
+}  # the step is captured as a whole (decode/graphs.py)
 
 
 class _Layer:

@@ -189,3 +189,16 @@ def has_onednn_linear() -> bool:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, for fp32 on x86."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# CUDA graphs. A capture whose end raises does not end its allocations; torch has no public way to.
+
+
+def leave_pool(device: int, pool: tuple[int, int]) -> None:
+    """Stop allocating into a graph's memory pool, and release the capture's hold on it, where the
+    end of a capture raised before it had done so."""
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it had, or the capture had not begun
+        return
+    torch._C._cuda_releasePool(device, pool)

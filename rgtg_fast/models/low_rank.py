@@ -58,7 +58,8 @@ class LowRankLayers:
                 twin = twins[module]
                 patched = twin.__dict__.pop("forward", None)  # by accelerate and others
                 twin.__dict__[_ADAPTER] = _Adapter(patched, b, shared, columns)
-                twin.__class__ = _adapted(type(twin))
+                kind: Any = type(twin)
+                twin.__class__ = _adapted(kind)
         return rows
 
 

@@ -43,6 +43,15 @@ class Selection:
         """Where candidate `slot` [B] is among its row's tokens; 0 where nothing of it was kept."""
         return self.rank.gather(1, slot[:, None])[:, 0].clamp(min=0)
 
+    def states_of(self, slot: Tensor, states: Tensor) -> Tensor:
+        """Of the tokens' states [B, n, H] or [1, N, H], those of candidate `slot` [B]: [B, H]; of a
+        row of which nothing was kept, any."""
+        places = self.places_of(slot)
+        if self.packed:
+            counts = self.keep.sum(1)
+            return states[0, (counts.cumsum(0) - counts + places).clamp(max=states.shape[1] - 1)]
+        return states[torch.arange(len(slot), device=states.device), places]
+
     def spread(self, states: Tensor) -> Tensor:
         """Packed attention heads [1, H, N, D] as [B, H, n, D], zero where there is no token."""
         _, heads, _, dim = states.shape

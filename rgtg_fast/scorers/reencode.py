@@ -44,6 +44,11 @@ class ReencodeScorer(RewardModelScorer):
         pad = getattr(rm.text_config, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < rm.vocab_size else 0
 
+    @property
+    def commits_unscored(self) -> bool:
+        """Nothing but the ids is kept of a step; with EOS "previous", the prefix's reward too."""
+        return self.eos_ids is None
+
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.prompts = [
             row[keep.bool()] for row, keep in zip(input_ids, attention_mask, strict=True)
@@ -78,6 +83,9 @@ class ReencodeScorer(RewardModelScorer):
     def _encode(self, answers: Tensor, keep: Tensor) -> Tensor:
         """Rewards fp32 [B, n] of the prompts followed by answers [B, n, t]; NaN for those not in
         `keep` [B, n]."""
+        out = torch.full(keep.shape, torch.nan, dtype=torch.float32, device=keep.device)
+        if not keep.any():
+            return out
         if self.reward_tokenizer is not None:
             ids, mask = self._tokenize(answers, keep)
         else:
@@ -86,7 +94,6 @@ class ReencodeScorer(RewardModelScorer):
         parts = [
             self._forward(i, m) for i, m in zip(ids.split(step), mask.split(step), strict=True)
         ]
-        out = torch.full(keep.shape, torch.nan, dtype=torch.float32, device=keep.device)
         out[keep] = torch.cat(parts)
         return out
 

@@ -89,7 +89,9 @@ def test_every_contender_gives_the_guided_tokens_and_a_row(bench, shape, tmp_pat
         assert row["peak_mb"] > row["growth_mb"] >= 0
 
 
-def test_a_contender_with_other_tokens_stops_the_benchmark(bench, monkeypatch):
+def test_a_contender_with_other_tokens_gets_no_time_and_the_others_do(
+    bench, monkeypatch, tmp_path, capsys
+):
     script, published = bench("bench_generate"), bench("published")
     right = published.RewardAugmentedProcessor.__init__
     monkeypatch.setattr(
@@ -97,8 +99,51 @@ def test_a_contender_with_other_tokens_stops_the_benchmark(bench, monkeypatch):
         "__init__",
         lambda self, rm, k, beta: right(self, rm, k, -beta),
     )
+    out = tmp_path / "raw.json"
+    wanted = ["--contenders", "rad", "plain", "auto", "--new", "12"]
     with pytest.raises(SystemExit, match="rad disagrees with guided decoding in row 0"):
-        script.main(["--quick", "--contenders", "plain", "rad", "--new", "12"])
+        script.main(["--quick", *wanted, "--json", str(out)])
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert [row["name"] for row in cell["rows"]] == ["plain", "auto"]
+    assert list(cell["failed"]) == ["rad"]
+    assert "LogitsProcessor (RAD)        no time, it failed: rad disag" in capsys.readouterr().out
+
+
+def test_a_contender_that_cannot_run_leaves_the_others_their_times(bench, monkeypatch, tmp_path):
+    script, contenders = bench("bench_generate"), bench("generate_contenders")
+    right, out = contenders.Bench.plain, tmp_path / "raw.json"
+
+    def plain(self, new, **options):
+        if "logits_processor" in options:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, new, **options)
+
+    monkeypatch.setattr(contenders.Bench, "plain", plain)
+    with pytest.raises(SystemExit, match="no time for some contenders: CUDA out of memory"):
+        script.main(["--quick", "--contenders", "rad", "plain", "--json", str(out)])
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert [row["name"] for row in cell["rows"]] == ["plain"]
+
+
+def test_a_benchmark_needs_no_git(bench, monkeypatch):
+    script = bench("bench_generate")
+
+    def run(*command, **options):
+        raise FileNotFoundError(2, "No such file or directory: 'git'")
+
+    monkeypatch.setattr(microbench.subprocess, "run", run)
+    found = script.environment("cpu")
+    assert found["commit"] is None and found["gpu"] is None and found["cpu"]
+    assert microbench.circumstances()["commit"] is None
+
+
+def test_no_plot_without_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(microbench, "find_spec", lambda name: None)
+    out = tmp_path / "raw.json"
+    asked = ["--repeat", "2", "--cases", "1", "--device", "cpu"]
+    main(["bench", "ratio_keep", *asked, "--json", str(out)])
+    assert len({row["case"] for row in json.loads(out.read_text())["rows"]}) == 1
+    assert not out.with_suffix(".png").exists()
 
 
 def test_a_reward_on_the_base_is_held_to_its_own_separate_model(bench, monkeypatch, capsys):

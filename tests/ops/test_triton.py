@@ -115,3 +115,16 @@ def test_without_the_interpreter_cpu_tensors_are_an_error(monkeypatch):
         ops.topk_logprobs(torch.zeros(1, 4), 2, backend="triton")
     if not torch.cuda.is_available():
         assert "TRITON_INTERPRET=1" in installation.info()["backends"]["ratio_step"]["triton"]
+
+
+@pytest.mark.slow
+def test_kernels_are_interpreted_whatever_is_collected_before_them():
+    """tests/decode has a conftest that imports transformers, which imports Triton."""
+    files = ["tests/decode/test_rows.py", "tests/ops/test_triton.py"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "several_chunks"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+    assert "1 passed" in done.stdout, done.stdout[-3000:]
