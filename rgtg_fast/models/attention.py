@@ -26,6 +26,8 @@ from .padding import has_holes
 NAME = "rgtg_candidates"
 # Attribute of a twin's configuration: weak reference to the cache, kernel.
 _DECODING = "rgtg_decoding"
+# The same while `compiled.siblings` is traced, whose cache is a `TracedCache`; else None.
+TRACED = "rgtg_traced"
 Spans = dict[str, int | None]
 
 
@@ -46,7 +48,8 @@ def attend(
     Raises `Unsupported` for attention that is more than softmax over scaled, capped products; the
     probe then chooses masks for the model.
     """
-    held, kernel = module.config.__dict__[_DECODING]
+    decoding = module.config.__dict__
+    held, kernel = decoding[TRACED] or decoding[_DECODING]
     if attention_mask is None or attention_mask.dtype != torch.int64:
         raise Unsupported(f"{type(module).__name__} makes an attention mask of its own")
     if kwargs.get("s_aux") is not None:
@@ -98,6 +101,7 @@ def plug_in(configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tenso
         set_attention(config, NAME)
         # Weakly, or a twin that outlives its call would keep the keys and values alive.
         config.__dict__[_DECODING] = weakref.ref(cache), kernel
+        config.__dict__[TRACED] = None
 
 
 def plain_attention(implementation: str | None) -> bool:
