@@ -16,7 +16,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from transformers.cache_utils import Cache
 from .attention import TRACED
 from .foreign import mark_dynamic
 from .parts import ModelParts, numerics
-
-if TYPE_CHECKING:
-    from .siblings import SiblingForward
 
 MOST = 8  # forwards kept for a model
 OPTIONS: dict[str, Any] = {
@@ -129,7 +126,7 @@ class CompiledSiblings:
         self.kept: Kept
         self.places: list[tuple[int, int]]
 
-    def __call__(self, forward: SiblingForward, ids: Tensor) -> Tensor | None:
+    def __call__(self, forward: Any, ids: Tensor) -> Tensor | None:
         """`forward.siblings(ids)`; None where there is no compiled forward."""
         if self.batch == len(ids):
             return self._run(forward, ids)
@@ -154,7 +151,7 @@ class CompiledSiblings:
             )
         return None
 
-    def _run(self, forward: SiblingForward, ids: Tensor) -> Tensor:
+    def _run(self, forward: Any, ids: Tensor) -> Tensor:
         cache = forward.cache
         (lengths,) = cache.lengths.values()
         hidden, cache.fresh = self.kept(
@@ -172,7 +169,7 @@ class CompiledSiblings:
         return hidden
 
 
-def _mark_dynamic(forward: SiblingForward, ids: Tensor) -> None:
+def _mark_dynamic(forward: Any, ids: Tensor) -> None:
     """The capacity of the stores, and the number of rows where it is not 1."""
     cache, starts = forward.cache, forward.mask.current()
     for store in cache.stores:
@@ -185,7 +182,7 @@ def _mark_dynamic(forward: SiblingForward, ids: Tensor) -> None:
             mark_dynamic(tensor, 0)
 
 
-def _key(forward: SiblingForward, ids: Tensor) -> tuple:
+def _key(forward: Any, ids: Tensor) -> tuple:
     """What a compiled forward of a model is for."""
     parts, device = forward.parts, ids.device
     modes = numerics(device), torch.is_inference_mode_enabled()
