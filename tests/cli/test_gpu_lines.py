@@ -39,7 +39,7 @@ class Written:
                 row = {"us": 1.0, "% of copy": 50.0, "x torch": 2.0, "host": 9.0} | row
                 rows.append({"op": op, "case": case, "implementation": name, **row})
         record = {"rows": rows, "empty launch": {"us": 2.0}}
-        self.write(f"steps/microbench.{op}/{op}.json", record)
+        self.write(f"steps/microbench.{op}/{op}_gpu.json", record)
 
     def cells(self, batch, **rows_by_k):
         """`k10={"auto": {...}}`"""
@@ -47,7 +47,7 @@ class Written:
             {"batch": batch, "k": int(k[1:]), "rows": [{"name": n, **r} for n, r in rows.items()]}
             for k, rows in rows_by_k.items()
         ]
-        self.write(f"steps/generate.b{batch}/generate.json", {"cells": cells})
+        self.write(f"steps/generate.b{batch}/generate_b{batch}_gpu.json", {"cells": cells})
 
     def judge(self, line):
         got, verdict = BY_ID[line].judge(Results(self.out))
@@ -195,7 +195,7 @@ def test_a_dry_run_fills_no_line(report):
 
 def test_figures_that_were_cut_off_read_as_not_run(report):
     report.times("ratio_step", STEP_CASES, cuda=3.0)
-    file = report.out / "steps" / "microbench.ratio_step" / "ratio_step.json"
+    file = report.out / "steps" / "microbench.ratio_step" / "ratio_step_gpu.json"
     file.write_text(file.read_text()[:-10])
     assert report.judge("ratio-step-b1") == (None, "not run")
 

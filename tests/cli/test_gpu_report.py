@@ -187,11 +187,12 @@ def test_a_dry_run_of_every_step_gives_a_full_report(tmp_path):
     got = tmp_path / "x" / "gpu_report"
     for one in chosen(["microbench"]):
         op = one.name.split(".")[1]
-        raw = json.loads((got / "steps" / one.name / f"{op}.json").read_text())
+        raw = json.loads((got / "steps" / one.name / f"{op}_gpu.json").read_text())
         assert {row["implementation"] for row in raw["rows"]} >= {"cpp", "torch"}
         assert raw["empty launch"]["us"] > 0 and raw["copy GB/s"] > 0
     for one in chosen(["generate"]):
-        raw = json.loads((got / "steps" / one.name / "generate.json").read_text())
+        (file,) = (got / "steps" / one.name).glob("generate_b*_gpu.json")
+        raw = json.loads(file.read_text())
         names = {row["name"] for cell in raw["cells"] for row in cell["rows"]}
         assert {"plain", "auto"} <= names
     facts = json.loads((got / "steps" / "environment" / "environment.json").read_text())

@@ -34,7 +34,7 @@ class Results:
         return read_json(self.out / "steps" / "environment" / "environment.json") or {}
 
     def microbench(self, op: str) -> dict[str, Any]:
-        return read_json(self.out / "steps" / f"microbench.{op}" / f"{op}.json") or {}
+        return read_json(self.out / "steps" / f"microbench.{op}" / f"{op}_gpu.json") or {}
 
     def timed(self, op: str, case: str, names: tuple[str, ...] = OURS) -> list[dict[str, Any]]:
         """The rows of a case (by the beginning of its label) that have a time, fastest first."""
@@ -47,7 +47,7 @@ class Results:
 
     def contender(self, batch: int, k: int, name: str) -> dict[str, Any] | None:
         """A row of the generation benchmark."""
-        file = self.out / "steps" / f"generate.b{batch}" / "generate.json"
+        file = self.out / "steps" / f"generate.b{batch}" / f"generate_b{batch}_gpu.json"
         cells = [c for c in (read_json(file) or {}).get("cells", []) if c["k"] == k]
         rows = [row for cell in cells for row in cell["rows"] if row["name"] == name]
         return rows[0] if rows else None

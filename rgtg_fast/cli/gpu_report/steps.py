@@ -89,7 +89,8 @@ def _microbench(op: str) -> Step:
         size = ["--device", "cuda"]
         if place.dry:
             size = ["--device", "cpu", "--cases", "1", "--repeat", "2"]
-        return _python("-m", "rgtg_fast", "bench", op, *size, "--json", place.folder / f"{op}.json")
+        file = place.folder / f"{op}_gpu.json"
+        return _python("-m", "rgtg_fast", "bench", op, *size, "--json", file)
 
     return Step(f"microbench.{op}", argv, limit=150, expected=30, tree=False)
 
@@ -100,7 +101,8 @@ def _generate(batch: int, ks: Sequence[int], contenders: Sequence[str], expected
         if place.dry:
             size = ["--quick", "--device", "cpu", "--new", 4, "--repeats", 1]
         asked = ["--shape", "llama-8b", *size, "--batch", batch, "--contenders", *contenders]
-        return _python("bench/bench_generate.py", *asked, "--json", place.folder / "generate.json")
+        file = place.folder / f"generate_b{batch}_gpu.json"
+        return _python("bench/bench_generate.py", *asked, "--json", file)
 
     return Step(f"generate.b{batch}", argv, limit=2 * expected, expected=expected)
 
