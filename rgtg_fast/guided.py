@@ -20,6 +20,7 @@ from . import ops
 from . import validation as check
 from .decode.call import Call
 from .decode.capture import choose_graph
+from .decode.compiling import choose_compiled
 from .decode.logits import HFLogits, LanguageModel, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
@@ -72,6 +73,7 @@ class RewardGuided:
     reward_range: tuple[float, float] | None = None
     prune: bool | None = None
     cuda_graph: bool | None = None
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check.check_options(self)
@@ -189,6 +191,7 @@ class RewardGuided:
             and scorer.is_linear(input_ids.device),
         )
         call.graph = choose_graph(self.cuda_graph, call)
+        choose_compiled(self.compile, call)
         look = call.graph is None and input_ids.device.type == "cpu"
         if call.graph is not None:
             policy.prune = False  # a captured step asks for the same rewards each time

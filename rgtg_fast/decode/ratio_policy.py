@@ -71,7 +71,7 @@ class RatioPolicy:
 
     @functools.cached_property
     def _keep(self) -> Callable[..., Tensor]:
-        return ops.keep_kernel(self.backend, self.seeds.device)
+        return ops.kernel_or_auto("ratio_keep", self.backend, self.seeds.device)
 
     def _kernel(self, op: str) -> Callable[..., Any]:
         return ops.kernel(op, self.backend, self.seeds.device, len(self.seeds))

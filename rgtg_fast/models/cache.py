@@ -93,6 +93,9 @@ class SiblingCache(Cache):
         self.ends: dict[torch.device, Tensor] = {}  # int64 [1], the store slot of the next token
         self.current: Any = None  # the layer whose attention runs next
         self.selection: Selection | None = None  # of the candidates in the forward; None: all
+        # Of a compiled forward, for each store: the siblings' keys or values [n, B, Hkv, k, D],
+        # which it gives instead of writing them into the scratch slots.
+        self.fresh: list[Tensor] | None = None
 
     @property
     def packed(self) -> Selection | None:
@@ -143,10 +146,10 @@ class SiblingCache(Cache):
         if self.length == self.capacity:
             self._replace_stores(lambda s: self._grown(s))
             self.capacity += self._extra()
-        for store in self.stores:
+        for store, siblings in zip(self.stores, self.fresh or self.stores, strict=True):
             index = slot.to(store.device).view(1, -1, 1, 1, 1)
             n, _, heads, _, dim = store.shape
-            winner = store.gather(3, index.expand(n, -1, heads, 1, dim))
+            winner = siblings.gather(3, index.expand(n, -1, heads, 1, dim))
             store.index_copy_(3, self.ends[store.device], winner)
         self.length += 1
         for device, lengths in self.lengths.items():
@@ -182,17 +185,20 @@ class SiblingCache(Cache):
         room = store.new_empty((*store.shape[:3], self._extra(), store.shape[4]))
         return torch.cat([store, room], dim=3)
 
-    def _replace_stores(self, change: Any) -> None:
+    def places(self) -> list[tuple[int, int]]:
+        """Of the keys and then the values of each layer: which store, and which part of it."""
         where = {store.untyped_storage().data_ptr(): i for i, store in enumerate(self.stores)}
-        places = [
-            (layer, name, where[view.untyped_storage().data_ptr()], view.storage_offset())
-            for layer in self.layers
-            for name, view in (("keys", layer.keys), ("values", layer.values))
-        ]
-        strides = [store.stride(0) for store in self.stores]
+        views = [view for layer in self.layers for view in (layer.keys, layer.values)]
+        found = [(where[v.untyped_storage().data_ptr()], v.storage_offset()) for v in views]
+        return [(i, offset // self.stores[i].stride(0)) for i, offset in found]
+
+    def _replace_stores(self, change: Any) -> None:
+        places = iter(self.places())
         self.stores = [change(store) for store in self.stores]
-        for layer, name, i, offset in places:
-            setattr(layer, name, self.stores[i][offset // strides[i]])
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                store, part = next(places)
+                setattr(layer, name, self.stores[store][part])
         self._set_prefixes()
 
     def _set_prefixes(self) -> None:

@@ -51,6 +51,7 @@ class JointScorer(SiblingScorer):
         self.both = _Both(self.parts)
         sizes = self.k, self.capacity
         self.forward = SiblingForward(self.both, *sizes, self.fused, self.backend)
+        self.forward.compiled = self.compiled
         hidden = self.forward.prefill(self._doubled(input_ids), self._doubled(attention_mask))
         self.next_hidden = hidden[: len(input_ids), -1].clone()  # [B, H], updated in place
         last = last_real(self.both.reward_hidden, attention_mask)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.attention import attention_kernel
 from ..models.cache import SiblingCache
+from ..models.compiled import CompiledSiblings
 from ..models.foreign import Unsupported
 from ..models.padding import last_real
 from ..models.reward_model import RewardModel
@@ -31,6 +32,7 @@ class SiblingScorer(RewardModelScorer):
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.fused = fused
+        self.compiled: CompiledSiblings | None = None  # what `forward` of a call is to run by
         if fused and attention_kernel(self.backend, rm.device) is None:
             raise Unsupported(f"no compiled kernel of candidate_attention runs on {rm.device}")
 
@@ -77,6 +79,7 @@ class TreeScorer(SiblingScorer):
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         sizes = self.k, self.capacity
         self.forward = SiblingForward(self.parts, *sizes, self.fused, self.backend)
+        self.forward.compiled = self.compiled
         hidden = self.forward.prefill(input_ids, attention_mask)
         return self.parts.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
 
