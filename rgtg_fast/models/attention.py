@@ -10,7 +10,6 @@ additive mask [B, 1, k, k + L].
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +26,8 @@ from .padding import has_holes
 NAME = "rgtg_candidates"
 # Attribute of a twin's configuration: weak reference to the cache, kernel.
 _DECODING = "rgtg_decoding"
+# The same while `compiled.siblings` is traced, whose cache is a `TracedCache`; else None.
+TRACED = "rgtg_traced"
 Spans = dict[str, int | None]
 
 
@@ -47,7 +48,8 @@ def attend(
     Raises `Unsupported` for attention that is more than softmax over scaled, capped products; the
     probe then chooses masks for the model.
     """
-    held, kernel = module.config.__dict__[_DECODING]
+    decoding = module.config.__dict__
+    held, kernel = decoding[TRACED] or decoding[_DECODING]
     if attention_mask is None or attention_mask.dtype != torch.int64:
         raise Unsupported(f"{type(module).__name__} makes an attention mask of its own")
     if kwargs.get("s_aux") is not None:
@@ -97,11 +99,9 @@ _kernels: dict[tuple, Callable[..., Tensor] | None] = {}
 
 def attention_kernel(backend: ops.Backend, device: torch.device) -> Callable[..., Tensor] | None:
     """The kernel that fused attention runs on, or None where there is none but the reference."""
-    key = backend, device.type, os.environ.get("RGTG_BACKEND")
+    key = ops.requested(backend), device.type
     if key not in _kernels:
-        if backend != "auto" and ops.unavailable_reason("candidate_attention", backend) is not None:
-            backend = "auto"
-        kernel = ops.kernel("candidate_attention", backend, device)
+        kernel = ops.kernel_or_auto("candidate_attention", backend, device)
         _kernels[key] = None if kernel is ops.OPS["candidate_attention"] else kernel
     return _kernels[key]
 
@@ -112,6 +112,7 @@ def plug_in(configs: list[Any], cache: SiblingCache, kernel: Callable[..., Tenso
         set_attention(config, NAME)
         # Weakly, or a twin that outlives its call would keep the keys and values alive.
         config.__dict__[_DECODING] = weakref.ref(cache), kernel
+        config.__dict__[TRACED] = None
 
 
 def plain_attention(implementation: str | None) -> bool:

@@ -111,6 +111,7 @@ class SiblingCache(Cache):
         # One store per (device, dtype, heads, width) of keys or values: [n, Hkv, N, D], so that
         # `commit` is one gather and one copy for all layers of that shape.
         self.stores: list[Tensor] = []
+        self.by_row: list[Tensor] = []  # the same as [n, B, Hkv, k + capacity, D]; not if ragged
         self.extents: list[Extent] = []  # of each row
         self.ragged = False
         self.loose = False  # rows have left more of a ragged store free than is to be kept
@@ -128,6 +129,9 @@ class SiblingCache(Cache):
         self.rows: Tensor | None = None
         self.places: ByDevice | None = None
         self.seen: ByDevice | None = None
+        # Of a compiled forward, for each store: the siblings' keys or values [n, B, Hkv, k, D],
+        # which it gives instead of writing them into the scratch slots.
+        self.fresh: list[Tensor] | None = None
 
     @property
     def packed(self) -> Selection | None:
@@ -144,25 +148,24 @@ class SiblingCache(Cache):
         """Move the prompts' keys and values, as the layers computed them, into the stores; slots in
         the order `order` [B, L], if given. Row i gets the prompt `copies[i]` (None: its own)."""
         self.capacity = max(self.capacity, length)
-        prompts = self.layers[0].keys.shape[0] if copies is None else len(copies)
-        self._take_layers(self.layers, length)
-        self.extents = in_order([self.width + self.capacity] * prompts)
+        prompts = [_Prompt(layer) for layer in self.layers]
+        batch = prompts[0].keys.shape[0] if copies is None else len(copies)
+        self._take_layers(prompts, length)
+        self.extents = in_order([self.width + self.capacity] * batch)
         self.stores = [self._store_like(s) for s in self.stores]
-        for layer in self.layers:
-            for name in ("keys", "values"):
-                prompt = getattr(layer, name)
+        for store in self.stores:
+            shape, device = (batch,), store.device
+            self.lengths[device] = torch.full(shape, length, dtype=torch.int64, device=device)
+        self._placed([length] * batch)
+        for layer, held in zip(self.layers, prompts, strict=True):
+            for view, prompt in ((layer.keys, held.keys), (layer.values, held.values)):
                 if copies is not None:
                     prompt = prompt[copies.to(prompt.device)]
                 if order is not None:
                     index = order.to(prompt.device)[:, None, :, None]
                     prompt = prompt.gather(2, index.expand_as(prompt))
-                view = self._by_row(self._pool_of(layer, name))
                 view[:, :, : self.width] = 0  # as in `_store_like`
                 view[:, :, self.width : self.width + length] = prompt
-        for store in self.stores:
-            shape, device = (prompts,), store.device
-            self.lengths[device] = torch.full(shape, length, dtype=torch.int64, device=device)
-        self._placed([length] * prompts)
 
     def begin(self, rows: Tensor | None, siblings: int) -> None:
         """A forward of `siblings` candidates of each of `rows` int64 [n] (None: all) is next."""
@@ -198,12 +201,20 @@ class SiblingCache(Cache):
         """Append sibling `slot` [n] to the prefix of each of `rows` int64 [n] (None: of all), in
         all layers."""
         self.reserve(1)
-        for store in self.stores:
+        for i, store in enumerate(self.stores):
             device = store.device
+            here, index = slot.to(device), None if rows is None else rows.to(device)
             offsets, ends = self.offsets[device], self.ends[device]
-            if rows is not None:
-                offsets, ends = offsets[rows.to(device)], ends[rows.to(device)]
-            store.index_copy_(2, ends, store.index_select(2, offsets + slot.to(device)))
+            if index is not None:
+                offsets, ends = offsets[index], ends[index]
+            if self.fresh is None:
+                winner = store.index_select(2, offsets + here)
+            else:
+                fresh = self.fresh[i] if index is None else self.fresh[i][:, index]
+                n, _, heads, _, dim = fresh.shape
+                winner = fresh.gather(3, here.view(1, -1, 1, 1, 1).expand(n, -1, heads, 1, dim))
+                winner = winner[:, :, :, 0].transpose(1, 2)
+            store.index_copy_(2, ends, winner)
         self.advance(1, rows, 1)
 
     def append(self, counts: Tensor, rows: Tensor | None, tokens: int) -> None:
@@ -251,6 +262,8 @@ class SiblingCache(Cache):
         """Keep rows `rows` int64 [n], in that order, and free the others."""
         for device, lengths in self.lengths.items():
             self.lengths[device] = lengths[rows.to(device)]
+        if self.fresh is not None:
+            self.fresh = [states.index_select(1, rows.to(states.device)) for states in self.fresh]
         if self.ragged:
             self.extents = [self.extents[row] for row in rows.tolist()]
             self.loose = self._used() < TIGHT * self.stores[0].shape[2]
@@ -308,6 +321,10 @@ class SiblingCache(Cache):
         known = self.lengths.get(device)
         return next(iter(self.lengths.values())).to(device) if known is None else known
 
+    def parts_of_layers(self) -> list[tuple[int, int]]:
+        """Of the keys and then the values of each layer: which store, and which part of it."""
+        return [layer.at[name] for layer in self.layers for name in ("keys", "values")]
+
     def nbytes(self) -> int:
         """Bytes of the stores."""
         return sum(store.nbytes for store in self.stores)
@@ -349,10 +366,6 @@ class SiblingCache(Cache):
     def _by_extent(self, store: Tensor) -> Tensor:
         """A store [n, Hkv, N, D] of extents of one size, as [n, Hkv, B, k + capacity, D]."""
         return store.unflatten(2, (self.batch, -1) if self.batch else (0, self.width))
-
-    def _by_row(self, pool: Tensor) -> Tensor:
-        """A layer's part [Hkv, N, D] of a store of extents of one size, as [B, Hkv, .., D]."""
-        return self._by_extent(pool[None])[0].transpose(0, 1)
 
     def _make_room(self, lengths: Sequence[int]) -> None:
         """Extents behind those of the rows, for prompts of `lengths`."""
@@ -399,13 +412,16 @@ class SiblingCache(Cache):
         rooms = [e.size - self.width - n for e, n in zip(self.extents, taken, strict=True)]
         self.length = max(taken, default=0)
         self.limit = self.length + min(rooms, default=0)
+        stores = [] if self.ragged else self.stores
+        self.by_row = [self._by_extent(store).transpose(1, 2) for store in stores]
         for layer in self.layers:
             layer.cache = weakref.ref(self)
             layer.key_pool = self._pool_of(layer, "keys")
             layer.value_pool = self._pool_of(layer, "values")
             layer.keys, layer.values = layer.key_pool, layer.value_pool
             if not self.ragged:
-                layer.keys, layer.values = map(self._by_row, (layer.keys, layer.values))
+                places = layer.at["keys"], layer.at["values"]
+                layer.keys, layer.values = (self.by_row[store][i] for store, i in places)
                 layer.prefix_keys = layer.keys[:, :, self.width :]
                 layer.prefix_values = layer.values[:, :, self.width :]
 

@@ -9,15 +9,13 @@ stored; nothing is packed or copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .foreign import FORWARD_HOOKS, PARAMETERS, PRE_HOOKS, onednn_linear
+from .foreign import FORWARD_HOOKS, PARAMETERS, PRE_HOOKS, has_onednn_linear, onednn_linear
 
 _LARGE = 1 << 19  # weights; in a smaller layer the call's overhead (30 µs) outweighs its gain
 _WIDE = 128  # inputs; with fewer the kernel is no faster
@@ -28,12 +26,11 @@ def quicken(twins: list[nn.Module]) -> None:
 
     Only plain `nn.Linear` and GPT-2's `Conv1D` without hooks, with fp32 weights on CPU.
     """
-    kernel = onednn_linear()
-    if kernel is None:
+    if not has_onednn_linear():
         return
     for module in twins:  # there are hundreds, so no function call for each
-        kind = type(module)
-        if kind is not nn.Linear and kind is not Conv1D:
+        quick = _QUICK.get(type(module))
+        if quick is None:
             continue
         attributes = module.__dict__
         weight: Any = attributes[PARAMETERS].get("weight")
@@ -41,32 +38,54 @@ def quicken(twins: list[nn.Module]) -> None:
             type(weight) is nn.Parameter
             and weight.dtype is torch.float32
             and weight.numel() >= _LARGE
-            and weight.shape[0 if kind is Conv1D else 1] >= _WIDE
+            and weight.shape[0 if quick is _Conv1D else 1] >= _WIDE
             and weight.device.type == "cpu"
             and not (attributes[FORWARD_HOOKS] or attributes[PRE_HOOKS])
             and "forward" not in attributes  # accelerate and others patch it too
         ):
-            bias = attributes[PARAMETERS]["bias"]
-            forward = _conv1d if kind is Conv1D else _linear
-            # Not bound to the module: that would be a reference cycle.
-            attributes["forward"] = partial(forward, kernel, weight, bias)
+            module.__class__ = quick
 
 
-def _linear(
-    kernel: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, x: Tensor
-) -> Tensor:
-    if _falls_through(x):
-        return nn.functional.linear(x, weight, bias)
-    return kernel(x, weight, bias, "none", [], "")
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if _falls_through(x):
+            return nn.functional.linear(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias)
 
 
-def _conv1d(kernel: Callable[..., Tensor], weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    rows = x.numel() // max(1, x.shape[-1])
-    # Conv1D stores its weights transposed: for one row the kernel is no faster.
-    if rows < 2 or _falls_through(x):
-        out = torch.addmm(bias, x.view(-1, x.shape[-1]), weight)
-        return out.view(*x.shape[:-1], weight.shape[1])
-    return kernel(x, weight.t(), bias, "none", [], "")
+class _Conv1D(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // max(1, x.shape[-1])
+        # Conv1D stores its weights transposed: for one row the kernel is no faster.
+        if rows < 2 or _falls_through(x):
+            return super().forward(x)
+        return _product(x, self.weight.t(), self.bias)
+
+
+# Classes, not functions in the instances: dynamo compiles anew for every such function.
+_QUICK: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, Conv1D: _Conv1D}
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _traceable(x, weight, bias)
+    return onednn_linear(x, weight, bias)
+
+
+# inductor takes oneDNN's operator for weights that are constants alone; this one it calls as it is.
+_library = torch.library.Library("rgtg_fast_models", "DEF")
+_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+_library.impl("onednn_linear", onednn_linear, "CPU")
+
+
+@torch.library.register_fake("rgtg_fast_models::onednn_linear", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_traceable = torch.ops.rgtg_fast_models.onednn_linear.default
 
 
 def _falls_through(x: Tensor) -> bool:

@@ -171,11 +171,34 @@ def forward_of(module: nn.Module) -> tuple[Any, Any]:
     return type(module).forward, None if own is None else weakref.ref(own)
 
 
+# torch.compile.
+
+
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Have what is compiled for `tensor` serve every size of its dimension `dim`, from 2 on."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+
 # oneDNN's linear, which torch's inductor emits; torch has no public name for it.
 
 
-def onednn_linear() -> Callable[..., Tensor] | None:
-    """`(x, weight, bias, "none", [], "")` -> x @ weight.T + bias for fp32 on x86; None without."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return None
-    return torch.ops.mkldnn._linear_pointwise
+def has_onednn_linear() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, for fp32 on x86."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# CUDA graphs. A capture whose end raises does not end its allocations; torch has no public way to.
+
+
+def leave_pool(device: int, pool: tuple[int, int]) -> None:
+    """Stop allocating into a graph's memory pool, and release the capture's hold on it, where the
+    end of a capture raised before it had done so."""
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it had, or the capture had not begun
+        return
+    torch._C._cuda_releasePool(device, pool)

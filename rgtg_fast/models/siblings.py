@@ -18,6 +18,7 @@ from .attention import (
     plug_in,
 )
 from .cache import SiblingCache
+from .compiled import CompiledSiblings
 from .foreign import Unsupported, attention_of, set_attention
 from .padding import left_padded, positions_of
 from .selection import Selection
@@ -38,6 +39,7 @@ class SiblingForward:
         self, parts: Any, width: int, capacity: int, fused: bool, backend: Any = "auto"
     ) -> None:
         self.parts, self.width, self.capacity = parts, width, capacity
+        self.compiled: CompiledSiblings | None = None
         self.kernel = attention_kernel(backend, parts.device) if fused else None
         if fused and self.kernel is None:
             raise Unsupported(f"no compiled kernel of candidate_attention runs on {parts.device}")
@@ -91,10 +93,14 @@ class SiblingForward:
 
         Of a `selection` of them, those of its tokens: [n, m, H], or [1, N, H] where it is packed.
         """
+        if self.compiled is not None and selection is None and rows is None:
+            hidden = None if self.cache.ragged else self.compiled(self, ids)
+            if hidden is not None:
+                return hidden
         position = self._position(rows).expand(-1, ids.shape[1])
         if selection is not None:
             ids, position = selection.take(ids), selection.take(position)
-        self.cache.selection = selection
+        self.cache.selection, self.cache.fresh = selection, None
         siblings = ids.shape[1] if selection is None else selection.width
         self.cache.begin(rows, siblings)
         if isinstance(self.mask, SiblingStarts):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.on_base import OnBase
 from ..models.padding import at_counts, last_real, without_copies
-from ..models.siblings import SiblingForward
+from ..models.selection import Selection
 from .base import put
 from .tree import SiblingScorer
 
@@ -44,11 +44,12 @@ class JointScorer(SiblingScorer):
     def __init__(self, rm: OnBase, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.copies = 2 if rm.own_rows else 1
+        self.can_skip = rm.device.type == "cpu"  # as TreeScorer
         self.keeps_text = True  # cropping needs the new last token's hidden state too
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.both = _Both(self.parts)
-        self.forward = self._forward()
+        self.forward = self._forward(self.both)
         ids, mask, copies = without_copies(input_ids, attention_mask)
         number = len(ids)
         if copies is not None:
@@ -65,7 +66,7 @@ class JointScorer(SiblingScorer):
     def _join_alike(self, prompts: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         if "forward" not in self.__dict__:
             self.both = _Both(self.parts)
-            self.forward = self._forward()
+            self.forward = self._forward(self.both)
         known, n = self.__dict__.get("next_hidden"), len(prompts)
         before = 0 if known is None else len(known)
         hidden = self.forward.join(prompts * self.copies)
@@ -77,18 +78,32 @@ class JointScorer(SiblingScorer):
         self.next_hidden = newest.clone() if known is None else torch.cat([known, newest])
         return self.parts.rewards(self.both.reward_hidden[:, -1:], self.backend)[:, 0]
 
-    def _forward(self) -> SiblingForward:
-        return SiblingForward(self.both, self.k, self.capacity, self.fused, self.backend)
-
     def _hidden(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        self.selection = None
         hidden = self.forward.siblings(self._doubled(ids), rows=self._both_of(rows))
         self.hidden = hidden[: len(ids)]
         return self.both.reward_hidden
 
+    def _score_kept(self, ids: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
+        if keep.all():
+            return self._score(ids, rows)
+        # An adapter's rows are told by their place in the batch, so they cannot be packed.
+        self.selection = own = Selection(keep, packs=self.fused and self.copies == 1)
+        both = own if self.copies == 1 else Selection(self._doubled(keep), packs=False)
+        hidden = self.forward.siblings(self._doubled(ids), both, self._both_of(rows))
+        self.hidden = hidden[: len(ids)]
+        rewards = self.parts.rewards(self.both.reward_hidden, self.backend)
+        return own.put_back(rewards.to(ids.device))
+
     def _commit(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
-        hidden = self.hidden if at is None else self.hidden[at]
-        index = slot.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-        put(self.next_hidden, hidden.gather(1, index.to(hidden.device))[:, 0], rows)
+        if self.selection is not None:
+            winner = self.selection.states_of(slot, self.hidden, at)
+            slot = self.selection.places_of(slot, at)
+        else:
+            hidden = self.hidden if at is None else self.hidden[at]
+            index = slot.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
+            winner = hidden.gather(1, index.to(hidden.device))[:, 0]
+        put(self.next_hidden, winner, rows)
         self.forward.commit(self._doubled(slot), self._both_of(rows))
 
     def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:

@@ -45,6 +45,11 @@ class ReencodeScorer(RewardModelScorer):
         pad = getattr(rm.text_config, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < rm.vocab_size else 0
 
+    @property
+    def commits_unscored(self) -> bool:
+        """Nothing but the ids is kept of a step; with EOS "previous", the prefix's reward too."""
+        return self.eos_ids is None
+
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.prompts: list[Tensor] = []
         self.answers: list[Tensor] = []  # of each row, int64 [t]
@@ -126,6 +131,9 @@ class ReencodeScorer(RewardModelScorer):
     def _encode(self, answers: list[Tensor], keep: Tensor, rows: Sequence[int]) -> Tensor:
         """Rewards fp32 [n, m] of the rows' prompts followed by answers, [m, t] for each row; NaN
         for those not in `keep` [n, m]."""
+        out = torch.full(keep.shape, torch.nan, dtype=torch.float32, device=keep.device)
+        if not keep.any():
+            return out
         if self.reward_tokenizer is not None:
             ids, mask = self._tokenize(answers, keep, rows)
         else:
@@ -134,7 +142,6 @@ class ReencodeScorer(RewardModelScorer):
         parts = [
             self._forward(i, m) for i, m in zip(ids.split(step), mask.split(step), strict=True)
         ]
-        out = torch.full(keep.shape, torch.nan, dtype=torch.float32, device=keep.device)
         out[keep] = torch.cat(parts)
         return out
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.attention import attention_kernel
 from ..models.cache import SiblingCache
+from ..models.compiled import CompiledSiblings
 from ..models.foreign import Unsupported
 from ..models.padding import at_counts, last_real, without_copies
 from ..models.reward_model import RewardModel
@@ -32,6 +33,7 @@ class SiblingScorer(RewardModelScorer):
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.fused = fused
+        self.compiled: CompiledSiblings | None = None  # what `forward` of a call is to run by
         if fused and attention_kernel(self.backend, rm.device) is None:
             raise Unsupported(f"no compiled kernel of candidate_attention runs on {rm.device}")
 
@@ -62,6 +64,12 @@ class SiblingScorer(RewardModelScorer):
         assert self.forward.position is not None
         return self.forward.position[: len(self.handles), 0]
 
+    def _forward(self, parts: Any) -> SiblingForward:
+        """The forward of a call."""
+        forward = SiblingForward(parts, self.k, self.capacity, self.fused, self.backend)
+        forward.compiled = self.compiled
+        return forward
+
     @abstractmethod
     def _hidden(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         """The candidates' hidden states [n, k, H]."""
@@ -82,18 +90,15 @@ class TreeScorer(SiblingScorer):
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         ids, mask, copies = without_copies(input_ids, attention_mask)
-        self.forward = self._forward()
+        self.forward = self._forward(self.parts)
         hidden = self.forward.prefill(ids, mask, copies)
         rewards = self.parts.rewards(last_real(hidden, mask), self.backend)[:, 0]
         return rewards if copies is None else rewards[copies.to(rewards.device)]
 
     def _join_alike(self, prompts: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         if "forward" not in self.__dict__:
-            self.forward = self._forward()
+            self.forward = self._forward(self.parts)
         return self.parts.rewards(self.forward.join(prompts)[:, -1:], self.backend)[:, 0]
-
-    def _forward(self) -> SiblingForward:
-        return SiblingForward(self.parts, self.k, self.capacity, self.fused, self.backend)
 
     def _hidden(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         self.selection = None

@@ -257,6 +257,25 @@ def test_attention_of_views(backend):
 
 
 @over("backend", backends_of("candidate_attention"))
+@over("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_rows_that_share_a_prefix_or_leave_one_out(backend, dtype):
+    shape = (4, 3, 4, 2, 64, 150, [0, 7, 100, 2], [150, 130, 100, 3])
+    query, keys, values, *rest = attention(dtype, *shape, 90, None)
+    rows = torch.tensor([2, 2, 0, 2])
+    check_attention(backend, query, keys, values, *rest, rows)
+    unread = torch.tensor([False, True, False, True])
+    for prefix in (keys, values):
+        prefix[unread] = NAN
+    (got,) = backend("candidate_attention", query, keys, values, *rest, rows)
+    assert got.isfinite().all()
+    copied = (query, keys[rows], values[rows], *rest)
+    (want,) = backend("candidate_attention", *copied)
+    assert torch.equal(got, want)
+    one = [x[1:2] for x in (query, *rest[:4])]
+    check_attention(backend, one[0], keys, values, *one[1:], *rest[4:], rows[1:2])
+
+
+@over("backend", backends_of("candidate_attention"))
 def test_siblings_do_not_see_each_other(backend):
     arguments = attention(torch.float32, 1, 4, 2, 1, 64, 70, [0], [70], None, None)
     (together,) = backend("candidate_attention", *arguments)

@@ -177,9 +177,13 @@ def check_ratio_keep(backend, *arguments):
     assert torch.equal(got, reference.ratio_keep(*arguments))
 
 
-def torch_attention(q, k_prefix, v_prefix, k_self, v_self, start, length, scale, window, softcap):
+def torch_attention(
+    q, k_prefix, v_prefix, k_self, v_self, start, length, scale, window, softcap, rows=None
+):
     """What one writes in torch: concatenate, mask, softmax, all in the dtype of q."""
     k = q.shape[1]
+    if rows is not None:
+        k_prefix, v_prefix = k_prefix[rows], v_prefix[rows]
     group = q.shape[2] // k_prefix.shape[1]
 
     def all_keys(prefix, own):  # [B, k, Hq, T + 1, D]
@@ -201,9 +205,8 @@ def torch_attention(q, k_prefix, v_prefix, k_self, v_self, start, length, scale,
 
 
 def check_candidate_attention(backend, *arguments):
-    *tensors, start, length, scale, window, softcap = arguments
+    tensors, rest = arguments[:5], arguments[5:]
     (got,) = backend("candidate_attention", *arguments)
-    rest = (start, length, scale, window, softcap)
     exact = torch_attention(*(t.double() for t in tensors), *rest)
     assert got.dtype == tensors[0].dtype and got.shape == exact.shape
     if got.numel():
