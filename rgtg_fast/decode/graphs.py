@@ -59,7 +59,7 @@ class TorchGraph:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.graphs: list[cuda.CUDAGraph] = []
-        self.graph: cuda.CUDAGraph | None = None  # the one that replays
+        self.current = -1  # the place of the one that replays; no reference, see `_hand_on`
         with cuda.device(device):
             self.index = cuda.current_device()
             self.stream, self.pool = _take_stream(self.index), cuda.graph_pool_handle()
@@ -101,12 +101,11 @@ class TorchGraph:
             raise failure from None
         finally:
             failure = None  # a cycle through its traceback would keep the call's caches alive
-        self.graph = graph
+        self.current = len(self.graphs) - 1
 
     def replay(self) -> None:
-        assert self.graph is not None
         with cuda.device(self.device):
-            self.graph.replay()
+            self.graphs[self.current].replay()
 
     def _clean_up(self) -> None:
         """What torch leaves undone where the end of a capture raises."""
