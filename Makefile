@@ -1,12 +1,16 @@
 # make demo and make test need python3, g++ and a package index; nvcc adds the CUDA kernels.
 TORCH ?= torch==2.13.0
-# The oldest torch claimed is 2.10, but its wheels on the usual index are CUDA builds of gigabytes, so
-# the default tests the oldest transformers on the same torch: make test-oldest OLDEST_TORCH=torch==2.10.0
-OLDEST_TORCH ?= $(TORCH)
+# What is claimed beside it; each is a CUDA build that fills 5 to 7 GB in its own environment.
+# PYTHON=python3.12 tests on another Python.
+OLDEST_TORCH ?= torch==2.10.0
 OLDEST_PINS ?= transformers==5.17.0
+NEWEST_TORCH ?= torch
+NEWEST_PINS ?=
 PYTHON ?= python3
 VENV ?= .venv
-PINS ?=
+# The kernels run interpreted and are compiled for machines that are not there. A CUDA torch names
+# the triton it wants; with the CPU build it is the one of the oldest torch.
+PINS ?= triton==3.6.0
 WHEEL_ARCHS ?= 8.0 9.0 10.0 12.0+PTX
 PYTEST_ARGS ?= -q -n 2
 
@@ -14,9 +18,10 @@ BIN := $(VENV)/bin
 DEPS := $(VENV)/.installed-$(subst ==,-,$(TORCH))
 BUILT := $(VENV)/.built
 LINT := $(VENV)/.lint
+HEADER_TOOLS := build/header-tools/.installed
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-slow test-oldest wheel bench study assets lint clean
+.PHONY: demo test test-slow test-oldest test-newest headers wheel bench study assets lint clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgtg_fast demo
@@ -29,6 +34,13 @@ test-slow: $(BUILT)
 
 test-oldest:
 	$(MAKE) test test-slow VENV=.venv-oldest TORCH="$(OLDEST_TORCH)" PINS="$(OLDEST_PINS)"
+
+test-newest:
+	$(MAKE) test test-slow VENV=.venv-newest TORCH="$(NEWEST_TORCH)" PINS="$(NEWEST_PINS)"
+
+# Both ends of what is claimed, without their gigabytes: the sources against the headers alone.
+headers: $(DEPS) $(HEADER_TOOLS)
+	PYTHONPATH=$(dir $(HEADER_TOOLS)) $(BIN)/python tests/support/torch_headers.py build/torch-headers
 
 wheel: $(BUILT)
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHS)" $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
@@ -65,6 +77,11 @@ $(DEPS): pyproject.toml
 
 $(BUILT): $(SOURCES) | $(DEPS)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# Older than 23.3, pip downloads a wheel that it is only asked about.
+$(HEADER_TOOLS): | $(DEPS)
+	$(BIN)/pip install --quiet --upgrade --target $(dir $@) "pip>=24" remotezip
 	touch $@
 
 $(LINT): $(BUILT)

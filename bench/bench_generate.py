@@ -4,12 +4,13 @@
     python bench/bench_generate.py --shape llama --dtype bfloat16 --batch 1 4 16 --json out.json
     python bench/bench_generate.py --grid cost --json cost.json --plot cost.png
     python bench/bench_generate.py --shape llama-8b --device cuda --prompt 512 --k 10 40
+    python bench/bench_generate.py --shape llama --top-p 0.95 --entropy 0.8 --batch 1 16
     python bench/bench_generate.py --memory
     python bench/bench_generate.py --overhead
 
 LM and reward model have the shape of GPT-2 124M (or of a Llama of that size, or of Llama-3.1-8B)
-and random weights; decoding is greedy and nothing stops early. All contenders run in one process,
-interleaved, and the medians are compared.
+and random weights; decoding is greedy, but with --top-p, and nothing stops early. All contenders
+run in one process, interleaved, and the medians are compared.
 
 A run is a whole call. `ms/token` is its time over the new tokens, for all rows of a batch together;
 `decode` is the time after the first token over the other tokens, so without the prompt and without
@@ -22,7 +23,7 @@ import json
 import os
 import platform
 import statistics
-import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -30,11 +31,12 @@ import torch
 import transformers
 from floors import bandwidth, floor_ms
 from generate_contenders import LABELS, SLOW, Bench, Models, why_not
-from generate_models import SHAPES, build_models
+from generate_models import SHAPES, build_models, sharpen
 from generate_probes import HOLDS_CACHE, kv_memory, overhead
 from plot_generate import plot
 
 import rgtg_fast
+from rgtg_fast.cli.microbench import commit, gpu, processor
 
 SLOW_REPEATS = 2
 COST_PROMPTS, COST_KS, COST_BASE = (64, 128, 256, 512, 1024), (5, 10, 20, 40), (10, 256)
@@ -43,28 +45,16 @@ QUICK_VOCAB, OVERHEAD_VOCAB = 512, 50257
 
 
 def environment(device):
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {
-        "cpu": cpu,
-        "gpu": gpu,
+        "cpu": processor(),
+        **gpu(torch.device(device).type),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "rgtg_fast": rgtg_fast.__version__,
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
     }
 
 
@@ -79,6 +69,8 @@ def parse_args(argv=None):
     add("--k", type=int, nargs="+", help="candidates per token (10)")
     add("--new", type=int, help="new tokens (64)")
     add("--beta", type=float, default=1.0, help="weight of the reward (less: more is pruned)")
+    add("--top-p", type=float, help="draw tokens, with this top_p, instead of greedy decoding")
+    add("--entropy", type=float, help="nats among the LM's k candidates, as 0.8 in trained models")
     add("--repeats", type=int, help="timed rounds, after one to warm up (5; --overhead: 15)")
     add(
         "--slow-new",
@@ -139,26 +131,41 @@ def measure(args, models, contenders, point):
     batch, k, prompt = point
     generator = torch.Generator().manual_seed(batch * 100_000 + prompt)
     ids = torch.randint(0, models.lm.config.vocab_size, (batch, prompt), generator=generator)
-    bench = Bench(models, ids.to(args.device), k, args.new, args.slow_new, args.beta)
-    skipped, runs, memory, rates = {}, {}, {}, []
+    sizes = k, args.new, args.slow_new
+    bench = Bench(models, ids.to(args.device), *sizes, args.beta, args.top_p)
+    skipped, failed, runs, memory, rates = {}, {}, {}, {}, []
+
+    def attempt(call, name):
+        """None where contender `name` fails: the others go on without it."""
+        if name in failed:
+            return None
+        try:
+            return call(name)
+        except Exception as error:  # its compiler's, out of memory, other tokens
+            failed[name] = " ".join(str(error).split())[:500] or type(error).__name__
+            return None
+
     for name in contenders:
         reason = bench.too_dear(name, args.budget, free_bytes(args.device))
         if reason:
             skipped[name] = reason
         else:
-            bench.answer(name)
+            attempt(bench.answer, name)
             runs[name] = []
     for repeat in range(args.repeats + 1):
         rates.append(bandwidth(args.device, 16 if args.quick else None))
         for name, values in runs.items():
             # A slow contender runs many forwards: it needs no run to warm up, and few repeats.
             if name in SLOW and 1 <= repeat <= SLOW_REPEATS:
-                memory[name] = bench.run_for_memory(name)
+                memory[name] = attempt(bench.run_for_memory, name)
                 values.append(memory[name])
             elif name not in SLOW:
-                run = bench.run(name)
+                run = attempt(bench.run, name)
                 values += [run] if repeat > 0 else []
-    memory |= {name: bench.run_for_memory(name) for name in runs if name not in SLOW}
+    memory |= {name: attempt(bench.run_for_memory, name) for name in runs if name not in SLOW}
+    counted = [n for n in ("auto", "pruned") if n in runs and (n == "pruned" or args.top_p)]
+    scored = {name: attempt(bench.candidates_scored, name) for name in counted}
+    runs = {name: values for name, values in runs.items() if name not in failed}
     return {
         "batch": batch,
         "k": k,
@@ -168,7 +175,8 @@ def measure(args, models, contenders, point):
         "bandwidth": {key: statistics.median(r[key] for r in rates) for key in rates[0]},
         "near_ties": bench.near_ties,
         "skipped": skipped,
-        "candidates_scored": bench.candidates_scored() if "pruned" in runs else None,
+        "failed": failed,
+        "candidates_scored": scored,
         "runs": runs,
         "rows": rows_of(models, runs, memory, rates, batch, args.new),
     }
@@ -233,17 +241,19 @@ def show(args, cell):
         print(f"{LABELS[row['name']]:28}{text}")
     for name, reason in cell["skipped"].items():
         print(f"{LABELS[name]:28} skipped: {reason}")
+    for name, reason in cell["failed"].items():
+        print(f"{LABELS[name]:28} no time, it failed: {reason}")
     if cell["slow_new"] < cell["new"] and any(r["name"] in SLOW for r in cell["rows"]):
         print(
             f"Re-encoding contenders ran {cell['slow_new']} tokens from the middle of the answer "
             f"(mean length {cell['prompt'] + cell['new'] / 2:.0f}), scaled to {cell['new']}; "
             "--slow-new 0 runs all."
         )
-    if cell["candidates_scored"] is not None:
-        print(f"Pruning left {cell['candidates_scored']:.2f} of {cell['k']} candidates to score.")
+    for name, scored in cell["candidates_scored"].items():
+        print(f"{LABELS[name]} scored {scored or 0:.2f} of {cell['k']} candidates.")
     peak = max((row["peak_mb"] for row in cell["rows"]), default=0)
     print(f"Peak memory of the process (CUDA: of its tensors): {peak:.0f} MB.")
-    print(f"All agree on the greedy tokens; near ties decided otherwise: {cell['near_ties']}")
+    print(f"Those with a time agree on the tokens; near ties: {cell['near_ties']}")
 
 
 def table(rows, columns):
@@ -275,13 +285,15 @@ def race(args, points, positions, save):
     """All points with one pair of models; `save(cells)` after each."""
     contenders = []
     for name in args.contenders:
-        reason = why_not(name, args.device)
+        reason = why_not(name, args.device, args.top_p)
         if reason:
             print(f"{LABELS[name]}: skipped, {reason}")
         else:
             contenders.append(name)
     dtype, small = getattr(torch, args.dtype), QUICK_VOCAB if args.quick else None
     models = Models(*build_models(args.shape, positions, dtype, args.device, small))
+    if args.entropy:
+        sharpen(models.lm, points[0][1], args.entropy)
     models.add_on_base(contenders)
     cells = []
     for point in points:
@@ -315,6 +327,9 @@ def main(argv=None):
     cells = race(args, points, positions, save)
     if args.plot:
         plot(cells, args.plot)
+    failed = [reason for cell in cells for reason in cell["failed"].values()]
+    if failed:
+        sys.exit("no time for some contenders: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,19 @@ import torch
 
 
 def for_gpu(config):
-    chosen = config.getoption("markexpr", "")
+    chosen = config.known_args_namespace.markexpr
     return "gpu" in chosen and "not gpu" not in chosen
 
 
+def pytest_addoption(parser, pluginmanager):
+    # Triton reads it when it is imported, its own library of functions included. This hook runs
+    # before the conftest of a folder is loaded, pytest_configure only after: one that imports
+    # triton (transformers does) would leave that library compiled and the kernels interpreted.
+    if not for_gpu(pluginmanager.get_plugin("pytestconfig")):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_configure(config):
-    if not for_gpu(config):
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     torch.set_num_threads(1)
     # Fills what torch.empty and its C++ kin return with NaN (integers with their maximum), so that
     # reading memory nobody wrote cannot pass unseen.

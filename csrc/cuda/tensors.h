@@ -43,7 +43,7 @@ class DeviceGuard {
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

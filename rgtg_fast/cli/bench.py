@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeat", type=whole(2), default=100, help="timed calls of the op's kernels"
     )
+    parser.add_argument(
+        "--cases", type=whole(1), help="of the op, the first so many (default: all)"
+    )
     parser.add_argument("--threads", type=whole(1), help="of torch, for the op's kernels")
     parser.add_argument("--json", type=Path, help="file for the op's raw figures")
     parser.add_argument("--lm", help="causal LM: folder or hub name (default: the embedded one)")
@@ -56,8 +59,13 @@ def _kernels(args: argparse.Namespace) -> None:
         raise ValueError(f"--json={str(args.json)!r}: name a file, in a folder")
     if args.threads:
         torch.set_num_threads(args.threads)
-    place = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not microbench.run(args.op, args.backend, place, args.repeat, args.json):
+    place = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda":
+        torch.cuda.set_device(place.index or 0)
+    ran = microbench.run(
+        args.op, args.backend, place.type, args.repeat, args.json, cases=args.cases
+    )
+    if not ran:
         raise SystemExit("an implementation differs from the reference; it has no speed")
 
 

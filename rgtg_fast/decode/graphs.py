@@ -15,23 +15,30 @@ from __future__ import annotations
 
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import cuda
 
-WARM_UP = 2  # eager steps before a capture
+from ..models import foreign
+from .waits import module_at, waits_noted
+
+WARM_UP = 2  # eager steps before a capture; the last of them is watched
 WORTH = 16  # fewest steps to come that repay a capture
 
 
 class Graph(Protocol):
-    """What records the launches of a step; `TorchGraph`, and in the tests its emulation on CPU."""
+    """What records the launches of a step: `TorchGraph`."""
 
     def __init__(self, device: torch.device) -> None: ...
 
     def warm_up(self, step: Callable[[], None]) -> None:
         """Run a step as it is, where the capture will run."""
+
+    def rehearse(self, step: Callable[[], None]) -> list[str]:
+        """As `warm_up`; where in it the host waited for the device, which no capture takes."""
 
     def capture(self, step: Callable[[], None]) -> None:
         """Record a step without computing it; a failure leaves the device as it was."""
@@ -41,45 +48,90 @@ class Graph(Protocol):
 
 
 class TorchGraph:
-    """A `torch.cuda.CUDAGraph`; captures after the first share its memory."""
+    """A `torch.cuda.CUDAGraph`; captures after the first share its memory and its stream.
+
+    Those before are kept until this object goes: torch 2.12 and 2.13 free the cuBLAS workspace of
+    a graph's capture stream with the graph, though later ones of that stream replay on it. So no
+    two objects share a stream either. One that has gone hands its stream on: for each stream that
+    has been used, torch up to 2.11 keeps a workspace (32 MiB on an H200) for ever.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.graph: torch.cuda.CUDAGraph | None = None
-        with torch.cuda.device(device):
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.graphs: list[cuda.CUDAGraph] = []
+        self.current = -1  # the place of the one that replays; no reference, see `_hand_on`
+        with cuda.device(device):
+            self.index = cuda.current_device()
+            self.stream, self.pool = _take_stream(self.index), cuda.graph_pool_handle()
+        end = weakref.finalize(self, _hand_on, self.index, self.stream, self.graphs)
+        end.atexit = False  # at exit the driver may be gone
 
     def warm_up(self, step: Callable[[], None]) -> None:
-        outside = torch.cuda.current_stream(self.device)
+        outside = cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with cuda.device(self.device), cuda.stream(self.stream):
             step()
         outside.wait_stream(self.stream)
 
+    def rehearse(self, step: Callable[[], None]) -> list[str]:
+        with waits_noted() as places:
+            self.warm_up(step)
+        return places
+
     def capture(self, step: Callable[[], None]) -> None:
-        graph, failure = torch.cuda.CUDAGraph(), None
+        graph, failure = cuda.CUDAGraph(), None
+        self.graphs.append(graph)
         # "thread_local": allocations by other threads would break a capture in the default mode.
         mode: dict[str, Any] = {"stream": self.stream, "capture_error_mode": "thread_local"}
-        recording = torch.cuda.graph(graph, pool=self.pool, **mode)
+        recording = cuda.graph(graph, pool=self.pool, **mode)
         try:
             # A capture whose end raises leaves its stream current; the outer context resets it.
-            with torch.cuda.device(self.device), torch.cuda.stream(self.stream), recording:
+            with cuda.device(self.device), cuda.stream(self.stream), recording:
                 try:
                     step()
-                except Exception as error:
+                except BaseException as error:
                     failure = error
                     raise
-        except Exception as error:  # the end of a failed capture raises too: not that error
-            raise failure or error from None
-        self.graph = graph  # frees the graph before: its memory pool must stay in use until now
+        except BaseException as error:
+            self._clean_up()
+            if failure is None or failure is error:
+                raise
+            # The end of a failed capture raises too, with `failure` among its frame's arguments.
+            error.__traceback__ = None
+            raise failure from None
+        finally:
+            failure = None  # a cycle through its traceback would keep the call's caches alive
+        self.current = len(self.graphs) - 1
 
     def replay(self) -> None:
-        assert self.graph is not None
-        with torch.cuda.device(self.device):
-            self.graph.replay()
+        with cuda.device(self.device):
+            self.graphs[self.current].replay()
+
+    def _clean_up(self) -> None:
+        """What torch leaves undone where the end of a capture raises."""
+        # Up to 2.12 the generator stays in capture: every random op of the process would raise
+        # "Offset increment outside graph capture". A copy of its state does not.
+        generator = cuda.default_generators[self.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        # Allocations would go on into the pool, as a filter of the graph says that may be gone by
+        # then, and the pool would never be freed.
+        foreign.leave_pool(self.index, self.pool)
 
 
 GRAPHS: dict[str, type[Graph]] = {"cuda": TorchGraph}
+_streams: dict[int, list[cuda.Stream]] = {}  # by device: those that no object captures on
+
+
+def _take_stream(device: int) -> cuda.Stream:
+    try:
+        return _streams[device].pop()
+    except (KeyError, IndexError):
+        return cuda.Stream()
+
+
+def _hand_on(device: int, stream: cuda.Stream, graphs: list[cuda.CUDAGraph]) -> None:
+    graphs.clear()  # first, as each clears the workspaces of its stream
+    _streams.setdefault(device, []).append(stream)
 
 
 class Runner:
@@ -101,9 +153,14 @@ class Runner:
             self._replay(self.graph)
         elif self.failed or left < WORTH:
             self.step()
-        elif self.warm < WARM_UP:
+        elif self.warm < WARM_UP - 1:
             self.graph.warm_up(self.step)
             self.warm += 1
+        elif self.warm < WARM_UP:
+            places = self.graph.rehearse(self.step)
+            self.warm += 1
+            if places:
+                self._give_up(f"the host waits for the device{places[0]}")
         else:
             self._capture(self.graph)
             self(left)
@@ -123,22 +180,21 @@ class Runner:
             graph.capture(self.step)
             self.captured = True
         except Exception as error:  # whatever a foreign model does that no graph can hold
-            self.failed = True
-            warnings.warn(
-                f"no CUDA graph could be made of the guided step: {_explain(error)}; steps are "
-                "launched one by one (pass cuda_graph=False not to try)",
-                stacklevel=2,
-            )
+            self._give_up(_explain(error))
         for cache, length in zip(self.caches(), lengths, strict=True):
             cache.length = length
+
+    def _give_up(self, why: str) -> None:
+        self.failed = True
+        warnings.warn(
+            f"no CUDA graph could be made of the guided step: {why}; steps are launched one by one "
+            "(pass cuda_graph=False not to try)",
+            stacklevel=2,
+        )
 
 
 def _explain(error: BaseException) -> str:
     """The error, and the module and line it came from."""
     text = str(error).strip().splitlines()
-    where = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if isinstance(owner := frame.f_locals.get("self"), nn.Module):
-            file = frame.f_code.co_filename.rsplit("/", 1)[-1]
-            where = f" in {type(owner).__name__} ({file}:{line})"
+    where = module_at(reversed(list(traceback.walk_tb(error.__traceback__))))
     return f"{type(error).__name__}{where}: {text[0][:200] if text else ''}"

@@ -14,3 +14,11 @@ def has_kernel_for(operator: str, key: str) -> bool:
         RuntimeError: if there is no such operator.
     """
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+def sleep_on_gpu(cycles: int) -> None:
+    """Keeps the current CUDA stream busy for so many cycles of its clock, without memory traffic.
+
+    torch (2.13) has no public call for it; its own tests use this one.
+    """
+    torch.cuda._sleep(cycles)

@@ -79,7 +79,7 @@ def test_every_contender_gives_the_guided_tokens_and_a_row(bench, shape, tmp_pat
         reason = contenders.why_not(name, "cpu")
         assert (name in rows) == (reason is None)
         assert reason is None or f"{contenders.LABELS[name]}: skipped, {reason}" in printed
-    assert ("pruned" in rows) == (cell["candidates_scored"] is not None)
+    assert ("pruned" in rows) == ("pruned" in cell["candidates_scored"])
     for row in rows.values():
         assert row["decode_ms"] > 0
         assert row["tokens_per_s"] == pytest.approx(1000 / row["ms_per_token"])
@@ -89,7 +89,31 @@ def test_every_contender_gives_the_guided_tokens_and_a_row(bench, shape, tmp_pat
         assert row["peak_mb"] > row["growth_mb"] >= 0
 
 
-def test_a_contender_with_other_tokens_stops_the_benchmark(bench, monkeypatch):
+def test_drawn_tokens_are_checked_too_and_few_candidates_scored(bench, tmp_path, capsys):
+    out = tmp_path / "raw.json"
+    wanted = ["--contenders", "plain", "auto", "head", "rad", "--new", "12", "--json", str(out)]
+    bench("bench_generate").main(["--quick", "--top-p", "0.9", "--entropy", "0.5", *wanted])
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert [row["name"] for row in cell["rows"]] == ["plain", "auto", "head"]
+    assert 1 <= cell["candidates_scored"]["auto"] < 4
+    assert "RAD): skipped, it is run greedily" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_the_output_layer_is_scaled_to_an_entropy(bench, shape):
+    models = bench("generate_models")
+    lm, _ = models.build_models(shape, 100, torch.float32, small=64)
+    inputs = lm.get_input_embeddings().weight.clone()
+    models.sharpen(lm, 4, 0.3)
+    ids = torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(3))
+    p = lm(ids).logits.topk(4).values.softmax(-1)
+    assert torch.special.entr(p).sum(-1).mean().item() == pytest.approx(0.3, abs=1e-3)
+    assert torch.equal(lm.get_input_embeddings().weight, inputs)
+
+
+def test_a_contender_with_other_tokens_gets_no_time_and_the_others_do(
+    bench, monkeypatch, tmp_path, capsys
+):
     script, published = bench("bench_generate"), bench("published")
     right = published.RewardAugmentedProcessor.__init__
     monkeypatch.setattr(
@@ -97,8 +121,51 @@ def test_a_contender_with_other_tokens_stops_the_benchmark(bench, monkeypatch):
         "__init__",
         lambda self, rm, k, beta: right(self, rm, k, -beta),
     )
+    out = tmp_path / "raw.json"
+    wanted = ["--contenders", "rad", "plain", "auto", "--new", "12"]
     with pytest.raises(SystemExit, match="rad disagrees with guided decoding in row 0"):
-        script.main(["--quick", "--contenders", "plain", "rad", "--new", "12"])
+        script.main(["--quick", *wanted, "--json", str(out)])
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert [row["name"] for row in cell["rows"]] == ["plain", "auto"]
+    assert list(cell["failed"]) == ["rad"]
+    assert "LogitsProcessor (RAD)        no time, it failed: rad disag" in capsys.readouterr().out
+
+
+def test_a_contender_that_cannot_run_leaves_the_others_their_times(bench, monkeypatch, tmp_path):
+    script, contenders = bench("bench_generate"), bench("generate_contenders")
+    right, out = contenders.Bench.plain, tmp_path / "raw.json"
+
+    def plain(self, new, **options):
+        if "logits_processor" in options:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, new, **options)
+
+    monkeypatch.setattr(contenders.Bench, "plain", plain)
+    with pytest.raises(SystemExit, match="no time for some contenders: CUDA out of memory"):
+        script.main(["--quick", "--contenders", "rad", "plain", "--json", str(out)])
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert [row["name"] for row in cell["rows"]] == ["plain"]
+
+
+def test_a_benchmark_needs_no_git(bench, monkeypatch):
+    script = bench("bench_generate")
+
+    def run(*command, **options):
+        raise FileNotFoundError(2, "No such file or directory: 'git'")
+
+    monkeypatch.setattr(microbench.subprocess, "run", run)
+    found = script.environment("cpu")
+    assert found["commit"] is None and found["gpu"] is None and found["cpu"]
+    assert microbench.circumstances()["commit"] is None
+
+
+def test_no_plot_without_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(microbench, "find_spec", lambda name: None)
+    out = tmp_path / "raw.json"
+    asked = ["--repeat", "2", "--cases", "1", "--device", "cpu"]
+    main(["bench", "ratio_keep", *asked, "--json", str(out)])
+    assert len({row["case"] for row in json.loads(out.read_text())["rows"]}) == 1
+    assert not out.with_suffix(".png").exists()
 
 
 def test_a_reward_on_the_base_is_held_to_its_own_separate_model(bench, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import re
+import threading
+import warnings
 
 import pytest
 import torch
@@ -139,6 +141,65 @@ def test_what_cannot_be_captured_runs_eagerly_and_spoils_nothing(made):
     assert torch.equal(got.sequences, want.sequences) and made[0].played == 0
     assert torch.equal(guided(lm, rm, cuda_graph=True).sequences, want.sequences)
     assert made[1].played > 0
+
+
+@pytest.mark.parametrize("seen", ["in the rehearsal", "at the capture"])
+def test_a_failed_capture_leaves_the_process_as_it_was(made, seen):
+    """Random numbers, the debug mode, and memory that neither a pool nor a stream keeps."""
+    lm, rm = moved(zoo.lm("llama")), moved(zoo.rm("llama"))
+    guided(lm, rm, cuda_graph=True)
+    assert made[0].played > 0
+    limit = 0 if seen == "in the rehearsal" else 1 + graphs.WARM_UP
+    norm = lm.model.layers[1].input_layernorm
+    lm.model.layers[1].input_layernorm = OddNorm(norm, limit)
+    held = []
+    for _ in range(4):
+        del made[:]
+        with pytest.warns(UserWarning, match="no CUDA graph"):
+            guided(lm, rm)
+        torch.manual_seed(3)
+        first = torch.rand(4, device=DEVICE)
+        torch.manual_seed(3)
+        assert torch.equal(torch.rand(4, device=DEVICE), first)
+        assert torch.cuda.get_sync_debug_mode() == 0
+        assert not torch.cuda.is_current_stream_capturing()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert held[-1] <= held[1]
+    lm.model.layers[1].input_layernorm = norm
+    assert_same_with_graph(made, lm, rm, do_sample=True)
+
+
+def test_another_threads_waits_are_no_reason(made):
+    lm, rm = moved(zoo.lm("llama")), moved(zoo.rm("llama"))
+    stop, x = threading.Event(), torch.ones(4, device=DEVICE)
+
+    def wait():
+        while not stop.is_set():
+            x.sum().item()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            guided(lm, rm, cuda_graph=True)
+    finally:
+        stop.set()
+        thread.join()
+    assert made[0].played > 0
+
+
+def test_streams_are_handed_on(made):
+    """For each stream torch up to 2.11 keeps a cuBLAS workspace for ever."""
+    lm, rm = moved(zoo.lm("llama")), moved(zoo.rm("llama"))
+    streams = set()
+    for _ in range(5):
+        guided(lm, rm, cuda_graph=True)
+        streams.add(made[0].stream.cuda_stream)
+        del made[:]
+    assert len(streams) == 1
 
 
 def test_memory_is_given_back_after_each_call(made):

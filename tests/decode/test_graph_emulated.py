@@ -1,12 +1,24 @@
 """The emulation of CUDA graphs has their semantics: what it says of a step holds on a GPU."""
 
+import gc
+import warnings
+
 import pytest
 import torch
-from graph_emulated import EmulatedGraph, NotCapturable
+from graph_emulated import Freed, NotCapturable, install
+
+from rgtg_fast.decode import graphs, waits
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch):
+    return install(monkeypatch)
 
 
 def captured(step):
-    graph = EmulatedGraph(torch.device("cpu"))
+    graph = graphs.TorchGraph(CPU)
     graph.capture(step)
     return graph
 
@@ -96,3 +108,87 @@ WAITS = {
 def test_what_waits_for_the_device_cannot_be_captured(what):
     with pytest.raises(NotCapturable, match="not permitted when stream is capturing"):
         captured(WAITS[what])
+
+
+@pytest.mark.parametrize("what", sorted(WAITS.keys() - {"random"}))
+def test_what_waits_for_the_device_is_warned_of_in_the_debug_mode(cuda, what):
+    with warnings.catch_warnings(record=True) as quiet, cuda.stream(cuda.main):
+        warnings.simplefilter("always")
+        WAITS[what]()
+        assert not quiet
+        cuda.set_sync_debug_mode("warn")
+        WAITS[what]()
+    assert str(quiet[0].message).startswith(waits.WAITED)
+
+
+def test_after_an_error_a_capture_takes_nothing_and_its_end_raises(cuda):
+    def step():
+        with pytest.raises(NotCapturable):
+            X.sum().item()
+        X + 1
+
+    with pytest.raises(NotCapturable, match="not permitted"):
+        captured(step)
+
+
+def test_a_capture_that_swallows_an_error_fails_at_its_end(cuda):
+    def step():
+        with pytest.raises(NotCapturable):
+            X.sum().item()
+
+    with pytest.raises(RuntimeError, match="Invalidated"):
+        captured(step)
+
+
+def test_memory_freed_since_the_capture_is_not_replayed_on():
+    x = [torch.zeros(2), torch.ones(2)]
+    graph = captured(lambda: x[0].add_(x[1]))
+    graph.replay()
+    assert x[0].tolist() == [1, 1]
+    del x[1]
+    with pytest.raises(Freed, match="freed since the capture"):
+        graph.replay()
+
+
+def test_memory_of_a_graph_that_has_gone_is_not_used(cuda):
+    held = []
+    graph = captured(lambda: held.append(X + 1))
+    with cuda.stream(cuda.main):
+        held[0] + 1
+        del graph
+        with pytest.raises(Freed, match="graph that has gone"):
+            held[0] + 1
+    with pytest.raises(Freed, match="graph that has gone"):
+        captured(lambda: held[0] + 1)
+    held.clear()
+    captured(lambda: X + 1).replay()
+
+
+def test_a_graph_takes_the_workspace_of_its_stream_with_it(cuda):
+    """torch 2.12 and 2.13; as if two objects shared a stream."""
+    a, stream = torch.ones(2, 2), cuda.Stream()
+    recorded = [cuda.CUDAGraph(), cuda.CUDAGraph()]
+    for graph in recorded:
+        with cuda.stream(stream), cuda.graph(graph, cuda.graph_pool_handle(), stream, "global"):
+            a @ a
+    recorded[1].replay()
+    del recorded[0], graph
+    with pytest.raises(Freed, match="workspace"):
+        recorded[0].replay()
+
+
+@pytest.mark.parametrize("leaves_generator", [True, False])
+def test_a_capture_that_fails_leaves_generator_and_pool(monkeypatch, leaves_generator):
+    """Without what `TorchGraph` does about it."""
+    cuda = install(monkeypatch, leaves_generator=leaves_generator)
+    graph, pool, stream = cuda.CUDAGraph(), cuda.graph_pool_handle(), cuda.Stream()
+    with pytest.raises(RuntimeError), cuda.stream(stream), cuda.graph(graph, pool, stream, ""):
+        X.sum().item()
+    if leaves_generator:
+        with cuda.stream(cuda.main), pytest.raises(RuntimeError, match="Offset increment outside"):
+            torch.rand(2)
+    with pytest.raises(RuntimeError, match="already recording"):
+        cuda.graph(cuda.CUDAGraph(), pool, stream, "").__enter__()
+    del graph
+    gc.collect()
+    assert cuda.pools == {pool: 1}

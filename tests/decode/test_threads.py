@@ -1,5 +1,6 @@
 """Guided calls from many threads, and interrupted ones: right tokens, models as they were."""
 
+import copy
 import functools
 import gc
 import sys
@@ -14,14 +15,21 @@ from test_state import assert_unchanged, snapshot
 
 import rgtg_fast
 from rgtg_fast.models import cache, twin
-from rgtg_fast.scorers import AutoregressiveScorer, RewardAdapter, RewardHead, VocabRewardScorer
+from rgtg_fast.scorers import (
+    AttentionCreditScorer,
+    AutoregressiveScorer,
+    RewardAdapter,
+    RewardHead,
+    VocabRewardScorer,
+)
 
 OPTIONS = {"k": 5, "beta": 2.0, "do_sample": True, "max_new_tokens": 5}
 
 
 def guided(lm, rm, seed, **options):
     inputs = tiny.prompts(5, 9, seed=seed)
-    return rgtg_fast.generate(lm, reward_model=rm, **inputs, **OPTIONS, seed=seed, **options)
+    options = {**inputs, **OPTIONS, "seed": seed} | options
+    return rgtg_fast.generate(lm, reward_model=rm, **options)
 
 
 def in_threads(works):
@@ -178,7 +186,8 @@ def test_an_interrupt_anywhere_leaves_the_models_as_they_were(positions):
     assert guided(lm, rm, 1).tolist() == wanted
 
 
-KINDS = ["fused", "masked", "expand", "reencode", "genarm", "farma", "joint"]
+KINDS = ["fused", "masked", "expand", "reencode", "genarm", "farma", "credit", "joint", "holes"]
+KINDS += ["whole model", "text"]
 
 
 def reward_of(kind, lm):
@@ -189,8 +198,21 @@ def reward_of(kind, lm):
     if kind == "joint":
         return RewardHead(lm, torch.randn(32, generator=torch.Generator().manual_seed(0))), {}
     rm = tiny.llama_rm()
+    if kind == "credit":
+        return AttentionCreditScorer(rm), {}
     if kind == "masked":
         return rm, {"backend": "reference"}
+    if kind == "whole model":  # the language model by Hugging Face's own loop
+        return rm, {"cache_implementation": "static"}
+    if kind == "holes":
+        mask = tiny.prompts(5, 9)["attention_mask"]
+        mask[:, -2] = 0
+        return rm, {"attention_mask": mask}
+    if kind == "text":
+        theirs = copy.deepcopy(tiny.tokenizer())
+        theirs.add_tokens(["parcel"])
+        rm.resize_token_embeddings(len(theirs))
+        return rm, {"tokenizer": theirs, "reward_tokenizer": tiny.tokenizer()}
     return rm, {"reward_method": {"fused": "tree"}.get(kind, kind)}
 
 
@@ -227,8 +249,6 @@ def test_nothing_of_a_call_is_alive_after_it(kind, fails, monkeypatch):
             guided(lm, rm, 0, logits_processor=[broken], **options)
         except RuntimeError:
             assert fails
-        if hasattr(rm, "finish"):  # a scorer that is kept
-            rm.finish()
         assert len(made) > 1
         alive = [type(ref()).__name__ for ref in made if ref() is not None]
         assert not alive

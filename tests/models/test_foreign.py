@@ -1,5 +1,7 @@
 """What the private names of transformers and torch must still mean."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -76,11 +78,11 @@ def test_hooks_and_compiled_forwards_are_seen():
 
 
 def test_onednns_linear_is_a_linear():
-    kernel = foreign.onednn_linear()
+    kernel = foreign.onednn_linear if foreign.has_onednn_linear() else None
     if kernel is None:
         pytest.skip("no oneDNN on this CPU")
     x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
-    got = kernel(x, weight, bias, "none", [], "")
+    got = kernel(x, weight, bias)
     torch.testing.assert_close(got, nn.functional.linear(x, weight, bias))
 
 
@@ -113,3 +115,23 @@ def test_generate_holds_its_streamer_where_it_is_looked_for(streamer):
 
 def test_no_streamer_outside_of_generate():
     assert foreign.streamer_of_caller(tiny.llama_lm()) is None
+
+
+def test_a_capture_leaves_its_pool_by_functions_that_torch_has(monkeypatch):
+    stubs = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        assert f"def {name}(device: _int, mempool_id: tuple[_int, _int]) -> None" in stubs
+    calls = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *a: calls.append(("end", *a)))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *a: calls.append(("release", *a)))
+    foreign.leave_pool(1, (0, 7))
+    assert calls == [("end", 1, (0, 7)), ("release", 1, (0, 7))]
+
+
+def test_a_pool_that_was_left_is_not_released_again(monkeypatch):
+    def raises(*_):
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", raises)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: pytest.fail("released"))
+    foreign.leave_pool(0, (0, 1))

@@ -18,3 +18,10 @@ def test_a_kernel_is_found_for_its_own_key_and_no_other():
 def test_an_operator_that_does_not_exist_is_a_runtime_error():
     with pytest.raises(RuntimeError):
         foreign.has_kernel_for("rgtg_contract::nothing", "CPU")
+
+
+def test_the_gpu_can_be_put_to_sleep_for_a_number_of_cycles(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "_sleep", asked.append)  # raises where torch has none
+    foreign.sleep_on_gpu(1000)
+    assert asked == [1000]

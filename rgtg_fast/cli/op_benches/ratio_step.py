@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..microbench import EMPTY, Case
+from ..microbench import Case
 from .ratio_sample import policy, race
 
 
@@ -17,7 +17,6 @@ def chain(logprobs: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
 
 
 def cases(device: str) -> Iterator[Case]:
-    nothing = torch.zeros(1, device=device)
     for rows in (1, 8, 64):
 
         def make(rows: int = rows) -> tuple:
@@ -28,5 +27,4 @@ def cases(device: str) -> Iterator[Case]:
             return logprobs, hidden, weight, ids, *policy(rows, device)
 
         least = rows * 10 * (8192 + 24) + 8192
-        others = {EMPTY: lambda *_: nothing.zero_()}
-        yield Case(f"B={rows} k=10 H=4096 bfloat16", make, least, chain, others)
+        yield Case(f"B={rows} k=10 H=4096 bfloat16", make, least, chain)
