@@ -17,7 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from transformers.cache_utils import Cache
 from .attention import TRACED
 from .foreign import mark_dynamic
 from .parts import ModelParts, numerics
-
-if TYPE_CHECKING:
-    from .siblings import SiblingForward
 
 MOST = 8  # forwards kept for a model
 # Our own capture (decode/graphs.py) is of the whole step.
@@ -42,12 +39,13 @@ class _Layer:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.prefix_keys, self.prefix_values = keys, values
+        self.key_pool = keys
 
 
 class TracedCache(Cache):
     """What a forward that is being traced sees of a `SiblingCache`."""
 
-    packed = None
+    packed = seen = None
 
     def __init__(self, prefixes: list[_Layer], lengths: Tensor) -> None:
         self.layers: list[Any] = prefixes
@@ -131,7 +129,7 @@ class CompiledSiblings:
         self.kept: Kept
         self.places: list[tuple[int, int]]
 
-    def __call__(self, forward: SiblingForward, ids: Tensor) -> Tensor | None:
+    def __call__(self, forward: Any, ids: Tensor) -> Tensor | None:
         """`forward.siblings(ids)`; None where there is no compiled forward."""
         if self.batch == len(ids):
             return self._run(forward, ids)
@@ -140,7 +138,7 @@ class CompiledSiblings:
         reason = forwards.hopeless(key)
         if reason is None:
             self.kept = forwards.get(key)
-            self.places = forward.cache.places()
+            self.places = forward.cache.parts_of_layers()
             _mark_dynamic(forward, ids)
             try:
                 hidden = self._run(forward, ids)
@@ -156,7 +154,7 @@ class CompiledSiblings:
             )
         return None
 
-    def _run(self, forward: SiblingForward, ids: Tensor) -> Tensor:
+    def _run(self, forward: Any, ids: Tensor) -> Tensor:
         cache = forward.cache
         (lengths,) = cache.lengths.values()
         hidden, cache.fresh = self.kept(
@@ -168,26 +166,26 @@ class CompiledSiblings:
             ids,
             forward.position,
             forward.mask.current(),
-            cache.stores,
+            cache.by_row,
             lengths,
         )
         return hidden
 
 
-def _mark_dynamic(forward: SiblingForward, ids: Tensor) -> None:
+def _mark_dynamic(forward: Any, ids: Tensor) -> None:
     """The capacity of the stores, and the number of rows where it is not 1."""
     cache, starts = forward.cache, forward.mask.current()
-    for store in cache.stores:
+    for store in cache.by_row:
         mark_dynamic(store, 3)
     if len(ids) > 1:
-        for store in cache.stores:
+        for store in cache.by_row:
             mark_dynamic(store, 1)
         of_types = starts.values() if isinstance(starts, dict) else [starts]
         for tensor in (ids, forward.position, *cache.lengths.values(), *of_types):
             mark_dynamic(tensor, 0)
 
 
-def _key(forward: SiblingForward, ids: Tensor) -> tuple:
+def _key(forward: Any, ids: Tensor) -> tuple:
     """What a compiled forward of a model is for."""
     parts, device = forward.parts, ids.device
     modes = numerics(device), torch.is_inference_mode_enabled()
