@@ -37,12 +37,13 @@ class _Layer:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.prefix_keys, self.prefix_values = keys, values
+        self.key_pool = keys
 
 
 class TracedCache(Cache):
     """What a forward that is being traced sees of a `SiblingCache`."""
 
-    packed = None
+    packed = seen = None
 
     def __init__(self, prefixes: list[_Layer], lengths: Tensor) -> None:
         self.layers: list[Any] = prefixes
@@ -135,7 +136,7 @@ class CompiledSiblings:
         reason = forwards.hopeless(key)
         if reason is None:
             self.kept = forwards.get(key)
-            self.places = forward.cache.places()
+            self.places = forward.cache.parts_of_layers()
             _mark_dynamic(forward, ids)
             try:
                 hidden = self._run(forward, ids)
@@ -163,7 +164,7 @@ class CompiledSiblings:
             ids,
             forward.position,
             forward.mask.current(),
-            cache.stores,
+            cache.by_row,
             lengths,
         )
         return hidden
@@ -172,10 +173,10 @@ class CompiledSiblings:
 def _mark_dynamic(forward: Any, ids: Tensor) -> None:
     """The capacity of the stores, and the number of rows where it is not 1."""
     cache, starts = forward.cache, forward.mask.current()
-    for store in cache.stores:
+    for store in cache.by_row:
         mark_dynamic(store, 3)
     if len(ids) > 1:
-        for store in cache.stores:
+        for store in cache.by_row:
             mark_dynamic(store, 1)
         of_types = starts.values() if isinstance(starts, dict) else [starts]
         for tensor in (ids, forward.position, *cache.lengths.values(), *of_types):

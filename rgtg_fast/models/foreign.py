@@ -76,7 +76,7 @@ def attention_of(config: Any) -> str | None:
     return config.__dict__["_attn_implementation_internal"]
 
 
-def set_attention(config: Any, name: str) -> None:
+def set_attention(config: Any, name: str | None) -> None:
     """Have the modules of `config` attend by the registered function `name`."""
     attention_of(config)  # raises if the attribute was renamed; the assignment would not
     config.__dict__["_attn_implementation_internal"] = name
