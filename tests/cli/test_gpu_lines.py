@@ -156,6 +156,13 @@ def test_a_token_of_two_models_of_eight_billion_weights(report):
     assert report.judge("throughput-b1") == (100.0, "stated")
 
 
+def test_a_compiled_step_counts_where_it_is_the_faster(report):
+    report.cells(1, k10={"auto": row(12.0), "compiled": row(9.0)})
+    assert report.judge("token") == (8.0, "met") and report.judge("floor") == (9 / 8, "met")
+    report.cells(1, k10={"auto": row(9.0), "compiled": row(12.0)})
+    assert report.judge("token") == (8.0, "met")
+
+
 def test_a_contender_that_failed_leaves_its_lines_not_run(report):
     report.cells(1, k10={"auto": row(10.0)})
     assert report.judge("adapter-1.3") == (None, "not run")

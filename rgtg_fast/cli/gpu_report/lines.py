@@ -60,6 +60,7 @@ ATTENTION_CASES = tuple(
     f"B={rows} T={length} k=10 32/8x128 bfloat16" for rows, length in ((1, 2048), (8, 8192))
 )
 TOPK_64 = tuple(_topk(rows, 64) for rows in (1, 64, 256))
+GUIDED = ("auto", "compiled")  # contenders with a separate reward model
 PAIR = "8B + 8B, prompt 512"
 
 LINES = (
@@ -124,16 +125,17 @@ LINES = (
     ),
     Line(
         "token", f"{PAIR}, B=1, k=10: a token after the first",
-        of_contender(1, 10, "auto", "decode_ms", "{ms_per_token:.1f} in whole calls"),
+        of_contender(1, 10, GUIDED, "decode_ms", "{name}, {ms_per_token:.1f} in whole calls"),
         "ms", at_most=10,
     ),
     Line(
         "floor", f"{PAIR}, B=1, k=10: a token over the weights' read",
-        of_contender(1, 10, "auto", "over_floor", "floor {floor_ms:.1f} ms"), "x", at_most=1.25,
+        of_contender(1, 10, GUIDED, "over_floor", "{name}, floor {floor_ms:.1f} ms"),
+        "x", at_most=1.25,
     ),
     Line(
         "plain", f"{PAIR}, B=1, k=10: over plain eager generate of the LM alone",
-        of_contender(1, 10, "auto", "over_plain"), "x", at_most=1,
+        of_contender(1, 10, GUIDED, "over_plain", "{name}"), "x", at_most=1,
     ),
     Line(
         "k40", f"{PAIR}, B=1: a token at k=40 over k=10",
@@ -149,7 +151,7 @@ LINES = (
     *(
         Line(
             f"throughput-b{rows}", f"{PAIR}, B={rows}, k=10: guided tokens a second",
-            of_contender(rows, 10, "auto", "tokens_per_s", "{over_plain:.2f} x plain"), "",
+            of_contender(rows, 10, GUIDED, "tokens_per_s", "{name}, {over_plain:.2f} x plain"),
         )
         for rows in (1, 8, 32)
     ),

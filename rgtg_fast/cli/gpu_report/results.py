@@ -45,12 +45,12 @@ class Results:
     def fastest(self, op: str, case: str) -> dict[str, Any] | None:
         return next(iter(self.timed(op, case)), None)
 
-    def contender(self, batch: int, k: int, name: str) -> dict[str, Any] | None:
-        """A row of the generation benchmark."""
+    def contender(self, batch: int, k: int, *names: str) -> dict[str, Any] | None:
+        """The row of the generation benchmark whose token is the fastest of these contenders'."""
         file = self.out / "steps" / f"generate.b{batch}" / f"generate_b{batch}_gpu.json"
         cells = [c for c in (read_json(file) or {}).get("cells", []) if c["k"] == k]
-        rows = [row for cell in cells for row in cell["rows"] if row["name"] == name]
-        return rows[0] if rows else None
+        rows = [row for cell in cells for row in cell["rows"] if row["name"] in names]
+        return min(rows, key=lambda row: row["decode_ms"], default=None)
 
 
 # What a line reads. Each takes what is particular to the line and gives its reader.
@@ -128,11 +128,11 @@ def most_over_empty_launch(op: str, cases: tuple[str, ...]):
     return read
 
 
-def of_contender(batch: int, k: int, name: str, field: str, note: str = ""):
-    """One figure of a contender; `note` is a format with the row's fields."""
+def of_contender(batch: int, k: int, names: tuple[str, ...], field: str, note: str = ""):
+    """One figure of the fastest of `names`; `note` is a format with the row's fields."""
 
     def read(results: Results) -> Got | None:
-        row = results.contender(batch, k, name)
+        row = results.contender(batch, k, *names)
         return Got(row[field], note.format(**row)) if row and field in row else None
 
     return read
