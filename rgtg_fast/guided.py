@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -18,14 +19,24 @@ from transformers import (
 
 from . import ops
 from . import validation as check
+from .decode.ahead import choose_speculation
 from .decode.call import Call
 from .decode.capture import choose_graph
 from .decode.compiling import choose_compiled
-from .decode.logits import HFLogits, LanguageModel, logits_source, plain_language_model
+from .decode.drafters import AssistantDrafter
+from .decode.logits import (
+    CachedLogits,
+    HFLogits,
+    LanguageModel,
+    language_model,
+    logits_source,
+    plain_language_model,
+)
 from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
+from .decode.speculation import speculate
 from .decode.warpers import trailing
 from .models import foreign
 from .models.on_base import OnBase
@@ -85,6 +96,8 @@ class RewardGuided:
     prune: bool | None = None
     cuda_graph: bool | None = None
     compile: bool | str = "auto"
+    speculate: bool | str | int = "auto"
+    assistant_model: Any = None
 
     def __post_init__(self) -> None:
         check.check_options(self)
@@ -133,7 +146,7 @@ class RewardGuided:
             if own_streamer is not None:  # Hugging Face has not put the prompt into this one
                 own_streamer.put(input_ids.cpu())
             try:
-                result = decode(call, input_ids)
+                result = (speculate if call.speculation else decode)(call, input_ids)
             finally:
                 if hasattr(call.scorer, "finish"):
                     call.scorer.finish()
@@ -203,7 +216,24 @@ class RewardGuided:
             policy.prune = False  # a captured step asks for the same rewards each time
         if record.scores is None:
             call.processors, policy.warpers = trailing(processors, self.k, vocab_size, look)
+        assistant = self._assistant(mask, config.max_length, vocab_size)
+        call.speculation = choose_speculation(self.speculate, call, assistant)
         return call
+
+    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> AssistantDrafter | None:
+        if self.assistant_model is None:
+            return None
+        name = type(self.assistant_model).__name__
+        if not hasattr(self.assistant_model, "get_output_embeddings"):
+            raise ValueError(f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM)")
+        found = language_model(self.assistant_model, max_length, self.backend)
+        if found is None or found[1] != "fused":
+            raise ValueError(
+                f"assistant_model {name} does not run on the cache of this package (hooks, own "
+                "attention, or no kernel for its device); leave it out, or pass another"
+            )
+        source = CachedLogits(found[0], mask, max_length, self.backend, DynamicCache())
+        return AssistantDrafter(source, vocab_size)
 
     def check_prompts(
         self,

@@ -153,6 +153,7 @@ class CachedLogits:
         last = self.forward.prefill(ids, own, copies)[:, -1]
         last = last if copies is None else last[copies.to(last.device)]
         self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
+        self.counts = mask.sum(1)  # [B], tokens of the prompts
         return self.rest.logits(last, self.forward.output_type).to(input_ids.device)
 
     def join(self, prompts: Sequence[Tensor]) -> Tensor:
@@ -172,10 +173,26 @@ class CachedLogits:
         return self.rest.logits(hidden[:, 0], self.forward.output_type).to(last.device)
 
     def step(self, rows: Rows) -> Tensor:
-        hidden = self.forward.siblings(rows.last().to(self.view.device))
+        return self.feed(rows.last())
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after one more token int64 [B, 1]."""
+        hidden = self.forward.siblings(tokens.to(self.view.device))
         self.forward.commit(self.slot)
         logits = self.rest.logits(hidden[:, 0], self.forward.output_type)
-        return logits.to(rows.ids.device)
+        return logits.to(tokens.device)
+
+    def extend(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Logits [B, n, V] after each of the next tokens int64 [B, n], of which a row has the first
+        `counts` [B] (behind them, anything)."""
+        device = self.view.device
+        hidden = self.forward.extend(tokens.to(device), counts.to(device))
+        logits = self.rest.logits(hidden.flatten(0, 1), self.forward.output_type)
+        return logits.view(*tokens.shape, -1).to(tokens.device)
+
+    def crop(self, answers: Tensor) -> None:
+        """Forget all but the prompts and the first `answers` - 1 tokens behind them, [B]."""
+        self.forward.crop(self.counts + answers.to(self.view.device) - 1)
 
     def can_keep_rows(self) -> bool:
         return True
@@ -183,7 +200,7 @@ class CachedLogits:
     def keep_rows(self, rows: Tensor) -> None:
         rows = rows.to(self.view.device)
         self.forward.keep_rows(rows)
-        self.slot = self.slot[rows]
+        self.slot, self.counts = self.slot[rows], self.counts[rows]
 
     @property
     def caches(self) -> Sequence[SiblingCache]:

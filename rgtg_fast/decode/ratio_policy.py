@@ -108,6 +108,11 @@ class RatioPolicy:
             scored[:1, 0] |= ~scored.any()
         return None if scored.all() else Contest(may_win, scored)
 
+    def alone(self, logprobs: Tensor, ids: Tensor, position: Tensor, reach: float) -> Tensor:
+        """Whether, bool [B], one candidate wins whatever the rewards between -reach and reach."""
+        per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
+        return self._keep(logprobs, ids, *per_row, -reach, reach).sum(1) == 1
+
     def bounded(self, rewards: Tensor) -> Tensor:
         """Rewards clamped to the range; -inf (an id that is no token) and NaN are left."""
         if self.reward_range is None:
