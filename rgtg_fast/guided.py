@@ -20,17 +20,19 @@ from . import ops
 from . import validation as check
 from .decode.call import Call
 from .decode.capture import choose_graph
-from .decode.logits import HFLogits, LanguageModel, logits_source, plain_language_model
+from .decode.logits import HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
 from .models import foreign
+from .models.language_model import LanguageModel
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
 from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
+from .scorers.next_token import NextTokenScorer
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -308,6 +310,8 @@ class RewardGuided:
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
         if rm is None:
+            if isinstance(self.reward_model, NextTokenScorer):
+                self.reward_model.capacity = max_length
             return self.reward_model
         own_prompt = self.reward_input_ids is not None
         joint = (
