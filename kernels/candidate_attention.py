@@ -1,26 +1,39 @@
 """candidate_attention in Triton: k sibling queries per row over one shared prefix, two launches.
 
-``q [B, k, Hq, D]``, ``k_prefix, v_prefix [B, Hkv, T, D]``, ``k_self, v_self [B, k, Hkv, D]``,
-``start, length`` int64 ``[B]`` -> ``[B, k, Hq, D]``; float32, bfloat16 or float16; D <= 256.
+``q [B, k, Hq, D]``, ``k_prefix, v_prefix [N, Hkv, T, D]``, ``k_self, v_self [B, k, Hkv, D]``,
+``start, length`` and ``rows`` int64 ``[B]`` -> ``[B, k, Hq, D]``; float32, bfloat16 or float16;
+D <= 256.
 
 1. ``_attend_prefix``, grid (B * Hkv, splits, k * group / BLOCK_M): all k * (Hq / Hkv) queries that
    share a key head are rows of one tile, so a key is read once for all of them (flash decoding
-   over siblings). A split writes its maximum, its sum of exponentials and its weighted values.
-   The grid covers all T, so that lengths need not be copied to the host: a split outside
-   ``start <= t < length`` does nothing. WIDEN: the interpreter's dot takes no bfloat16.
+   over siblings). The positions that are live, start <= t < length, are dealt to the splits on the
+   device, so that lengths need not be copied to the host. A split writes its maximum, its sum of
+   exponentials and its weighted values. POSITIONS, the
+   prefix, is set for the interpreter alone: its dot takes no bfloat16 and its loops no bound that
+   was loaded.
 2. ``_merge_self``, grid (B * Hkv, k * group): merges the splits of one query and the sibling's own
    key and value by their log-sum-exp.
+
+Nothing that grows with the prefix is compiled in: neither kernel is compiled anew while an answer
+grows. Strides are counted in units of UNIT = 16 elements where they allow it, for the same reason:
+the compiler then knows that rows are aligned, and need not look at each stride.
 """
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, check, check_shape, on_device, power_of_two
+from .launch import INTERPRETED, Launch, check, on_device, power_of_two
 
 MAX_SPLITS = 64
 SHORTEST_SPLIT, LONGEST_SPLIT = 128, 1024
+NAMES = ("q", "k_prefix", "v_prefix", "k_self", "v_self", "start", "length", "rows")
+COUNTS = ("heads", "group", "queries", "splits", "stores")
+STRIDES = tuple(f"{x}_{of}" for x in "qkv" for of in ("row", "slot", "head", "step"))
 BUSY = 264  # programs that fill a large GPU: two for each of 132 multiprocessors
 
 
@@ -37,47 +50,57 @@ def _cap(scores, softcap):
     return softcap * tanh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "prefix", "window", *STRIDES])
 def _attend_prefix(
-    q, keys, values, start, length, scale, window, softcap, peaks, sums, partials,
-    prefix, heads, group, queries, splits,
-    q_row, q_slot, q_head, k_row, k_head, k_step, v_row, v_head, v_step,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr, IS_HALF: tl.constexpr,
+    q, keys, values, start, length, rows, work, scale, softcap, heads, group, queries, splits,
+    stores: tl.int64, prefix: tl.int64, window: tl.int64,
+    q_row: tl.int64, q_slot: tl.int64, q_head: tl.int64,
+    k_row: tl.int64, k_head: tl.int64, k_step: tl.int64,
+    v_row: tl.int64, v_head: tl.int64, v_step: tl.int64,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    IS_HALF: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
     row, head = pair // heads, pair % heads
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
     query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     asked = query < queries
-    at = q + row * q_row + (query // group) * q_slot + (head * group + query % group) * q_head
+    at = row * q_row + (query // group) * q_slot + (head * group + query % group) * q_head
+    at = q + at * UNIT
     x = tl.load(at[:, None] + d[None, :], mask=asked[:, None] & in_head[None, :], other=0.0)
-    if WIDEN:
+    if POSITIONS:
         x = x.to(tl.float32)
 
-    end = tl.load(length + row)
+    store = tl.load(rows + row) if HAS_ROWS else row
     begin = tl.maximum(tl.load(start + row), 0)
-    end = tl.maximum(end, 0)  # end - window would overflow for a very negative end
+    end = tl.maximum(tl.load(length + row), 0)  # end - window would overflow for a negative end
     if HAS_WINDOW:
         begin = tl.maximum(begin, end - window + 1)
-    begin = tl.maximum(begin, split * SPLIT)
-    end = tl.minimum(tl.minimum(end, prefix), (split + 1) * SPLIT)
+    end = tl.where((store >= 0) & (store < stores), tl.minimum(end, prefix), 0)
+    begin = tl.minimum(begin, end)  # end - begin, cut to 32 bits below, could turn positive
+    share = (end - begin + splits - 1) // splits
+    share = (share + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    begin += split * share
+    count = tl.minimum(end - begin, share).to(tl.int32)
 
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if begin < end:
-        keys += row * k_row + head * k_head
-        values += row * v_row + head * v_head
-        for offset in range(0, SPLIT, BLOCK_N):
-            t = split * SPLIT + offset + tl.arange(0, BLOCK_N)
-            seen = (t >= begin) & (t < end)
+    place = (pair * queries + query) * splits + split
+    numbers = tl.num_programs(0).to(tl.int64) * queries * splits
+    if count > 0:
+        keys += (store * k_row + head * k_head + begin * k_step) * UNIT
+        values += (store * v_row + head * v_head + begin * v_step) * UNIT
+        for first in range(0, POSITIONS if POSITIONS else count, BLOCK_N):
+            t = first + tl.arange(0, BLOCK_N)
+            seen = t < count
             mask = seen[:, None] & in_head[None, :]
-            key = tl.load(keys + t[:, None] * k_step + d[None, :], mask=mask, other=0.0)
-            if WIDEN:
+            place_k = t.to(tl.int64) * k_step * UNIT
+            key = tl.load(keys + place_k[:, None] + d[None, :], mask=mask, other=0.0)
+            if POSITIONS:
                 key = key.to(tl.float32)
             scores = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
             if HAS_SOFTCAP:
@@ -85,36 +108,36 @@ def _attend_prefix(
             scores = tl.where(seen[None, :], scores, -float("inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
             reference = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            share = tl.exp(scores - reference[:, None])
+            weight = tl.exp(scores - reference[:, None])
             shrink = tl.exp(peak - reference)
-            value = tl.load(values + t[:, None] * v_step + d[None, :], mask=mask, other=0.0)
-            total = total * shrink + tl.sum(share, axis=1)
+            place_v = t.to(tl.int64) * v_step * UNIT
+            value = tl.load(values + place_v[:, None] + d[None, :], mask=mask, other=0.0)
+            total = total * shrink + tl.sum(weight, axis=1)
             acc = acc * shrink[:, None]
             # Split the weights into two parts of the values' type: rounding them to one would cost
             # more accuracy than rounding the result does. The second dot is hidden by memory time.
-            high = share.to(value.dtype)
-            low = (share - high.to(tl.float32)).to(value.dtype)
-            if WIDEN:
+            high = weight.to(value.dtype)
+            low = (weight - high.to(tl.float32)).to(value.dtype)
+            if POSITIONS:
                 high, low, value = high.to(tl.float32), low.to(tl.float32), value.to(tl.float32)
             acc += tl.dot(high, value, input_precision="ieee")
             if IS_HALF:
                 acc += tl.dot(low, value, input_precision="ieee")
             peak = new_peak
-
-    place = (pair * splits + split) * queries + query
-    tl.store(peaks + place, peak, mask=asked)
-    tl.store(sums + place, total, mask=asked)
-    if begin < end:
-        target = partials + place[:, None] * D + d[None, :]
+        target = work + place[:, None] * D + d[None, :]
         tl.store(target, acc, mask=asked[:, None] & in_head[None, :])
+    tl.store(work + numbers * D + place, peak, mask=asked)
+    tl.store(work + numbers * (D + 1) + place, total, mask=asked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, *STRIDES])
 def _merge_self(
-    q, k_self, v_self, scale, softcap, peaks, sums, partials, out,
-    heads, group, queries, splits,
-    q_row, q_slot, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    q, k_self, v_self, rows, work, out, scale, softcap, heads, group, queries, splits,
+    stores: tl.int64, q_row: tl.int64, q_slot: tl.int64, q_head: tl.int64,
+    k_row: tl.int64, k_slot: tl.int64, k_head: tl.int64,
+    v_row: tl.int64, v_slot: tl.int64, v_head: tl.int64,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
     query = tl.program_id(1).to(tl.int64)
@@ -123,38 +146,118 @@ def _merge_self(
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
 
-    x = tl.load(q + row * q_row + slot * q_slot + query_head * q_head + d, mask=in_head, other=0.0)
-    key = tl.load(k_self + row * k_row + slot * k_slot + head * k_head + d, mask=in_head, other=0.0)
+    at = (row * q_row + slot * q_slot + query_head * q_head) * UNIT
+    x = tl.load(q + at + d, mask=in_head, other=0.0)
+    at = (row * k_row + slot * k_slot + head * k_head) * UNIT
+    key = tl.load(k_self + at + d, mask=in_head, other=0.0)
     score = tl.sum(x.to(tl.float32) * key.to(tl.float32), axis=0) * scale
     if HAS_SOFTCAP:
         score = _cap(score, softcap)
 
-    split = tl.arange(0, SPLITS)
-    place = (pair * splits + split) * queries + query
-    peak = tl.load(peaks + place, mask=split < splits, other=-float("inf"))
-    total = tl.load(sums + place, mask=split < splits, other=0.0)
-    written = peak != -float("inf")
-    top = tl.maximum(tl.max(peak, axis=0), score)
-    weight = tl.where(written, tl.exp(peak - top), 0.0)
+    numbers = tl.num_programs(0).to(tl.int64) * queries * splits
+    first = (pair * queries + query) * splits
+    peaks = work + numbers * D + first
+    sums = work + numbers * (D + 1) + first
+    CHUNK: tl.constexpr = 8
+    chunk = tl.arange(0, CHUNK)
+    largest = tl.full([CHUNK], -float("inf"), tl.float32)
+    split = 0
+    while split < splits:
+        inside = split + chunk < splits
+        peak = tl.load(peaks + split + chunk, mask=inside, other=-float("inf"))
+        largest = tl.maximum(largest, peak)
+        split += CHUNK
+    top = tl.maximum(tl.max(largest, axis=0), score)
     own = tl.exp(score - top)
-    mask = written[:, None] & in_head[None, :]
-    parts = tl.load(partials + place[:, None] * D + d[None, :], mask=mask, other=0.0)
-    value = tl.load(
-        v_self + row * v_row + slot * v_slot + head * v_head + d, mask=in_head, other=0.0
-    )
-    mixed = tl.sum(parts * weight[:, None], axis=0) + own * value.to(tl.float32)
-    mixed = mixed / (tl.sum(weight * total, axis=0) + own)
+    at = (row * v_row + slot * v_slot + head * v_head) * UNIT
+    value = tl.load(v_self + at + d, mask=in_head, other=0.0)
+    mixed = own * value.to(tl.float32)
+    total = own
+    split = 0
+    while split < splits:
+        inside = split + chunk < splits
+        peak = tl.load(peaks + split + chunk, mask=inside, other=-float("inf"))
+        part = tl.load(sums + split + chunk, mask=inside, other=0.0)
+        written = peak != -float("inf")
+        weight = tl.where(written, tl.exp(peak - top), 0.0)
+        place = work + (first + split + chunk)[:, None] * D + d[None, :]
+        parts = tl.load(place, mask=written[:, None] & in_head[None, :], other=0.0)
+        mixed += tl.sum(parts * weight[:, None], axis=0)
+        total += tl.sum(weight * part, axis=0)
+        split += CHUNK
+    mixed = mixed / total
+    if HAS_ROWS:  # a kernel cannot raise
+        store = tl.load(rows + row)
+        mixed = tl.where((store >= 0) & (store < stores), mixed, float("nan"))
     at = ((row * (queries // group) + slot) * heads * group + query_head) * D + d
     tl.store(out + at, mixed.to(out.dtype.element_ty), mask=in_head)
 
 
-def split_length(prefix: int, programs: int) -> int:
-    """Positions per split: as long as the splits times ``programs`` (rows, heads and tiles) still
-    keep the device busy, and so that there are at most MAX_SPLITS."""
-    length = LONGEST_SPLIT
-    while length > SHORTEST_SPLIT and programs * triton.cdiv(prefix, length) < BUSY:
-        length //= 2
-    return max(length, power_of_two(triton.cdiv(prefix, MAX_SPLITS)))
+def split_count(prefix: int, programs: int) -> int:
+    """Into how many splits the prefix is cut, ``programs`` (rows, heads and tiles) apiece: as few
+    as keep the device busy, none longer than LONGEST_SPLIT, nor shorter than SHORTEST_SPLIT."""
+    wanted = max(-(-BUSY // programs), -(-prefix // LONGEST_SPLIT))
+    return max(1, min(wanted, -(-prefix // SHORTEST_SPLIT), MAX_SPLITS))
+
+
+class _Plan(NamedTuple):
+    """How arguments of one layout are launched."""
+
+    dense: bool  # every last dimension is; else the rest does not hold
+    floats: int  # of the work space
+    attend: Launch
+    merge: Launch
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    dtypes: tuple[torch.dtype, ...], shapes: tuple[torch.Size, ...],
+    strides: tuple[tuple[int, ...], ...], scale: float, window: int | None, softcap: float | None,
+) -> _Plan:  # fmt: skip
+    """Of q, k_prefix, v_prefix, k_self, v_self, start, length and rows, which may be missing; the
+    strides are those of the first five. Raises RuntimeError for what must not be read."""
+    batch, k, query_heads, width = shapes[0]
+    stores, heads, prefix, _ = shapes[1]
+    has_rows = len(shapes) == 8
+    check(heads > 0 and query_heads % heads == 0, "q must have a multiple of the key heads")
+    past = (stores if has_rows else batch, heads, prefix, width)
+    wanted = (shapes[0], past, past, *[(batch, k, heads, width)] * 2, *[(batch,)] * 3)
+    for name, shape, right in zip(NAMES, shapes, wanted, strict=False):
+        check(shape == right, f"{name} has shape {list(shape)}; pass {list(right)}")
+    check(set(dtypes[:5]) == {dtypes[0]}, "keys and values must have q's dtype")
+    check(batch == 0 or set(dtypes[5:]) == {torch.int64}, "start, length and rows must be int64")
+    check(window is None or window >= 1, "window must be at least 1")
+    check(softcap is None or softcap > 0, "softcap must be positive")
+    group = query_heads // heads
+    queries, pairs = k * group, batch * heads
+    dtype, is_half = dtypes[0], dtypes[0] != torch.float32
+    block_d = power_of_two(width, 16)
+    key_bytes = block_d * dtype.itemsize  # shared memory of one key in a tile
+    block_n, stages = (64, 3) if key_bytes <= 256 else (32, 2) if key_bytes <= 512 else (16, 1)
+    # No tensor core takes float32: wide tiles of 64 queries would spill registers at four warps.
+    spills = not is_half and block_d >= 128
+    block_m = min(32 if spills else 64, power_of_two(queries, 16))
+    tiles = max(1, -(-queries // block_m))
+    splits = split_count(prefix, max(1, pairs * tiles))
+    used = [stride for of_one in strides for stride in of_one[:3]]
+    unit = 1 if any(stride % 16 for stride in used) else 16
+    used = [stride // unit for stride in used]
+    numbers = (scale, softcap or 0.0, heads, group, queries, splits, stores)
+    constants = (width, block_d, unit, softcap is not None, has_rows)
+    own = (block_m, block_n, window is not None, is_half, prefix if INTERPRETED else 0)
+    return _Plan(
+        width == 1 or all(of_one[3] == 1 for of_one in strides),
+        pairs * queries * splits * (width + 2),
+        Launch(
+            _attend_prefix, dtypes, (pairs, splits, tiles),
+            (*numbers, prefix, window or 0, *used[:9]), (*constants, *own),
+            8 if spills else 4, stages,
+        ),
+        Launch(
+            _merge_self, dtypes, (pairs, queries, 1), (*numbers, *used[:3], *used[9:]), constants,
+            4, 1,
+        ),
+    )  # fmt: skip
 
 
 def candidate_attention(
@@ -168,54 +271,30 @@ def candidate_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    rows, k, query_heads, width = q.shape
-    heads, prefix = k_prefix.shape[1:3]
-    check(heads > 0 and query_heads % heads == 0, "q must have a multiple of the key heads")
-    check_shape("k_prefix", k_prefix, rows, heads, prefix, width)
-    check_shape("v_prefix", v_prefix, rows, heads, prefix, width)
-    check_shape("k_self", k_self, rows, k, heads, width)
-    check_shape("v_self", v_self, rows, k, heads, width)
-    check_shape("start", start, rows)
-    check_shape("length", length, rows)
-    check(window is None or window >= 1, "window must be at least 1")
-    check(softcap is None or softcap > 0, "softcap must be positive")
+    tensors = (q, k_prefix, v_prefix, k_self, v_self)
+    bounds = (start, length) if rows is None else (start, length, rows)
+    every = tensors + bounds
+    plan = _plan(
+        tuple([x.dtype for x in every]), tuple([x.shape for x in every]),
+        tuple([x.stride() for x in tensors]), scale, window, softcap,
+    )  # fmt: skip
+    if not plan.dense:
+        q, k_prefix, v_prefix, k_self, v_self = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in tensors
+        )
+        return candidate_attention(
+            q, k_prefix, v_prefix, k_self, v_self, start, length, scale, window, softcap, rows
+        )
     # The interpreter's conversion to bfloat16 truncates where the GPU's rounds, so there the
     # result leaves the kernel in float32.
     out = q.new_empty(q.shape, dtype=torch.float32 if INTERPRETED else q.dtype)
-    if out.numel() == 0:
-        return out.to(q.dtype)
-    q, k_prefix, v_prefix, k_self, v_self = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_prefix, v_prefix, k_self, v_self)
-    )
-    group = query_heads // heads
-    queries = k * group
-    block_d = power_of_two(width, 16)
-    key_bytes = block_d * q.element_size()  # shared memory of one key in a tile
-    block_n, stages = (64, 3) if key_bytes <= 256 else (32, 2) if key_bytes <= 512 else (16, 1)
-    # No tensor core takes float32: wide tiles of 64 queries would spill registers at four warps.
-    spills = q.dtype == torch.float32 and block_d >= 128
-    block_m = min(32 if spills else 64, power_of_two(queries, 16))
-    tiles = triton.cdiv(queries, block_m)
-    split = split_length(prefix, rows * heads * tiles)
-    splits = max(1, triton.cdiv(prefix, split))
-    peaks, sums = q.new_empty((2, rows, heads, splits, queries), dtype=torch.float32)
-    partials = q.new_empty((rows, heads, splits, queries, width), dtype=torch.float32)
-    cap = {"HAS_SOFTCAP": softcap is not None}
-    with on_device(q):
-        _attend_prefix[(rows * heads, splits, tiles)](
-            q, k_prefix, v_prefix, start.contiguous(), length.contiguous(), scale, window or 0,
-            softcap or 0.0, peaks, sums, partials, prefix, heads, group, queries, splits,
-            *q.stride()[:3], *k_prefix.stride()[:3], *v_prefix.stride()[:3],
-            D=width, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split,
-            HAS_WINDOW=window is not None, WIDEN=INTERPRETED,
-            IS_HALF=q.dtype != torch.float32, **cap,
-            num_warps=8 if spills else 4, num_stages=stages,
-        )  # fmt: skip
-        _merge_self[(rows * heads, queries)](
-            q, k_self, v_self, scale, softcap or 0.0, peaks, sums, partials, out,
-            heads, group, queries, splits,
-            *q.stride()[:3], *k_self.stride()[:3], *v_self.stride()[:3],
-            D=width, BLOCK_D=block_d, SPLITS=power_of_two(splits), **cap, num_warps=4,
-        )  # fmt: skip
-    return out.to(q.dtype)
+    if plan.floats:
+        work = q.new_empty(plan.floats, dtype=torch.float32)
+        start, length = start.contiguous(), length.contiguous()
+        rows = None if rows is None else rows.contiguous()
+        with on_device(q):
+            plan.attend(q, k_prefix, v_prefix, start, length, rows, work)
+            plan.merge(q, k_self, v_self, rows, work, out)
+    return out.to(q.dtype) if INTERPRETED else out

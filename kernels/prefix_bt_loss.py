@@ -55,7 +55,7 @@ def _store_own(grad, here, width, last, defined, value):
     tl.store(grad + here, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "first", "chosen_row", "rejected_row"])
 def _prefix_bt_loss(
     chosen, rejected, len_chosen, len_rejected, weights, margin, loss, grad_chosen, grad_rejected,
     width, first, chosen_row, chosen_col, rejected_row, rejected_col, weights_col,

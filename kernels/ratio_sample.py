@@ -43,7 +43,7 @@ def draw(
     return tl.where(hopeless, -1, slot), logq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "logprobs_row", "rewards_row", "ids_row"])
 def _ratio_sample(
     logprobs, rewards, ids, beta, temperature, seed, position, slot_out, logq_out, k,
     logprobs_row, logprobs_col, rewards_row, rewards_col, ids_row, ids_col,

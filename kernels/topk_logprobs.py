@@ -56,7 +56,7 @@ def _reduce_groups(
     tl.store(rests + at, tl.sum(share, axis=1), mask=group < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _merge(
     logits, row_stride, vocab, k, keys, peaks, rests, logprobs, ids_out, groups: tl.constexpr,
     GROUP: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, LOG_CHUNK: tl.constexpr,

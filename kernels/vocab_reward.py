@@ -17,7 +17,7 @@ from .launch import accumulator, check_shape, on_device, power_of_two
 GATHERED = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "ids_row"])
 def _vocab_reward(
     hidden, weight, ids, out, vocab, k,
     hidden_row, hidden_width, weight_row, weight_width, ids_row, ids_col,

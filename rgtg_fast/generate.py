@@ -43,6 +43,7 @@ def generate(
     reward_range: tuple[float, float] | None = None,
     prune: bool | None = None,
     cuda_graph: bool | None = None,
+    compile: bool | str = "auto",
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -84,7 +85,8 @@ def generate(
         output_candidates: also return ids, log-probabilities and rewards of all candidates.
         check_nan: True raises at the step, None (default) at the step on CPU and at the end on
             CUDA, False never (such a row goes on with its most likely token).
-        backend: of the ops; see `rgtg_fast.ops`.
+        backend: of the ops; see `rgtg_fast.ops`. The environment variable RGTG_BACKEND stands in
+            for "auto", with the same effect.
         sync_every: steps between two looks at whether every row has ended (default 1 on CPU, 16 on
             CUDA, where looking means waiting). Steps beyond the end are cut off: the result does
             not depend on it. With a streamer, `stop_strings` or a stopping criterion other than
@@ -112,6 +114,17 @@ def generate(
             see nothing but scores (`decode.plan.SCORES_ALONE`). Each call captures once after two
             steps, and again, up to log2(B) times, when half of the rows have left; a capture costs
             the time of a few steps, so none is made for fewer than 16 steps to come.
+        compile: run the forwards of a step, of both models, through `torch.compile`, which fuses
+            the small kernels between the matrix products. True: wherever that is possible (a
+            warning says why where it is not, and the call goes on without); "auto" (default):
+            where a CUDA graph serves 64 steps or more; False never. Rewards and logits differ by
+            rounding. Compiling takes tens of seconds at the first call, once for one row and once
+            for any greater number of rows; it is kept for later calls of any length, until the
+            model goes. Weights changed in place and replaced parameters are seen; a model that has
+            changed otherwise is compiled anew. Needs a C++ compiler for models on a CPU, and
+            models that `torch.compile` takes whole, on the cache of this package (not with
+            `cache_implementation`, dense masks, hooks, weights on several devices). Steps with
+            pruned candidates run without.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -141,6 +154,7 @@ def generate(
             reward_range=reward_range,
             prune=prune,
             cuda_graph=cuda_graph,
+            compile=compile,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(

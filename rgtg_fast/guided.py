@@ -20,11 +20,13 @@ from . import ops
 from . import validation as check
 from .decode.call import Call
 from .decode.capture import choose_graph
+from .decode.compiling import choose_compiled
 from .decode.logits import HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
+from .decode.warpers import trailing
 from .models import foreign
 from .models.language_model import LanguageModel
 from .models.on_base import OnBase
@@ -73,6 +75,7 @@ class RewardGuided:
     reward_range: tuple[float, float] | None = None
     prune: bool | None = None
     cuda_graph: bool | None = None
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check.check_options(self)
@@ -157,10 +160,10 @@ class RewardGuided:
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
         scorer = self._make_scorer(rm, as_text, max_length, config, vocab_size, found)
-        if self.reward_range is not None:
-            policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
+        policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
+        policy.lone = getattr(scorer, "commits_unscored", False) and not record.on
         keep_cache = keep_cache or record.on
         plan = make_plan(
             new_tokens,
@@ -190,6 +193,12 @@ class RewardGuided:
             and scorer.is_linear(input_ids.device),
         )
         call.graph = choose_graph(self.cuda_graph, call)
+        choose_compiled(self.compile, call)
+        look = call.graph is None and input_ids.device.type == "cpu"
+        if call.graph is not None:
+            policy.prune = False  # a captured step asks for the same rewards each time
+        if record.scores is None:
+            call.processors, policy.warpers = trailing(processors, self.k, vocab_size, look)
         return call
 
     def _ratio_policy(

@@ -44,7 +44,7 @@ def _why_not_host(call: Call, device: torch.device) -> str | None:
         return f"the stopping criterion {call.plan.foreign} runs on the host"
     if call.policy.check_nan is True:
         return "check_nan=True looks at every step"
-    if call.policy.prune:
+    if call.policy.prune and call.policy.reward_range is not None:
         return "prune=True asks for other candidates at every step"
     if call.record.wants_logits:
         return "output_scores and output_logits keep new tensors at every step"
@@ -72,13 +72,14 @@ def _why_not_models(source: Any, scorer: Any, device: torch.device) -> str | Non
     of_reward = () if rm is None else (rm.model, getattr(rm, "head", None))
     for what, modules in (("language", (source.view.model,)), ("reward", of_reward)):
         for part in modules:
-            why = _why_not_module(part, device) if isinstance(part, nn.Module) else None
+            why = why_not_module(part, device) if isinstance(part, nn.Module) else None
             if why is not None:
                 return f"the {what} model {why}"
     return None
 
 
-def _why_not_module(model: nn.Module, device: torch.device) -> str | None:
+def why_not_module(model: nn.Module, device: torch.device) -> str | None:
+    """What of a model a step would not find again that is kept: replayed, or compiled."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device != device:
             return f"has weights on {tensor.device}, the prompts are on {device}"

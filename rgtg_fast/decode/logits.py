@@ -22,7 +22,7 @@ from ..models.cache import SiblingCache
 from ..models.foreign import CACHE
 from ..models.language_model import LanguageModel
 from ..models.padding import has_holes, positions_of
-from ..models.siblings import fill_cache
+from ..models.siblings import SiblingForward, fill_cache
 from ..scorers.causal import StaticForward, language_model
 from ..scorers.joint import JointScorer
 from .rows import Rows
@@ -141,8 +141,13 @@ class CachedLogits:
         self.static.keep_rows(rows.to(self.view.device))
 
     @property
+    def forward(self) -> SiblingForward:
+        """The language model's, of one sibling."""
+        return self.static.forward
+
+    @property
     def caches(self) -> Sequence[SiblingCache]:
-        return (self.static.forward.cache,)
+        return (self.forward.cache,)
 
     def finish(self, steps: int) -> Any:
         (own,) = self.caches

@@ -20,7 +20,7 @@ from ..scorers.base import RewardModelScorer, Scorer
 from .call import Call
 from .graphs import Runner
 from .plan import ended
-from .ratio_policy import Choice
+from .ratio_policy import Choice, Contest
 from .rows import ROOM, Rows
 
 
@@ -40,8 +40,8 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
     def choose(logits: Tensor) -> None:
         raw, scores = process_logits(logits, call, rows)
         logprobs, ids = call.policy.candidates(scores)
-        keep = call.policy.contenders(logprobs, ids, known(scorer, ids), rows)
-        choice = weigh(call, logprobs, ids, keep, rows)
+        contest = call.policy.contenders(logprobs, ids, known(scorer, ids), rows)
+        choice = weigh(call, logprobs, ids, contest, rows)
         choice = choice._replace(slot=check(choice, rows))
         scorer.commit(choice.slot)
         call.record.write(rows, source, raw, scores, choice)
@@ -90,18 +90,19 @@ def process_logits(logits: Tensor, call: Call, rows: Rows) -> tuple[Tensor, Tens
     return logits, call.processors(ids, logits)  # type: ignore[arg-type]
 
 
-def weigh(call: Call, logprobs: Tensor, ids: Tensor, keep: Tensor | None, rows: Rows) -> Choice:
+def weigh(call: Call, logprobs: Tensor, ids: Tensor, contest: Contest | None, rows: Rows) -> Choice:
     """Rewards of the candidates, and the draw from the ratio policy.
 
     One op where the reward is one linear head; bit for bit the same as the two it is made of.
     """
-    if call.epilogue:
+    if call.epilogue and contest is None:
         hidden, weight, bias = call.scorer.linear(ids)  # type: ignore[attr-defined]
         slot, rewards, logq = call.policy.step(logprobs, hidden, weight, bias, ids, rows.position)
         return Choice(slot, ids, logprobs, rewards, logq)
-    rewards = call.policy.bounded(score(call.scorer, ids, keep))
-    slot, logq = call.policy.select(logprobs, rewards, ids, rows.position, keep)
-    return Choice(slot, ids, logprobs, rewards, logq, keep)
+    scored = None if contest is None else contest.scored
+    rewards = call.policy.bounded(score(call.scorer, ids, scored))
+    slot, logq = call.policy.select(logprobs, rewards, ids, rows.position, contest)
+    return Choice(slot, ids, logprobs, rewards, logq, scored)
 
 
 def known(scorer: Scorer, ids: Tensor) -> Tensor | None:
@@ -157,7 +158,10 @@ class ChoiceCheck:
         if self.each_step and bad.any():
             row = int(bad.nonzero()[0, 0])
             where = f"row {int(rows.origin[row])}, step {rows.taken}"
-            raise ValueError(f"{where}: {_explain(choice.logprobs[row], choice.rewards[row])}")
+            asked = choice.rewards[row]
+            if choice.scored is not None:
+                asked = asked[choice.scored[row]]
+            raise ValueError(f"{where}: {_explain(choice.logprobs[row], asked)}")
         if self.at_end:
             seen = self.first_bad[rows.origin]
             self.first_bad[rows.origin] = torch.where(bad & (seen < 0), rows.position, seen)

@@ -12,19 +12,27 @@ from torch import Tensor
 
 from .. import ops
 from .rows import Rows
+from .warpers import Last
 
 
 class Choice(NamedTuple):
     """A step's candidates and the one chosen: log-probabilities under π, rewards and
-    log-probabilities under the ratio policy fp32 [B, k], ids int64 [B, k], `slot` int64 [B]; `keep`
-    bool [B, k] says which candidates were scored (None: all)."""
+    log-probabilities under the ratio policy fp32 [B, k], ids int64 [B, k], `slot` int64 [B];
+    `scored` bool [B, k] says which candidates were (None: all)."""
 
     slot: Tensor
     ids: Tensor
     logprobs: Tensor
     rewards: Tensor
     logq: Tensor
-    keep: Tensor | None = None
+    scored: Tensor | None = None
+
+
+class Contest(NamedTuple):
+    """Which candidates bool [B, k] may win, and which have to be scored to know who does."""
+
+    may_win: Tensor
+    scored: Tensor
 
 
 @dataclass
@@ -33,7 +41,8 @@ class RatioPolicy:
 
     `beta` and `temperature` are fp32 [B], `seeds` int64 [B], on the device of the ids; `check_nan`
     True reads a flag at every step, None once at the end, False never. Rewards are clamped to
-    `reward_range`, and with `prune` those that cannot decide a step are not asked for.
+    `reward_range`, and with `prune` those that cannot decide a step are not asked for; with `lone`
+    neither is that of a candidate which has no rival. `warpers` make π of the scores.
     """
 
     k: int
@@ -45,6 +54,8 @@ class RatioPolicy:
     backend: ops.Backend
     reward_range: tuple[float, float] | None = None
     prune: bool = False
+    lone: bool = False
+    warpers: Last | None = None
 
     @functools.cached_property
     def _topk(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -60,34 +71,42 @@ class RatioPolicy:
 
     @functools.cached_property
     def _keep(self) -> Callable[..., Tensor]:
-        return ops.keep_kernel(self.backend, self.seeds.device)
+        return ops.kernel_or_auto("ratio_keep", self.backend, self.seeds.device)
 
     def _kernel(self, op: str) -> Callable[..., Any]:
         return ops.kernel(op, self.backend, self.seeds.device, len(self.seeds))
 
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The k most likely tokens of processed scores [B, V]: log-probabilities and ids [B, k]."""
+        if self.warpers is not None:
+            return self.warpers(scores, self.k, self._topk)
         return self._topk(scores, self.k)
 
     def contenders(
         self, logprobs: Tensor, ids: Tensor, known: Tensor | None, rows: Rows
-    ) -> Tensor | None:
-        """Which candidates [B, k] may win, whatever their rewards are; None without pruning.
+    ) -> Contest | None:
+        """Which candidates may win, whatever their rewards are; None where all are scored.
 
-        The noise of a draw is known before the rewards, and with it each candidate's best and worst
-        possible value: drop a candidate whose best is below another's worst. Those not `known` to
-        the reward model and rows that have ended are out; of all rows together at least one
-        candidate is in.
+        One at -inf cannot. And the noise of a draw is known before the rewards, and with it, where
+        rewards have bounds, each candidate's best and worst possible value: drop a candidate whose
+        best is below another's worst, and those not `known` to the reward model. In rows that have
+        ended nothing is scored.
         """
         if not self.prune:
             return None
-        assert self.reward_range is not None
-        if known is not None:
-            logprobs = logprobs.masked_fill(~known, -torch.inf)
-        per_row = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
-        keep = self._keep(logprobs, ids, *per_row, *self.reward_range) & rows.unfinished[:, None]
-        keep[:1, 0] |= ~keep.any()
-        return keep
+        if self.reward_range is None:
+            may_win = logprobs != -torch.inf  # a NaN may, to be seen
+        else:
+            if known is not None:
+                logprobs = logprobs.masked_fill(~known, -torch.inf)
+            per_row = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
+            may_win = self._keep(logprobs, ids, *per_row, *self.reward_range)
+        scored = may_win & rows.unfinished[:, None]
+        if self.lone:
+            scored &= may_win.sum(1, keepdim=True) > 1
+        else:
+            scored[:1, 0] |= ~scored.any()
+        return None if scored.all() else Contest(may_win, scored)
 
     def bounded(self, rewards: Tensor) -> Tensor:
         """Rewards clamped to the range; -inf (an id that is no token) and NaN are left."""
@@ -101,12 +120,13 @@ class RatioPolicy:
         rewards: Tensor,
         ids: Tensor,
         position: Tensor,
-        keep: Tensor | None = None,
+        contest: Contest | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw (or pick) slots int64 [B] from the ratio policy, with its log-probabilities [B, k];
-        `position` int64 [B] counts the answer's tokens. Only those in `keep` [B, k] can win."""
-        if keep is not None:
-            logprobs, rewards = logprobs.masked_fill(~keep, -torch.inf), rewards.where(keep, 0.0)
+        `position` int64 [B] counts the answer's tokens."""
+        if contest is not None:
+            logprobs = logprobs.masked_fill(~contest.may_win, -torch.inf)
+            rewards = rewards.where(contest.scored, 0.0)
         per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
         return self._sample(logprobs, rewards, ids, *per_row)
 

@@ -61,20 +61,22 @@ class Record:
     def of_step(self, unfinished: Tensor, choice: Choice) -> dict[str, Tensor]:
         """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where
         asked for."""
-        slot, ids, logprobs, rewards, logq, keep = choice
+        slot, ids, logprobs, rewards, logq, scored = choice
         chosen = slot[:, None]
-        scored = torch.full_like(slot, ids.shape[1]) if keep is None else keep.sum(-1)
+        count = torch.full_like(slot, ids.shape[1]) if scored is None else scored.sum(-1)
         if self.config.do_sample:
             # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
             q = logq.exp()
             kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
-            # Where a reward is unknown the ratio policy is, and so is its KL.
-            kl = kl.masked_fill(scored < ids.shape[1], torch.nan)
+            if scored is not None:
+                # Where a reward that counts is unknown the ratio policy is, and so is its KL.
+                unknown = (~scored & (logprobs > -torch.inf)).any(-1)
+                kl = kl.masked_fill(unknown, torch.nan)
         else:  # all of the policy is on the token taken
             kl = 0.0 - logprobs.gather(1, chosen)[:, 0]
         columns = {"rewards": rewards.gather(1, chosen)[:, 0], "kl": kl}
         columns = {n: c.masked_fill(~unfinished, torch.nan) for n, c in columns.items()}
-        columns["candidates_scored"] = scored.where(unfinished, 0)
+        columns["candidates_scored"] = count.where(unfinished, 0)
         if self.output_candidates:
             columns |= {
                 "candidate_ids": ids,

@@ -5,8 +5,9 @@ Every op takes ``backend``: ``"auto"``, ``"reference"`` (torch, float64 inside, 
 and Triton for CUDA tensors; where the op has no kernel for the device it is the reference on that
 device, and ``rgtg_fast.show_config()`` says which. ``"triton"`` takes CPU tensors only where
 TRITON_INTERPRET=1 was set before the first use of it. The environment variable ``RGTG_BACKEND``
-replaces ``"auto"``. A backend that is asked for by name and is not there raises
-:class:`BackendUnavailable`.
+replaces ``"auto"``. A backend that is asked for by name, either way, and is not there raises
+:class:`BackendUnavailable`; in ``generate`` an op of which that backend has no kernel at all
+(``ratio_keep`` has none but C++) runs on ``"auto"``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from .dispatch import (
     BACKENDS,
     Backend,
     BackendUnavailable,
-    keep_kernel,
     kernel,
+    kernel_or_auto,
+    requested,
     settle,
     unavailable_reason,
 )
@@ -35,12 +37,13 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "candidate_attention",
-    "keep_kernel",
     "kernel",
+    "kernel_or_auto",
     "prefix_bt_loss",
     "ratio_keep",
     "ratio_sample",
     "ratio_step",
+    "requested",
     "reward_head",
     "settle",
     "split_seed",

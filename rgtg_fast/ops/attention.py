@@ -20,6 +20,7 @@ def candidate_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    rows: Tensor | None = None,
     *,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -31,14 +32,17 @@ def candidate_attention(
 
     Args:
         q: ``[B, k, Hq, D]`` float32, bfloat16 or float16 (float64 with ``backend="reference"``).
-        k_prefix, v_prefix: ``[B, Hkv, T, D]`` in q's dtype; live where ``start <= t < length``.
-            What lies elsewhere is not used, not even if it is NaN.
+        k_prefix, v_prefix: ``[B, Hkv, T, D]`` in q's dtype, or ``[N, Hkv, T, D]`` with ``rows``;
+            live where ``start <= t < length``. What lies elsewhere is not used, not even if it is
+            NaN.
         k_self, v_self: ``[B, k, Hkv, D]``, the siblings' own.
         start, length: int64 ``[B]``; every sibling is at position ``length``.
         scale: factor of the scores, usually ``D ** -0.5``.
         window: see only the last ``window`` positions counting the sibling's own:
             ``t > length - window``.
         softcap: a positive cap of the scores, or None.
+        rows: int64 ``[B]``, the prefix ``0 .. N - 1`` that each row reads; several rows may read
+            one, each as far as its own length. None: row b reads prefix b.
         backend: see ``rgtg_fast.ops``.
 
     Returns:
@@ -46,8 +50,10 @@ def candidate_attention(
 
     Raises:
         ValueError: for a wrong shape, dtype or value; BackendUnavailable for a missing backend.
+            On a GPU, where reading them would wait for the device, rows are not checked: outside
+            ``0 .. N - 1`` the result of a compiled backend is NaN.
     """
-    check_attention(q, k_prefix, v_prefix, k_self, v_self, start, length)
+    check_attention(q, k_prefix, v_prefix, k_self, v_self, start, length, rows)
     if window is not None and not 1 <= window < 2**63:
         raise ValueError(
             f"window={window}; pass at least 1 (the query itself) and less than 2**63, or None"
@@ -62,4 +68,4 @@ def candidate_attention(
         )
     arguments = (q, k_prefix, v_prefix, k_self, v_self, start, length, float(scale))
     softcap = None if softcap is None else float(softcap)
-    return run("candidate_attention", backend, *arguments, window, softcap)
+    return run("candidate_attention", backend, *arguments, window, softcap, rows)

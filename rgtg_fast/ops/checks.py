@@ -151,26 +151,35 @@ def check_attention(
     v_self: Tensor,
     start: Tensor,
     length: Tensor,
+    rows: Tensor | None,
 ) -> None:
     check_float("q", q, ("B", "k", "Hq", "D"))
-    rows, k, query_heads, width = q.shape
-    check_float("k_prefix", k_prefix, (rows, "Hkv", "T", width))
-    heads = k_prefix.shape[1]
+    batch, k, query_heads, width = q.shape
+    check_float("k_prefix", k_prefix, (batch if rows is None else "N", "Hkv", "T", width))
+    stores, heads = k_prefix.shape[:2]
     if heads == 0 or query_heads % heads:
         raise ValueError(
             f"q has {query_heads} heads and k_prefix {heads}; pass a multiple of the key heads"
         )
     check_float("v_prefix", v_prefix, tuple(k_prefix.shape))
-    check_float("k_self", k_self, (rows, k, heads, width))
-    check_float("v_self", v_self, (rows, k, heads, width))
-    check_ints("start", start, (rows,))
-    check_ints("length", length, (rows,))
+    check_float("k_self", k_self, (batch, k, heads, width))
+    check_float("v_self", v_self, (batch, k, heads, width))
+    check_ints("start", start, (batch,))
+    check_ints("length", length, (batch,))
     others = {"k_prefix": k_prefix, "v_prefix": v_prefix, "k_self": k_self, "v_self": v_self}
     for name, tensor in others.items():
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype} and q {q.dtype}; pass the same")
     for name, tensor in {**others, "start": start, "length": length}.items():
         check_device(name, tensor, "q", q)
+    if rows is not None:
+        check_ints("rows", rows, (batch,))
+        check_device("rows", rows, "q", q)
+        if _readable(rows) and not bool(((rows >= 0) & (rows < stores)).all()):
+            raise ValueError(
+                f"rows={rows.tolist()} reach outside the {stores} prefixes of k_prefix; "
+                f"pass 0 .. {stores - 1}"
+            )
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -79,7 +79,8 @@ def _devices(backend: str) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-def _requested(backend: str) -> str:
+def requested(backend: str) -> str:
+    """``backend``, or what RGTG_BACKEND says in place of ``"auto"``."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; pass one of {', '.join(BACKENDS)}")
     chosen = os.environ.get("RGTG_BACKEND", "auto") if backend == "auto" else backend
@@ -122,7 +123,7 @@ def automatic(op: str, device: str, rows: int) -> str:
 
 def settle(op: str, backend: str, device: str, rows: int) -> str:
     """The backend that runs this call; raises BackendUnavailable where the one asked for cannot."""
-    chosen = _requested(backend)
+    chosen = requested(backend)
     if chosen == "auto":
         if missing_extension is None:
             return automatic(op, device, rows)
@@ -148,15 +149,28 @@ def kernel(op: str, backend: Backend, device: torch.device, rows: int = 1) -> Ca
     return getattr(space, op).default
 
 
-def keep_kernel(backend: Backend, device: torch.device) -> Callable[..., torch.Tensor]:
-    """:func:`kernel` of ``ratio_keep`` in C++ if that is there, else the reference.
+def _was_written(op: str, backend: str) -> bool:
+    """Whether this version has a kernel of ``op`` in a compiled backend, usable here or not."""
+    if backend == "triton":
+        try:
+            return op in importlib.import_module("rgtg_fast.kernels.library").KERNELS
+        except ImportError:
+            return True  # :func:`kernel` says that Triton is missing
+    built = missing_extension is None and (backend == "cpp" or _C.build_info()["cuda_archs"])
+    return not built or has_kernel(op, backend)
 
-    There is no GPU kernel of it, so a loop on a GPU prunes with the reference whatever its backend.
+
+def kernel_or_auto(op: str, backend: Backend, device: torch.device) -> Callable[..., Any]:
+    """:func:`kernel` for the ops of a loop that not every backend has.
+
+    Where this version has no kernel of ``op`` at all in the backend asked for, by argument or by
+    RGTG_BACKEND, ``"auto"`` runs it: one op less would rule the backend out for every call. A
+    backend that has one and cannot run here raises BackendUnavailable.
     """
-    compiled = device.type == "cpu" and unavailable_reason("ratio_keep", "cpp") is None
-    return kernel(
-        "ratio_keep", "cpp" if compiled and backend != "reference" else "reference", device
-    )
+    chosen = requested(backend)
+    if chosen not in ("auto", "reference") and not _was_written(op, chosen):
+        chosen = automatic(op, device.type, rows=1)
+    return kernel(op, chosen, device)  # type: ignore[arg-type]
 
 
 def run(op: str, backend: Backend, *arguments: Any) -> Any:

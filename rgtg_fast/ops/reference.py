@@ -155,6 +155,10 @@ def ratio_step(
     return slot, rewards, logq
 
 
+def _stored(prefix: Tensor, rows: Tensor | None) -> Tensor:
+    return prefix if rows is None else prefix.index_select(0, rows)
+
+
 @op
 def candidate_attention(
     q: Tensor,
@@ -167,10 +171,11 @@ def candidate_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    rows, k, heads, width = q.shape
+    batch, k, heads, width = q.shape
     key_heads = k_prefix.shape[1]
-    query = q.to(torch.float64).reshape(rows, k, key_heads, heads // key_heads, width)
+    query = q.to(torch.float64).reshape(batch, k, key_heads, heads // key_heads, width)
     t = torch.arange(k_prefix.shape[2], device=q.device)
     end = length.unsqueeze(1)
     live = (t >= start.unsqueeze(1)) & (t < end)  # [B, T]
@@ -179,7 +184,8 @@ def candidate_attention(
     # Outside the live range a NaN times its weight of 0 would still be NaN, in the result and in
     # the gradients.
     keys, values = (
-        torch.where(live[:, None, :, None], x.to(torch.float64), 0.0) for x in (k_prefix, v_prefix)
+        torch.where(live[:, None, :, None], _stored(x, rows).to(torch.float64), 0.0)
+        for x in (k_prefix, v_prefix)
     )
     own = (query * k_self.to(torch.float64).unsqueeze(3)).sum(dim=-1, keepdim=True)
     scores = torch.einsum("bkhgd,bhtd->bkhgt", query, keys)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.cache import SiblingCache
+from ..models.compiled import CompiledSiblings
 from ..models.language_model import LanguageModel
 from ..models.padding import positions_of
 from ..models.parts import ModelParts
@@ -27,6 +28,7 @@ class NextTokenScorer(ABC):
 
     method = "next_token"
     capacity = 0
+    compiled: CompiledSiblings | None = None  # the forward of one call; set before its prompts
 
     def __init__(self, model: nn.Module, backend: ops.Backend = "auto") -> None:
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
@@ -69,6 +71,7 @@ class NextTokenScorer(ABC):
             self._advance(ids, positions_of(mask))
         else:
             self.static = StaticForward(view, self.capacity, self.backend, eval_mode=True)
+            self.static.forward.compiled = self.compiled
             self.head = self.static.rest.output_embeddings()
             self.state = self._of_hidden(self.static, self.static.prefill(ids, mask))
         self.chosen = ids[:, -1].clone()
@@ -103,7 +106,17 @@ class NextTokenScorer(ABC):
 
     def finish(self) -> None:
         """Let go of the call's cache, twin and logits."""
-        for name in ("static", "parts", "head", "mask", "cache", "chosen", "state", "ids"):
+        for name in (
+            "static",
+            "parts",
+            "head",
+            "mask",
+            "cache",
+            "chosen",
+            "state",
+            "ids",
+            "compiled",
+        ):
             self.__dict__.pop(name, None)
 
     def _step(self) -> None:

@@ -7,6 +7,7 @@ from parity import BACKENDS, backends_of, check_candidate_attention
 from rgtg_fast import ops
 
 CPP = next(backend for backend in BACKENDS if backend.name == "cpp")
+OP = "candidate_attention"
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -84,6 +85,35 @@ LEAST, MOST = -(2**63), 2**63 - 1
 def test_bounds_far_outside_the_prefix_read_nothing_there(backend, window, start, length):
     inputs = attention(torch.float32, 1, 3, 4, 2, 16, 20, [start], [length], window, None)
     check_candidate_attention(backend, *inputs)
+
+
+@pytest.mark.parametrize("rows", [[2, 0], [0, -1], [LEAST, MOST]])
+def test_a_row_that_reads_no_prefix_is_an_error_of_the_raw_operator_or_nan(rows):
+    """A GPU kernel cannot raise."""
+    inputs = (*attention_inputs(), None, None, torch.tensor(rows))
+    with pytest.raises(RuntimeError, match=r"rows\[\d\] is .*; pass 0 .. 1"):
+        torch.ops.rgtg_fast.candidate_attention(*inputs)
+    for backend in BACKENDS:
+        if backend.name in ("triton-interpreted", "cuda-emulated") and OP in backend.ops:
+            (got,) = backend(OP, *inputs)
+            for row in range(2):
+                assert got[row].isnan().all() != (0 <= rows[row] < 2)
+            (want,) = backend(OP, *inputs[:10], torch.tensor(rows).clamp(0, 1))
+            assert torch.equal(got[got.isfinite()], want[got.isfinite()])
+
+
+def test_gradients_of_rows_that_share_a_prefix_are_summed():
+    *tensors, start, length, scale = attention_inputs()
+    tensors = [t.requires_grad_() for t in tensors]
+    rows = torch.tensor([1, 1])
+    bounds = (start, length, scale, None, None)
+    out = ops.candidate_attention(*tensors, *bounds, rows)
+    copies = (tensors[0], tensors[1][rows], tensors[2][rows], *tensors[3:])
+    want = ops.candidate_attention(*copies, *bounds)
+    shared, copied = (torch.autograd.grad(x.square().sum(), tensors) for x in (out, want))
+    for a, b in zip(shared, copied, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not shared[1][0].any() and shared[1][1].any()
 
 
 def test_a_key_that_is_not_live_has_no_part_in_the_gradients():
@@ -240,10 +270,14 @@ def test_compiles_without_graph_breaks(backend):
         (8, 0, r"window=0; pass at least 1"),
         (8, 2**63, r"window=9223372036854775808; pass at least 1 .* and less than 2\*\*63"),
         (9, 0.0, r"softcap=0.0; pass a positive number"),
+        (10, torch.zeros(3).long(), r"rows has shape \[3\]; pass \[2\]"),
+        (10, torch.zeros(2), r"rows has dtype torch.float32; pass int64"),
+        (10, torch.tensor([0, 2]), r"rows=\[0, 2\] reach outside the 2 prefixes .*; pass 0 \.\. 1"),
+        (10, torch.tensor([-1, 0]), r"rows=\[-1, 0\] reach outside"),
     ],
 )
 def test_errors_name_the_argument_and_the_way_out(place, value, message):
-    arguments = [*attention_inputs(), None, None]
+    arguments = [*attention_inputs(), None, None, None]
     arguments[place] = value
     with pytest.raises(ValueError, match=message):
         ops.candidate_attention(*arguments)

@@ -30,7 +30,7 @@ def test_there_is_no_gpu_kernel_and_asking_for_one_says_so():
     given = arguments("ratio_keep", Size())[0]
     with pytest.raises(ops.BackendUnavailable, match="no Triton kernel of ratio_keep"):
         ops.ratio_keep(*given, backend="triton")
-    kernel = ops.keep_kernel("triton", torch.device("cuda"))
+    kernel = ops.kernel_or_auto("ratio_keep", "triton", torch.device("cuda"))
     assert kernel is ops.OPS["ratio_keep"]
 
 

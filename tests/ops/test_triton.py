@@ -31,6 +31,16 @@ def kernels(name):
     return importlib.import_module(f"rgtg_fast.kernels.{name}")
 
 
+def run_support(program, *arguments):
+    """What a program of tests/support prints, a record for each line of JSON."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT.parents[1]), *sys.path])
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 gumbel_from_word = kernels("gumbel").gumbel_from_word
 
 
@@ -43,12 +53,7 @@ def _noise(words, out, N: tl.constexpr):
 @pytest.mark.slow
 @pytest.mark.parametrize("archs", ["80,90,100,120"])
 def test_every_kernel_compiles_to_machine_code_without_a_gpu(archs):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT.parents[1]), *sys.path])
-    command = [sys.executable, "-W", "ignore", str(SUPPORT / "compile_triton.py"), archs]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    records = [json.loads(line) for line in done.stdout.splitlines()]
+    records = run_support("compile_triton.py", archs)
     assert {str(r["arch"]) for r in records} == set(archs.split(","))
     assert {r["kernel"] for r in records} == LAUNCHED
     for record in records:
@@ -76,12 +81,26 @@ def test_attention_over_several_splits_and_tiles_of_queries(monkeypatch, window)
     check_candidate_attention(TRITON, *attention(torch.float32, *shape, window, None))
 
 
+@pytest.mark.slow
+def test_no_kernel_is_compiled_anew_while_the_prefix_or_the_candidates_grow():
+    (found,) = run_support("triton_host.py", "forms")
+    assert found == {
+        "candidate_attention k=10": {"_attend_prefix": 1, "_merge_self": 1},
+        "candidate_attention k=1": {"_attend_prefix": 1, "_merge_self": 1},
+        "reward_head k=33..64": {"_reward_head": 1},
+        "ratio_sample k=33..64": {"_ratio_sample": 1},
+        "ratio_step k=33..64": {"_ratio_step": 1},
+        "vocab_reward k=1..64": {"_vocab_reward": 1},
+    }
+
+
 def test_splits_keep_a_gpu_busy_and_bounded():
-    split_length = kernels("candidate_attention").split_length
-    assert split_length(8192, 64) == 1024
-    assert split_length(8192, 8) == 128
-    assert split_length(1_000_000, 1) == 16384
-    assert split_length(0, 1) == 128
+    split_count = kernels("candidate_attention").split_count
+    assert split_count(8192, 64) == 8
+    assert split_count(8192, 8) == 33
+    assert split_count(2048, 8) == 16
+    assert split_count(1_000_000, 1) == 64
+    assert split_count(0, 1) == split_count(0, 500) == 1
 
 
 def test_noise_is_bit_identical_for_extreme_words():

@@ -66,7 +66,6 @@ def compile_only(self, grid, **kwargs):
 
 
 run = JITFunction.run
-JITFunction.__getitem__ = compile_only
 
 
 def launch(ops, **size):
@@ -77,6 +76,7 @@ def launch(ops, **size):
 
 if __name__ == "__main__":
     assert not library.INTERPRETED
+    JITFunction.__getitem__ = compile_only
     for capability in map(int, sys.argv[1].split(",")):
         triton.runtime.driver.set_active(Driver(capability))
         every = partial(launch, library.KERNELS, heads=(8, 2))

@@ -94,7 +94,12 @@ def candidate_attention(size):
     bounds = start, size.prefix - start
     scale = size.head**-0.5
     window = size.prefix // 3
-    return [(*tensors, *bounds, scale, None, None), (*tensors, *bounds, scale, window, 3.0)]
+    rows = torch.arange(size.rows).flip(0) // 2
+    return [
+        (*tensors, *bounds, scale, None, None),
+        (*tensors, *bounds, scale, window, 3.0),
+        (*tensors, *bounds, scale, None, None, rows),
+    ]
 
 
 def prefix_bt_loss(size):

@@ -91,6 +91,20 @@ def backends_of(op, slow=()):
     return chosen
 
 
+def crossed(op, values, quick):
+    """Parameters for the tests of ``op``: its backends times ``values``. Of these, interpreted
+    Triton kernels take those at the places ``quick`` in ``make test``, the others as slow tests."""
+    found = []
+    for backend in backends_of(op):
+        for place, value in enumerate(values):
+            value = value if isinstance(value, tuple) else (value,)
+            later = backend.id == "triton-interpreted" and place not in quick
+            marks = [*backend.marks, *([pytest.mark.slow] if later else [])]
+            name = "-".join(str(v).removeprefix("torch.") for v in (*value, backend.id))
+            found.append(pytest.param(*backend.values, *value, id=name, marks=marks))
+    return found
+
+
 def carry(value, device):
     """A tensor on ``device`` with the same strides and gaps; other values as they are."""
     if not isinstance(value, torch.Tensor) or device == "cpu":
@@ -177,9 +191,13 @@ def check_ratio_keep(backend, *arguments):
     assert torch.equal(got, reference.ratio_keep(*arguments))
 
 
-def torch_attention(q, k_prefix, v_prefix, k_self, v_self, start, length, scale, window, softcap):
+def torch_attention(
+    q, k_prefix, v_prefix, k_self, v_self, start, length, scale, window, softcap, rows=None
+):
     """What one writes in torch: concatenate, mask, softmax, all in the dtype of q."""
     k = q.shape[1]
+    if rows is not None:
+        k_prefix, v_prefix = k_prefix[rows], v_prefix[rows]
     group = q.shape[2] // k_prefix.shape[1]
 
     def all_keys(prefix, own):  # [B, k, Hq, T + 1, D]
@@ -201,9 +219,8 @@ def torch_attention(q, k_prefix, v_prefix, k_self, v_self, start, length, scale,
 
 
 def check_candidate_attention(backend, *arguments):
-    *tensors, start, length, scale, window, softcap = arguments
+    tensors, rest = arguments[:5], arguments[5:]
     (got,) = backend("candidate_attention", *arguments)
-    rest = (start, length, scale, window, softcap)
     exact = torch_attention(*(t.double() for t in tensors), *rest)
     assert got.dtype == tensors[0].dtype and got.shape == exact.shape
     if got.numel():
