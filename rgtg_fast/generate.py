@@ -97,15 +97,18 @@ def generate(
             `model.generate(custom_generate=...)` and read afterwards.
         reward_range: (lo, hi), two finite numbers: rewards are clamped to it, as RAD does
             (arXiv 2310.09520).
-        prune: do not score candidates that cannot win even at the best reward of `reward_range`
-            against another at the worst; the noise of a draw is known beforehand. The tokens are
-            the same, as far as the reward model gives the same numbers in smaller batches.
-            Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
-            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever
-            `reward_range` is given and it saves something (a reward model on a CPU scored by
-            "tree", or by "reencode" anywhere) and not all rewards are asked for
-            (`output_candidates`). `candidates_scored` says how many were, `kl` of a sampled step
-            with unscored ones is NaN. A NaN reward of a candidate that is not scored goes unseen.
+        prune: do not score candidates that cannot win: those that the logits processors (top-p and
+            the like) have put to -inf, and with `reward_range` those that lose even at its best
+            reward against another at the worst; the noise of a draw is known beforehand. The
+            tokens are the same, as far as the reward model gives the same numbers in smaller
+            batches. Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
+            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever it saves
+            something (a reward model on a CPU scored by "tree", or as a head or an adapter on the
+            language model, or by "reencode" anywhere; no CUDA graph) and not all rewards are asked
+            for (`output_candidates`). False: all k are scored. `candidates_scored` says how many
+            were; `kl` of a sampled step is NaN where one that might have won was not. A NaN reward
+            of a candidate that is not scored goes unseen. Where plain sequences are returned,
+            "reencode" does not score a row's only candidate either.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no

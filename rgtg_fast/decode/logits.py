@@ -9,7 +9,7 @@ It is taken where a numerical probe finds it right for the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,18 @@ class LogitsSource(Protocol):
 
     def finish(self, steps: int) -> Any:
         """The key/value cache to return after `steps` tokens were chosen, the last not fed."""
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """What a source has more whose rows come and go by themselves, in the order of the scorer's."""
+
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Rows with these prompts (int64 [P] each) come in behind the others, and have come in to
+        the scorer; logits [n, V] of their next tokens."""
+
+    def advance(self, last: Tensor) -> Tensor:
+        """Logits [n, V] of the first n rows, after the tokens `last` [n, 1]."""
 
 
 class HFLogits:
@@ -130,6 +142,14 @@ class CachedLogits:
         hidden = self.static.prefill(input_ids.to(device), self.attention_mask.to(device))
         return self.static.logits(hidden).to(input_ids.device)
 
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        hidden = self.static.join([prompt.to(self.view.device) for prompt in prompts])
+        return self.static.logits(hidden).to(prompts[0].device)
+
+    def advance(self, last: Tensor) -> Tensor:
+        hidden = self.static.step(last.to(self.view.device))
+        return self.static.logits(hidden).to(last.device)
+
     def step(self, rows: Rows) -> Tensor:
         hidden = self.static.step(rows.last().to(self.view.device))
         return self.static.logits(hidden).to(rows.ids.device)
@@ -172,8 +192,15 @@ class JointLogits:
     def step(self, rows: Rows) -> Tensor:
         return self._logits().to(rows.ids.device)
 
-    def _logits(self) -> Tensor:
-        return self.rest.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        return self._logits(slice(-len(prompts), None)).to(prompts[0].device)
+
+    def advance(self, last: Tensor) -> Tensor:
+        return self._logits(slice(len(last))).to(last.device)
+
+    def _logits(self, rows: slice = slice(None)) -> Tensor:
+        hidden = self.scorer.next_hidden[rows]
+        return self.rest.logits(hidden, self.scorer.forward.output_type)
 
     def can_keep_rows(self) -> bool:
         return True

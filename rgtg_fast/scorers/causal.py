@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import GenerationMixin
 from .. import ops
 from ..models import foreign
 from ..models.language_model import LanguageModel
+from ..models.padding import groups_of_like_length, without_copies
 from ..models.parts import computing_dtype, numerics
 from ..models.siblings import SiblingForward
 from ..models.twin import Twins
@@ -80,12 +82,23 @@ class StaticForward:
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The last hidden states [B, H] of the prompts int64 [B, P], padded on the left."""
         self.slot = torch.zeros(len(input_ids), dtype=torch.int64, device=self.device)
-        return self.forward.prefill(input_ids, attention_mask)[:, -1]
+        ids, own, copies = without_copies(input_ids, attention_mask)
+        last = self.forward.prefill(ids, own, copies)[:, -1]
+        return last if copies is None else last[copies.to(last.device)]
+
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Rows with these prompts (int64 [P] each) come in; their last hidden states [n, H]."""
+        parts = [self.forward.join(group)[:, -1] for group in groups_of_like_length(prompts)]
+        rows = self.forward.cache.batch
+        self.slot = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return torch.cat(parts)
 
     def step(self, ids: Tensor) -> Tensor:
-        """The hidden states [B, H] of one more token a row, ids int64 [B, 1]."""
-        hidden = self.forward.siblings(ids)
-        self.forward.commit(self.slot)
+        """The hidden states [n, H] of one more token of the first n rows, ids int64 [n, 1]."""
+        n = len(ids)
+        rows = None if n == len(self.slot) else torch.arange(n, device=self.device)
+        hidden = self.forward.siblings(ids, rows=rows)
+        self.forward.commit(self.slot[:n], rows)
         return hidden[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
