@@ -24,14 +24,7 @@ from .decode.call import Call
 from .decode.capture import choose_graph
 from .decode.compiling import choose_compiled
 from .decode.drafters import AssistantDrafter
-from .decode.logits import (
-    CachedLogits,
-    HFLogits,
-    LanguageModel,
-    language_model,
-    logits_source,
-    plain_language_model,
-)
+from .decode.logits import CachedLogits, HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
@@ -39,11 +32,14 @@ from .decode.record import Record
 from .decode.speculation import speculate
 from .decode.warpers import trailing
 from .models import foreign
+from .models.language_model import LanguageModel
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
 from .scorers.base import Scorer
+from .scorers.causal import language_model
 from .scorers.factory import is_scorer, make_scorer
+from .scorers.next_token import NextTokenScorer
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -371,6 +367,8 @@ class RewardGuided:
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
         if rm is None:
+            if isinstance(self.reward_model, NextTokenScorer):
+                self.reward_model.capacity = max_length
             return self.reward_model
         own_prompt = self.reward_input_ids is not None
         joint = (
