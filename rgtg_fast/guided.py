@@ -161,7 +161,8 @@ class RewardGuided:
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
-        policy.lone = getattr(scorer, "commits_unscored", False) and not record.on
+        if not record.on:
+            policy.lone = getattr(scorer, "commits_unscored", None)
         keep_cache = keep_cache or record.on
         plan = make_plan(
             new_tokens,
