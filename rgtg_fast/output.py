@@ -1,8 +1,8 @@
-"""What a guided run returns beside the tokens."""
+"""What a guided run returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -37,3 +37,24 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
     candidate_ids: Tensor | None = None
     candidate_logprobs: Tensor | None = None
     candidate_rewards: Tensor | None = None
+
+
+@dataclass
+class Answer:
+    """The answer to one of the prompts of `generate_many`.
+
+    Attributes:
+        index: of the prompt, counted from 0.
+        tokens: of the answer, without prompt and padding; EOS included where it ended it.
+        text: of the tokens without special ones, where a tokenizer was given.
+        rewards: for each token, the reward of the prompt and the answer up to it.
+        kl: for each token, as in `RewardGuidedOutput`, in nats.
+        error: why there is no answer, or none beyond `tokens`; None for an answer.
+    """
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    text: str | None = None
+    rewards: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    error: str | None = None

@@ -17,6 +17,8 @@ WORTH = 64  # fewest steps of a captured graph that "auto" compiles for
 def choose_compiled(asked: bool | str, call: Call) -> None:
     """Have the forwards of a call compiled: where that is `asked` for (with a warning that says why
     where it is not possible), or "auto" finds that a graph serves enough steps."""
+    if isinstance(call.scorer, SiblingScorer):
+        call.scorer.compiled = None  # of an earlier call on the same object
     if asked is False or (asked == "auto" and (call.graph is None or call.plan.steps < WORTH)):
         return
     of_source, of_scorer = _why_not_source(call.source), _why_not_scorer(call.scorer)
