@@ -9,12 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from . import ops
 from . import validation as check
@@ -26,7 +21,7 @@ from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
-from .decode.warpers import trailing
+from .decode.warpers import take_temperature, trailing
 from .models import foreign
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
@@ -167,8 +162,7 @@ class RewardGuided:
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
-        if not record.on:
-            policy.lone = getattr(scorer, "commits_unscored", None)
+        policy.lone = None if record.on else getattr(scorer, "commits_unscored", None)
         keep_cache = keep_cache or record.on
         plan = make_plan(
             new_tokens,
@@ -392,17 +386,6 @@ class OneCall(RewardGuided):
 
     def __post_init__(self) -> None:
         pass
-
-
-def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
-    """The temperature HF would put on the LM logits, and the processors without that warper."""
-    kept, temperature = LogitsProcessorList(), 1.0
-    for processor in processors:
-        if isinstance(processor, TemperatureLogitsWarper):
-            temperature = float(processor.temperature)
-        else:
-            kept.append(processor)
-    return temperature, kept
 
 
 @contextmanager

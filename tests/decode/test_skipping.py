@@ -165,9 +165,9 @@ def texts(monkeypatch):
     """How many texts each scoring encoded."""
     seen, kept = [], ReencodeScorer._score_kept
 
-    def counted(self, ids, keep):
+    def counted(self, ids, keep, *rest):
         seen.append(int(keep.sum()))
-        return kept(self, ids, keep)
+        return kept(self, ids, keep, *rest)
 
     monkeypatch.setattr(ReencodeScorer, "_score_kept", counted)
     return seen
@@ -244,14 +244,19 @@ ONE = zoo.left_pad(zoo.prompts()[:1])
 def forwards(monkeypatch):
     """Tokens of a row in each forward of a tree scorer: candidates, and winners read later."""
     seen = {"siblings": [], "extend": []}
-    for name in seen:
 
-        def counted(self, ids, *rest, name=name, own=getattr(SiblingForward, name), **options):
+    def count(name):
+        own = getattr(SiblingForward, name)
+
+        def counted(self, ids, *rest, **options):
             if self.width == K:
                 seen[name].append(ids.shape[1])
             return own(self, ids, *rest, **options)
 
         monkeypatch.setattr(SiblingForward, name, counted)
+
+    for name in seen:
+        count(name)
     return seen
 
 
