@@ -109,8 +109,9 @@ def generate(
             language model, or by "reencode" anywhere; no CUDA graph) and not all rewards are asked
             for (`output_candidates`). False: all k are scored. `candidates_scored` says how many
             were; `kl` of a sampled step is NaN where one that might have won was not. A NaN reward
-            of a candidate that is not scored goes unseen. Where plain sequences are returned,
-            "reencode" does not score a row's only candidate either.
+            of a candidate that is not scored goes unseen. Where plain sequences are returned, a
+            candidate without a rival is not scored either: by "reencode" for each row, by "tree"
+            at steps where no row has a rival; it then reads those tokens in one forward later.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no

@@ -21,9 +21,9 @@ from .decode.logits import RowSource, logits_source, plain_language_model
 from .decode.plan import SCORES_ALONE, Plan, eos_ids, make_plan
 from .decode.record import Record
 from .decode.refill import Entry, Refill, Row
-from .decode.warpers import trailing
+from .decode.warpers import take_temperature, trailing
 from .generate import generate, stop_strings_as_criterion
-from .guided import OneCall, take_temperature
+from .guided import OneCall
 from .models import foreign
 from .models.foreign import CACHE
 from .models.padding import left_padded

@@ -14,7 +14,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
 )
 
 from . import ops
@@ -30,7 +29,7 @@ from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
 from .decode.speculation import speculate
-from .decode.warpers import trailing
+from .decode.warpers import take_temperature, trailing
 from .models import foreign
 from .models.language_model import LanguageModel
 from .models.on_base import OnBase
@@ -176,7 +175,7 @@ class RewardGuided:
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
-        policy.lone = getattr(scorer, "commits_unscored", False) and not record.on
+        policy.lone = None if record.on else getattr(scorer, "commits_unscored", None)
         keep_cache = keep_cache or record.on
         plan = make_plan(
             new_tokens,
@@ -419,17 +418,6 @@ class OneCall(RewardGuided):
 
     def __post_init__(self) -> None:
         pass
-
-
-def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
-    """The temperature HF would put on the LM logits, and the processors without that warper."""
-    kept, temperature = LogitsProcessorList(), 1.0
-    for processor in processors:
-        if isinstance(processor, TemperatureLogitsWarper):
-            temperature = float(processor.temperature)
-        else:
-            kept.append(processor)
-    return temperature, kept
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,12 +86,59 @@ class TreeScorer(SiblingScorer):
 
     method = "tree"
     chain: Tensor  # int64 [B, m - 1], of the last comb
-    state = (*SiblingScorer.state, "chain")
+    # Ids [B, k] of a step of which nothing was scored, until it is committed; and the winners
+    # [B, 1] of such steps, which are read in one forward when a reward is next asked for.
+    unscored: Tensor | None = None
+    unread: list[Tensor]
+    state = (*SiblingScorer.state, "unscored", "chain")
 
     def __init__(self, rm: RewardModel, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
         # On a GPU skipping saves next to nothing, and changing shapes would rule out a graph.
         self.can_skip = rm.device.type == "cpu"
+        self.commits_unscored = "step" if self.can_skip else None
+
+    def begin(self, rows: int) -> None:
+        super().begin(rows)
+        self.unread = []
+
+    def score(
+        self, ids: Tensor, keep: Tensor | None = None, handles: Sequence[int] | None = None
+    ) -> Tensor:
+        if keep is not None and handles is None and not keep.any():
+            known = self.known(ids)
+            self.unscored = ids if known is None else ids.where(known, 0)
+            return torch.full(ids.shape, torch.nan, dtype=torch.float32, device=ids.device)
+        self._read()
+        return super().score(ids, keep, handles)
+
+    def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
+        if self.unscored is None:
+            super().commit(slot, handles)
+            return
+        self.unread.append(self.unscored.gather(1, slot[:, None]).to(self.device))
+        self.unscored = None
+
+    def extend(self, handles: Sequence[int], ids: Sequence[Tensor]) -> None:
+        self._read()
+        super().extend(handles, ids)
+
+    def crop(self, handles: Sequence[int], lengths: Sequence[int] | Tensor) -> None:
+        self._read()
+        super().crop(handles, lengths)
+
+    def join(self, prompts: Sequence[Tensor]) -> list[int]:
+        self._read()
+        return super().join(prompts)
+
+    def linear(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        self._read()
+        return super().linear(ids)
+
+    def _read(self) -> None:
+        if self.unread:
+            tokens, self.unread = torch.cat(self.unread, dim=1), []
+            super().extend(self.handles, list(tokens))
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         ids, mask, copies = without_copies(input_ids, attention_mask)
@@ -166,4 +214,5 @@ class TreeScorer(SiblingScorer):
         self.forward.crop(lengths, rows)
 
     def _keep(self, rows: Tensor) -> None:
+        self.unread = [tokens[rows] for tokens in self.unread]
         self.forward.keep_rows(rows)
