@@ -22,7 +22,7 @@ from .decode.ahead import choose_speculation
 from .decode.call import Call
 from .decode.capture import choose_graph
 from .decode.compiling import choose_compiled
-from .decode.drafters import AssistantDrafter
+from .decode.drafters import AssistantDrafter, Drafter
 from .decode.logits import CachedLogits, HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
@@ -215,12 +215,15 @@ class RewardGuided:
         call.speculation = choose_speculation(self.speculate, call, assistant)
         return call
 
-    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> AssistantDrafter | None:
-        if self.assistant_model is None:
-            return None
+    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> Drafter | None:
+        if self.assistant_model is None or isinstance(self.assistant_model, Drafter):
+            return self.assistant_model
         name = type(self.assistant_model).__name__
         if not hasattr(self.assistant_model, "get_output_embeddings"):
-            raise ValueError(f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM)")
+            raise ValueError(
+                f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM), or an object "
+                "with the methods of decode.drafters.Drafter"
+            )
         found = language_model(self.assistant_model, max_length, self.backend)
         if found is None or found[1] != "fused":
             raise ValueError(
