@@ -14,10 +14,17 @@ from rgtg_fast import _C
 from rgtg_fast.ops.dispatch import has_kernel
 
 ARCHS = ("80", "90", "100", "120")  # WHEEL_ARCHS of the Makefile
+
+
+def kernels_in(*paths):
+    text = "".join(path.read_text() for path in paths)
+    return set(re.findall(r"__global__ void[^;{]*?(\w+)\(\w+ \w", text))
+
+
+ATTENTION = kernels_in(ROOT / "csrc/cuda/attention_kernels.cuh")
 KERNELS = {
-    name
-    for path in ROOT.glob("csrc/cuda/*.cuh")
-    for name in re.findall(r"__global__ void[^;{]*?(\w+)\(\w+ \w", path.read_text())
+    "ops.cpp": kernels_in(*ROOT.glob("csrc/cuda/*.cuh")) - ATTENTION,
+    "attention.cpp": ATTENTION,
 }
 
 
@@ -38,18 +45,24 @@ def tool(name):
 
 
 @pytest.mark.parametrize(
-    "arch",
-    [arch if arch == "90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS],
+    ("source", "arch"),
+    [
+        (source, arch)
+        if (source, arch) == ("ops.cpp", "90")
+        else pytest.param(source, arch, marks=pytest.mark.slow)
+        for source in KERNELS
+        for arch in ARCHS
+    ],
 )
-def test_kernels_compile_without_spills_or_stack(arch, tmp_path):
+def test_kernels_compile_without_spills_or_stack(source, arch, tmp_path):
     command = [tool("nvcc"), "-std=c++20", "-O3", "-Xptxas", "-v", "-x", "cu", "-cubin"]
     command += [f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "kernels.cubin")]
     log = subprocess.run(
-        [*command, str(SIMT / "ops.cpp")], capture_output=True, text=True, check=True
+        [*command, str(SIMT / source)], capture_output=True, text=True, check=True
     ).stderr
-    assert all(kernel in log for kernel in KERNELS)
+    assert KERNELS[source] and all(kernel in log for kernel in KERNELS[source])
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
-    assert len(frames) >= len(KERNELS)
+    assert len(frames) >= len(KERNELS[source])
     assert set(frames) == {("0", "0")}
 
 
