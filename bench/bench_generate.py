@@ -4,12 +4,13 @@
     python bench/bench_generate.py --shape llama --dtype bfloat16 --batch 1 4 16 --json out.json
     python bench/bench_generate.py --grid cost --json cost.json --plot cost.png
     python bench/bench_generate.py --shape llama-8b --device cuda --prompt 512 --k 10 40
+    python bench/bench_generate.py --shape llama --top-p 0.95 --entropy 0.8 --batch 1 16
     python bench/bench_generate.py --memory
     python bench/bench_generate.py --overhead
 
 LM and reward model have the shape of GPT-2 124M (or of a Llama of that size, or of Llama-3.1-8B)
-and random weights; decoding is greedy and nothing stops early. All contenders run in one process,
-interleaved, and the medians are compared.
+and random weights; decoding is greedy, but with --top-p, and nothing stops early. All contenders
+run in one process, interleaved, and the medians are compared.
 
 A run is a whole call. `ms/token` is its time over the new tokens, for all rows of a batch together;
 `decode` is the time after the first token over the other tokens, so without the prompt and without
@@ -30,7 +31,7 @@ import torch
 import transformers
 from floors import bandwidth, floor_ms
 from generate_contenders import LABELS, SLOW, Bench, Models, why_not
-from generate_models import SHAPES, build_models
+from generate_models import SHAPES, build_models, sharpen
 from generate_probes import HOLDS_CACHE, kv_memory, overhead
 from plot_generate import plot
 
@@ -68,6 +69,8 @@ def parse_args(argv=None):
     add("--k", type=int, nargs="+", help="candidates per token (10)")
     add("--new", type=int, help="new tokens (64)")
     add("--beta", type=float, default=1.0, help="weight of the reward (less: more is pruned)")
+    add("--top-p", type=float, help="draw tokens, with this top_p, instead of greedy decoding")
+    add("--entropy", type=float, help="nats among the LM's k candidates, as 0.8 in trained models")
     add("--repeats", type=int, help="timed rounds, after one to warm up (5; --overhead: 15)")
     add(
         "--slow-new",
@@ -128,7 +131,8 @@ def measure(args, models, contenders, point):
     batch, k, prompt = point
     generator = torch.Generator().manual_seed(batch * 100_000 + prompt)
     ids = torch.randint(0, models.lm.config.vocab_size, (batch, prompt), generator=generator)
-    bench = Bench(models, ids.to(args.device), k, args.new, args.slow_new, args.beta)
+    sizes = k, args.new, args.slow_new
+    bench = Bench(models, ids.to(args.device), *sizes, args.beta, args.top_p)
     skipped, failed, runs, memory, rates = {}, {}, {}, {}, []
 
     def attempt(call, name):
@@ -159,7 +163,8 @@ def measure(args, models, contenders, point):
                 run = attempt(bench.run, name)
                 values += [run] if repeat > 0 else []
     memory |= {name: attempt(bench.run_for_memory, name) for name in runs if name not in SLOW}
-    pruned = attempt(lambda _: bench.candidates_scored(), "pruned") if "pruned" in runs else None
+    counted = [n for n in ("auto", "pruned") if n in runs and (n == "pruned" or args.top_p)]
+    scored = {name: attempt(bench.candidates_scored, name) for name in counted}
     runs = {name: values for name, values in runs.items() if name not in failed}
     return {
         "batch": batch,
@@ -171,7 +176,7 @@ def measure(args, models, contenders, point):
         "near_ties": bench.near_ties,
         "skipped": skipped,
         "failed": failed,
-        "candidates_scored": pruned,
+        "candidates_scored": scored,
         "runs": runs,
         "rows": rows_of(models, runs, memory, rates, batch, args.new),
     }
@@ -244,11 +249,11 @@ def show(args, cell):
             f"(mean length {cell['prompt'] + cell['new'] / 2:.0f}), scaled to {cell['new']}; "
             "--slow-new 0 runs all."
         )
-    if cell["candidates_scored"] is not None:
-        print(f"Pruning left {cell['candidates_scored']:.2f} of {cell['k']} candidates to score.")
+    for name, scored in cell["candidates_scored"].items():
+        print(f"{LABELS[name]} scored {scored or 0:.2f} of {cell['k']} candidates.")
     peak = max((row["peak_mb"] for row in cell["rows"]), default=0)
     print(f"Peak memory of the process (CUDA: of its tensors): {peak:.0f} MB.")
-    print(f"Those with a time agree on the greedy tokens; near ties: {cell['near_ties']}")
+    print(f"Those with a time agree on the tokens; near ties: {cell['near_ties']}")
 
 
 def table(rows, columns):
@@ -280,13 +285,15 @@ def race(args, points, positions, save):
     """All points with one pair of models; `save(cells)` after each."""
     contenders = []
     for name in args.contenders:
-        reason = why_not(name, args.device)
+        reason = why_not(name, args.device, args.top_p)
         if reason:
             print(f"{LABELS[name]}: skipped, {reason}")
         else:
             contenders.append(name)
     dtype, small = getattr(torch, args.dtype), QUICK_VOCAB if args.quick else None
     models = Models(*build_models(args.shape, positions, dtype, args.device, small))
+    if args.entropy:
+        sharpen(models.lm, points[0][1], args.entropy)
     models.add_on_base(contenders)
     cells = []
     for point in points:

@@ -13,7 +13,9 @@ from generate_probes import peak_memory
 from published import KFoldCache, ReEncode, RewardAugmentedProcessor, decode, now
 
 import rgtg_fast
+from rgtg_fast.ops.reference import gumbel_noise
 
+SEED = 0  # of the draws
 # A choice between scores closer than this is a near tie, which rounding may decide either way.
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
 SLOW = ("reencode", "re-encode one by one")
@@ -35,8 +37,10 @@ LABELS = {
 }
 
 
-def why_not(name, device):
-    """Why contender `name` cannot run here; None where it can."""
+def why_not(name, device, top_p=None):
+    """Why contender `name` cannot run here; None where it can. With `top_p` tokens are drawn."""
+    if top_p is not None and name in (*SLOW, *K_FOLD):
+        return "it is run greedily, and --top-p draws tokens"
     if name == "static" and torch.device(device).type != "cuda":
         return "a static cache is compiled on CUDA only"
     if name == "pruned" and "reward_range" not in inspect.signature(rgtg_fast.generate).parameters:
@@ -82,7 +86,7 @@ class Models:
 
 @dataclass
 class Answer:
-    """Greedy tokens [B, T], by how much each won [B, T], lowest and highest candidate reward."""
+    """Tokens [B, T], by how much each won [B, T], lowest and highest candidate reward."""
 
     tokens: torch.Tensor
     margins: torch.Tensor
@@ -92,7 +96,10 @@ class Answer:
 class Bench:
     """One prompt and k: each contender runs once, its tokens are checked, it gives seconds."""
 
-    def __init__(self, models, prompt, k, new, slow_new, beta=1.0):
+    def __init__(self, models, prompt, k, new, slow_new, beta=1.0, top_p=None):
+        self.way = {"do_sample": False}
+        if top_p is not None:  # and Hugging Face's own top_k, 50 by default
+            self.way = {"do_sample": True, "top_p": top_p}
         self.models, self.prompt, self.k, self.new, self.beta = models, prompt, k, new, beta
         # A token by re-encoding costs prompt * k * batch: the more that is, the fewer are timed.
         fewer = min(slow_new, slow_new * 1280 // (prompt.numel() * k))
@@ -120,7 +127,8 @@ class Bench:
             k=self.k,
             beta=self.beta,
             max_new_tokens=new,
-            do_sample=False,
+            seed=SEED,
+            **self.way,
             **options,
         )
 
@@ -128,7 +136,7 @@ class Bench:
         return self.models.lm.generate(
             self.prompt,
             attention_mask=torch.ones_like(self.prompt),
-            do_sample=False,
+            **self.way,
             max_new_tokens=new,
             min_new_tokens=new,
             **options,
@@ -146,12 +154,19 @@ class Bench:
                 k=self.k,
                 beta=self.beta,
                 max_new_tokens=self.new,
-                do_sample=False,
+                seed=SEED,
+                **self.way,
                 return_dict_in_generate=True,
                 output_candidates=True,
             )
             rewards = out.candidate_rewards
-            best = (out.candidate_logprobs + self.beta * rewards).topk(min(2, self.k)).values
+            values = out.candidate_logprobs + self.beta * rewards
+            if self.way["do_sample"]:  # the noise that the draw takes
+                seeds = rgtg_fast.ops.split_seed(SEED, len(rewards))[:, None, None]
+                steps = torch.arange(rewards.shape[1])[:, None]
+                noise = gumbel_noise(seeds, steps, out.candidate_ids.cpu())
+                values = values + noise.to(values.device)
+            best = values.topk(min(2, self.k)).values
             margins = best[..., 0] - best[..., -1] if self.k > 1 else best[..., 0] + torch.inf
             self.answers[reward] = Answer(
                 out.sequences[:, self.prompt.shape[1] :],
@@ -231,9 +246,9 @@ class Bench:
             run = self.run(name)
         return run | memory
 
-    def candidates_scored(self):
-        """Mean number of candidates that pruning leaves to the reward model, of one more run."""
-        out = self.guided(self.prompt, self.new, "pruned", return_dict_in_generate=True)
+    def candidates_scored(self, name):
+        """Mean number of candidates that contender `name` has scored, of one more run."""
+        out = self.guided(self.prompt, self.new, name, return_dict_in_generate=True)
         return out.candidates_scored.float().mean().item()
 
     def call(self, name, new):

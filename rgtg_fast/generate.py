@@ -43,6 +43,7 @@ def generate(
     reward_range: tuple[float, float] | None = None,
     prune: bool | None = None,
     cuda_graph: bool | None = None,
+    compile: bool | str = "auto",
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -96,15 +97,18 @@ def generate(
             `model.generate(custom_generate=...)` and read afterwards.
         reward_range: (lo, hi), two finite numbers: rewards are clamped to it, as RAD does
             (arXiv 2310.09520).
-        prune: do not score candidates that cannot win even at the best reward of `reward_range`
-            against another at the worst; the noise of a draw is known beforehand. The tokens are
-            the same, as far as the reward model gives the same numbers in smaller batches.
-            Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
-            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever
-            `reward_range` is given and it saves something (a reward model on a CPU scored by
-            "tree", or by "reencode" anywhere) and not all rewards are asked for
-            (`output_candidates`). `candidates_scored` says how many were, `kl` of a sampled step
-            with unscored ones is NaN. A NaN reward of a candidate that is not scored goes unseen.
+        prune: do not score candidates that cannot win: those that the logits processors (top-p and
+            the like) have put to -inf, and with `reward_range` those that lose even at its best
+            reward against another at the worst; the noise of a draw is known beforehand. The
+            tokens are the same, as far as the reward model gives the same numbers in smaller
+            batches. Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
+            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever it saves
+            something (a reward model on a CPU scored by "tree", or as a head or an adapter on the
+            language model, or by "reencode" anywhere; no CUDA graph) and not all rewards are asked
+            for (`output_candidates`). False: all k are scored. `candidates_scored` says how many
+            were; `kl` of a sampled step is NaN where one that might have won was not. A NaN reward
+            of a candidate that is not scored goes unseen. Where plain sequences are returned,
+            "reencode" does not score a row's only candidate either.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no
@@ -113,6 +117,17 @@ def generate(
             see nothing but scores (`decode.plan.SCORES_ALONE`). Each call captures once after two
             steps, and again, up to log2(B) times, when half of the rows have left; a capture costs
             the time of a few steps, so none is made for fewer than 16 steps to come.
+        compile: run the forwards of a step, of both models, through `torch.compile`, which fuses
+            the small kernels between the matrix products. True: wherever that is possible (a
+            warning says why where it is not, and the call goes on without); "auto" (default):
+            where a CUDA graph serves 64 steps or more; False never. Rewards and logits differ by
+            rounding. Compiling takes tens of seconds at the first call, once for one row and once
+            for any greater number of rows; it is kept for later calls of any length, until the
+            model goes. Weights changed in place and replaced parameters are seen; a model that has
+            changed otherwise is compiled anew. Needs a C++ compiler for models on a CPU, and
+            models that `torch.compile` takes whole, on the cache of this package (not with
+            `cache_implementation`, dense masks, hooks, weights on several devices). Steps with
+            pruned candidates run without.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -142,6 +157,7 @@ def generate(
             reward_range=reward_range,
             prune=prune,
             cuda_graph=cuda_graph,
+            compile=compile,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(

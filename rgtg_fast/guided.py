@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from . import ops
 from . import validation as check
 from .decode.call import Call
 from .decode.capture import choose_graph
+from .decode.compiling import choose_compiled
 from .decode.logits import HFLogits, LanguageModel, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
@@ -34,6 +35,17 @@ from .scorers.base import Scorer
 from .scorers.factory import is_scorer, make_scorer
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
+
+
+class CheckedPrompts(NamedTuple):
+    """Prompts of a call: the language model's vocabulary, their mask [B, P], ids and mask as the
+    reward model sees them, the tokens an answer may have, whether the reward model reads text."""
+
+    vocab_size: int
+    mask: Tensor
+    reward_prompt: tuple[Tensor, Tensor]
+    new_tokens: int
+    as_text: bool
 
 
 @check.names_checked
@@ -72,12 +84,13 @@ class RewardGuided:
     reward_range: tuple[float, float] | None = None
     prune: bool | None = None
     cuda_graph: bool | None = None
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check.check_options(self)
-        self._taken_apart()
+        self.taken_apart()
 
-    def _taken_apart(self) -> RewardModel | None:
+    def taken_apart(self) -> RewardModel | None:
         """The reward model as it is now: its head or modules may be others at the next call."""
         if is_scorer(self.reward_model):
             return None
@@ -141,21 +154,16 @@ class RewardGuided:
     ) -> Call:
         """Everything that the run will be made of, after every check that can be made before it."""
         check.check_options(self)  # again: they may have been set since
-        rm = self._taken_apart()
+        rm = self.taken_apart()
         batch = max(input_ids.shape[0], 1)
         copies = config.num_return_sequences or 1
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        check.check_config(model, config, self.k, vocab_size)
-        mask = self._lm_mask(model, input_ids, config, model_kwargs, vocab_size)
-        reward_prompt = self._reward_prompt(rm, input_ids, mask, copies)
-        new_tokens = config.max_length - input_ids.shape[1]
-        as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
-        check.check_families(model, rm, self.reward_tokenizer)
+        checked = self.check_prompts(rm, model, input_ids, config, model_kwargs)
+        vocab_size, mask, reward_prompt, new_tokens, as_text = checked
         temperature, processors = take_temperature(logits_processor)
-        policy = self._ratio_policy(batch, copies, input_ids.device, config, temperature)
+        policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
-        scorer = self._make_scorer(rm, as_text, max_length, config, vocab_size, found)
+        scorer = self.make_scorer(rm, as_text, max_length, config, vocab_size, found)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
@@ -189,6 +197,7 @@ class RewardGuided:
             and scorer.is_linear(input_ids.device),
         )
         call.graph = choose_graph(self.cuda_graph, call)
+        choose_compiled(self.compile, call)
         look = call.graph is None and input_ids.device.type == "cpu"
         if call.graph is not None:
             policy.prune = False  # a captured step asks for the same rewards each time
@@ -196,7 +205,25 @@ class RewardGuided:
             call.processors, policy.warpers = trailing(processors, self.k, vocab_size, look)
         return call
 
-    def _ratio_policy(
+    def check_prompts(
+        self,
+        rm: RewardModel | None,
+        model: Any,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> CheckedPrompts:
+        """What is known of a call's prompts after every check of them."""
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        check.check_config(model, config, self.k, vocab_size)
+        mask = self._lm_mask(model, input_ids, config, model_kwargs, vocab_size)
+        reward_prompt = self._reward_prompt(rm, input_ids, mask, config.num_return_sequences or 1)
+        new_tokens = config.max_length - input_ids.shape[1]
+        as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
+        check.check_families(model, rm, self.reward_tokenizer)
+        return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, as_text)
+
+    def ratio_policy(
         self,
         batch: int,
         copies: int,
@@ -304,7 +331,7 @@ class RewardGuided:
             check.check_length(name, "reward_model", mask, new_tokens, limit)
         return as_text
 
-    def _make_scorer(
+    def make_scorer(
         self,
         rm: RewardModel | None,
         as_text: bool,

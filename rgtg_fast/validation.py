@@ -65,6 +65,7 @@ def check_options(guide: Any) -> None:
     options.reward_range(guide.reward_range, guide.prune)
     options.flags({n: getattr(guide, n) for n in ("output_candidates", "compact")})
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
+    options.auto_or_flag("compile", guide.compile)
     options.choices(vars(guide), CHOICES)
     check_streamers(None, guide.streamer)
 

@@ -1,4 +1,4 @@
-"""Command line: `rgtg-fast demo | info | bench | train | eval | select-pairs`, a module for each.
+"""Command line: `rgtg-fast <command>`, a module for each.
 
 A command's module has `HELP`, `STOPPED` (what to say after Ctrl-C or on a full disk),
 `add_arguments(parser)` and `run(args)`. `python -m rgtg_fast` is the same as `rgtg-fast`.
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from rgtg_fast.ops import BackendUnavailable
 
-from . import bench, demo, eval, info, select_pairs, train
+from . import bench, demo, eval, gpu_report, info, select_pairs, train
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "eval": eval,
     "select-pairs": select_pairs,
+    "gpu-report": gpu_report,
 }
 # Errors that a user can mend are said in one line; any other is a bug and keeps its traceback.
 _FORESEEN = (

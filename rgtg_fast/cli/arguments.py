@@ -37,6 +37,14 @@ def finite(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
 def device(text: str) -> str:
     """A device that torch has here."""
     try:

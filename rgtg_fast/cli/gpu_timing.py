@@ -9,13 +9,14 @@ the call).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..decode.graphs import GRAPHS, WARM_UP, Graph
+from ..decode.graphs import GRAPHS, Graph
 from ..ops.foreign import sleep_on_gpu
 
 Call = Callable[[], Any]
@@ -29,6 +30,7 @@ class Taken:
 
     launched: list[float]
     replayed: list[float] | None = None
+    host: list[float] | None = None  # until the host has launched the call
     late: int = 0  # launched calls that the device waited for: their time is the host's
     note: str = ""
 
@@ -37,6 +39,7 @@ class Taken:
 class _Timer:
     flush: torch.Tensor
     late: int = 0
+    host: list[float] = field(default_factory=list)
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
 
     def __call__(self, call: Call) -> None:
@@ -44,7 +47,9 @@ class _Timer:
         self.flush.sum()
         sleep_on_gpu(SLEEP_CYCLES)
         first.record()
+        begin = time.perf_counter()
         call()
+        self.host.append(1e6 * (time.perf_counter() - begin))
         last.record()
         self.late += first.query()
         self.pairs.append((first, last))
@@ -70,7 +75,7 @@ def device_times(
                 function(*arguments)
             else:
                 timer(lambda f=function, a=arguments: f(*a))  # type: ignore[misc]
-    taken = [Taken(timer.microseconds(), late=timer.late) for timer in timers]
+    taken = [Taken(t.microseconds(), host=t.host, late=t.late) for t in timers]
     graphs = [_captured(f, inputs[0], device, t) for f, t in zip(functions, taken, strict=True)]
     replays = [_Timer(flush) for _ in functions]
     for _ in range(repeat + 1):
@@ -93,8 +98,11 @@ def _captured(
 
     graph = GRAPHS[device.type](device)
     try:
-        for _ in range(WARM_UP):
-            graph.warm_up(step)
+        graph.warm_up(step)
+        waits = graph.rehearse(step)
+        if waits:
+            taken.note = f"no graph: the host waits for the device{waits[0]}"
+            return None
         graph.capture(step)
     except RuntimeError as error:
         lines = str(error).strip().splitlines()

@@ -118,6 +118,8 @@ def _row(taken: Taken, least_bytes: int, copy: float, base: float) -> dict[str, 
     rate = 1e-3 * least_bytes / row["us"]
     row |= {"bytes": least_bytes, "GB/s": rate, "% of copy": 100 * rate / copy}
     row |= {"x torch": base / row["us"], "late": taken.late}
+    if taken.host is not None:
+        row["host"] = statistics.median(taken.host)
     if taken.replayed is not None:
         row |= _quantiles("replay", taken.replayed)
     return row | ({"note": taken.note} if taken.note else {})
@@ -189,8 +191,8 @@ def gpu(device: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the rows as a table."""
     numbers = ["us", "least", "p10", "p90", "GB/s", "% of copy", "x torch"]
-    if any("replay" in row or row.get("late") for row in rows):
-        numbers[4:4] = ["late", "replay"]
+    if any("host" in row for row in rows):  # on a GPU
+        numbers[4:4] = ["host", "late", "replay"]
     lines = [["case", "implementation", *numbers, ""]]
     for row in rows:
         figures = [f"{row[name]:.2f}" if row.get(name) is not None else "" for name in numbers]

@@ -72,13 +72,14 @@ def _why_not_models(source: Any, scorer: Any, device: torch.device) -> str | Non
     of_reward = () if rm is None else (rm.model, rm.head)
     for what, modules in (("language", (source.view.model,)), ("reward", of_reward)):
         for part in modules:
-            why = _why_not_module(part, device) if isinstance(part, nn.Module) else None
+            why = why_not_module(part, device) if isinstance(part, nn.Module) else None
             if why is not None:
                 return f"the {what} model {why}"
     return None
 
 
-def _why_not_module(model: nn.Module, device: torch.device) -> str | None:
+def why_not_module(model: nn.Module, device: torch.device) -> str | None:
+    """What of a model a step would not find again that is kept: replayed, or compiled."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device != device:
             return f"has weights on {tensor.device}, the prompts are on {device}"

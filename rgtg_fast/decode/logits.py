@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +22,12 @@ from ..models import foreign
 from ..models.cache import SiblingCache
 from ..models.foreign import CACHE
 from ..models.language_model import LanguageModel
-from ..models.padding import has_holes, positions_of
+from ..models.padding import (
+    groups_of_like_length,
+    has_holes,
+    positions_of,
+    without_copies,
+)
 from ..models.parts import computing_dtype, numerics
 from ..models.siblings import SiblingForward, fill_cache
 from ..models.twin import Twins
@@ -56,6 +61,18 @@ class LogitsSource(Protocol):
 
     def finish(self, steps: int) -> Any:
         """The key/value cache to return after `steps` tokens were chosen, the last not fed."""
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """What a source has more whose rows come and go by themselves, in the order of the scorer's."""
+
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Rows with these prompts (int64 [P] each) come in behind the others, and have come in to
+        the scorer; logits [n, V] of their next tokens."""
+
+    def advance(self, last: Tensor) -> Tensor:
+        """Logits [n, V] of the first n rows, after the tokens `last` [n, 1]."""
 
 
 class HFLogits:
@@ -132,10 +149,27 @@ class CachedLogits:
         self.prompt = input_ids.shape[1]
         device = self.view.device
         mask = self.attention_mask.to(device)
-        hidden = self.forward.prefill(input_ids.to(device), mask)
-        logits = self.rest.logits(hidden[:, -1], self.forward.output_type)
+        ids, own, copies = without_copies(input_ids.to(device), mask)
+        last = self.forward.prefill(ids, own, copies)[:, -1]
+        last = last if copies is None else last[copies.to(last.device)]
         self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
-        return logits.to(input_ids.device)
+        return self.rest.logits(last, self.forward.output_type).to(input_ids.device)
+
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        here = [prompt.to(self.view.device) for prompt in prompts]
+        parts = [self.forward.join(group)[:, -1] for group in groups_of_like_length(here)]
+        logits = self.rest.logits(torch.cat(parts), self.forward.output_type)
+        self.slot = torch.zeros(
+            self.forward.cache.batch, dtype=torch.int64, device=self.view.device
+        )
+        return logits.to(prompts[0].device)
+
+    def advance(self, last: Tensor) -> Tensor:
+        old, all_rows = len(last), len(self.slot)
+        rows = None if old == all_rows else torch.arange(old, device=self.view.device)
+        hidden = self.forward.siblings(last.to(self.view.device), rows=rows)
+        self.forward.commit(self.slot[:old], rows)
+        return self.rest.logits(hidden[:, 0], self.forward.output_type).to(last.device)
 
     def step(self, rows: Rows) -> Tensor:
         hidden = self.forward.siblings(rows.last().to(self.view.device))
@@ -177,8 +211,15 @@ class JointLogits:
     def step(self, rows: Rows) -> Tensor:
         return self._logits().to(rows.ids.device)
 
-    def _logits(self) -> Tensor:
-        return self.rest.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        return self._logits(slice(-len(prompts), None)).to(prompts[0].device)
+
+    def advance(self, last: Tensor) -> Tensor:
+        return self._logits(slice(len(last))).to(last.device)
+
+    def _logits(self, rows: slice = slice(None)) -> Tensor:
+        hidden = self.scorer.next_hidden[rows]
+        return self.rest.logits(hidden, self.scorer.forward.output_type)
 
     def can_keep_rows(self) -> bool:
         return True

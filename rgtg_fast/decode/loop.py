@@ -158,10 +158,7 @@ class ChoiceCheck:
         if self.each_step and bad.any():
             row = int(bad.nonzero()[0, 0])
             where = f"row {int(rows.origin[row])}, step {rows.taken}"
-            asked = choice.rewards[row]
-            if choice.scored is not None:
-                asked = asked[choice.scored[row]]
-            raise ValueError(f"{where}: {_explain(choice.logprobs[row], asked)}")
+            raise ValueError(f"{where}: {explain(choice, row)}")
         if self.at_end:
             seen = self.first_bad[rows.origin]
             self.first_bad[rows.origin] = torch.where(bad & (seen < 0), rows.position, seen)
@@ -176,7 +173,11 @@ class ChoiceCheck:
             )
 
 
-def _explain(logprobs: Tensor, rewards: Tensor) -> str:
+def explain(choice: Choice, row: int) -> str:
+    """Why there was nothing to choose in a row."""
+    logprobs, rewards = choice.logprobs[row], choice.rewards[row]
+    if choice.scored is not None:
+        rewards = rewards[choice.scored[row]]
     if logprobs.isnan().any():
         what = "the language model's logits (after the logits processors) contain NaN or +inf"
     elif rewards.isnan().any() or (rewards == torch.inf).any():

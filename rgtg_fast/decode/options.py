@@ -35,6 +35,12 @@ def flags(values: dict[str, Any], or_none: bool = False) -> None:
             )
 
 
+def auto_or_flag(name: str, value: Any) -> None:
+    """True, False or "auto"."""
+    if not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
+        raise ValueError(f'{name}={value!r}; pass True, False or "auto"')
+
+
 def choices(values: dict[str, Any], allowed: Mapping[str, Iterable[str]]) -> None:
     """Each of the values by name must be one of the strings `allowed` for that name."""
     for name, strings in allowed.items():

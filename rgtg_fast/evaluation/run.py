@@ -12,11 +12,12 @@ import torch
 import transformers
 from rich.console import Console
 
+from ..training.output_folder import locked
 from . import report
 from .prepared import Evaluation, prepare
 from .settings import read_settings
 from .stages import compare_all, generate_all, judge_all
-from .store import locked, write_whole
+from .store import write_whole
 from .summary import RunRows, jsonable, summarise
 
 

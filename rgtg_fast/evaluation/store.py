@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from .models import digest
 
 _NUMBER = (int, float)
@@ -30,32 +28,6 @@ KINDS: dict[str, dict[str, tuple[type, ...]]] = {
     "rewards": {"reward": _NUMBER},
     "wins": {"win": _NUMBER, "unread": (int,), "swapped": (bool,)},
 }
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made where it is not there, against other processes; the system lets go of it
-    even where this one is killed. Raises `ValueError` where another one holds it."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={str(folder)!r} is no directory; name a folder")
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"output_dir={str(folder)!r} is being written by another process; wait until it has "
-            "ended, or pass another output_dir"
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={str(folder)!r} cannot be written to ({error.strerror or error}); name "
-            "another"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -1,27 +1,37 @@
-"""A KV cache for k sibling tokens on one shared prefix.
+"""A KV cache for k sibling tokens on the prefix of each row, whose lengths differ.
 
-Key slots are laid out as `[k siblings | prefix]`. The siblings' scratch slots come first, so the
-prefix never moves: appending the winner writes one slot of a preallocated store, and nothing is
-concatenated. Keys carry their rotary positions, so their order in memory means nothing. With a
-width of 1 it is an ordinary static cache, and serves language models too.
+All rows of a layer lie in one store of N slots. A row has a contiguous run of them, its extent:
+`[k siblings | prefix]`. The siblings' scratch slots come first, so the prefix never moves:
+appending the winner writes one slot, and nothing is concatenated. Keys carry their rotary
+positions, so their order in memory means nothing. With a width of 1 it is an ordinary static cache,
+and serves language models too.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .extents import Extent, fitted, in_order
 from .selection import Selection
+
+SLACK = 16  # slots that a row in a ragged store may grow by before the rows are laid out anew
+TIGHT = 0.96  # least share of a ragged store that is taken when a row joins without a new layout
+ByDevice = dict[torch.device, Tensor]
 
 
 class SiblingLayer(CacheLayerMixin):
-    """One layer's view of the stores: `keys` and `values` are [B, Hkv, k + capacity, D]."""
+    """One layer's view of the stores: `keys` and `values` are [B, Hkv, k + capacity, D], and in a
+    ragged store [Hkv, N, D]."""
 
     is_sliding = False
+    key_pool: Tensor  # [Hkv, N, D], a layer's part of a store
+    value_pool: Tensor
     # Set after the prompt. Weakly: a reference cycle would keep the stores alive after the call.
     cache: weakref.ref[SiblingCache] | None = None
 
@@ -40,14 +50,22 @@ class SiblingLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         if cache.packed is not None:
             key_states, value_states = map(cache.packed.spread, (key_states, value_states))
-        siblings = key_states.shape[2]
-        self.keys[:, :, :siblings] = key_states
-        self.values[:, :, :siblings] = value_states
+        if cache.places is None:  # all rows, in extents of one size
+            siblings = key_states.shape[2]
+            self.keys[:, :, :siblings] = key_states
+            self.values[:, :, :siblings] = value_states
+        else:
+            for pool, states in ((self.key_pool, key_states), (self.value_pool, value_states)):
+                flat = states.transpose(0, 1).flatten(1, 2).to(pool.dtype)
+                pool.index_copy_(1, cache.places[pool.device], flat)
         if cache.fused:
             cache.current = self
             return key_states, value_states
         live = cache.width + cache.length
-        return self.keys[:, :, :live], self.values[:, :, :live]
+        if cache.rows is None:
+            return self.keys[:, :, :live], self.values[:, :, :live]
+        rows = cache.rows.to(self.keys.device)
+        return self.keys[rows, :, :live], self.values[rows, :, :live]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -73,129 +91,343 @@ def _as_attended(states: Tensor) -> Tensor:
 
 
 class SiblingCache(Cache):
-    """Prefix KV of B rows plus scratch for `width` siblings; memory is prefix + k slots.
+    """Prefix KV of B rows plus scratch for `width` siblings of each.
 
-    `length` prefix slots are taken, of `capacity` (which grows if it must). `fused`: attention
-    reads the prefix from here (attention.py), so a layer's `update` returns the siblings alone.
-    What a step changes (`lengths`, `ends`) is also kept in device tensors, updated in place: a
-    CUDA graph of a step replays on them.
+    Rows that came together (`finish_prefill`) have extents of one size, `capacity` prefix slots,
+    which grow if they must; such a store can be seen as [B, Hkv, k + capacity, D]. Once rows join
+    one by one (`join`) it is ragged, where it is `fused`: extents as long as their rows (and SLACK
+    slots), at `offsets`; that of a row that left is given to one that joins and fits in, and only
+    where none fits, or a row has outgrown its own, are all rows laid out anew.
+
+    `fused`: attention reads the prefix from here (attention.py), so a layer's `update` returns the
+    siblings alone. What a step changes (`lengths`, `ends`) is kept in device tensors, updated in
+    place: a CUDA graph of a step replays on them. The host knows `length`, which no row exceeds.
     """
 
     def __init__(self, width: int, capacity: int, fused: bool = False) -> None:
         super().__init__(layer_class_to_replicate=SiblingLayer)
         self.layers: list[Any]  # SiblingLayer each, made by `update`
         self.width, self.capacity, self.fused = width, capacity, fused
-        # One store per (device, dtype, shape) of keys or values: [n, B, Hkv, k + capacity, D], so
-        # that `commit` is one gather and one copy for all layers of that shape.
+        # One store per (device, dtype, heads, width) of keys or values: [n, Hkv, N, D], so that
+        # `commit` is one gather and one copy for all layers of that shape.
         self.stores: list[Tensor] = []
+        self.by_row: list[Tensor] = []  # the same as [n, B, Hkv, k + capacity, D]; not if ragged
+        self.extents: list[Extent] = []  # of each row
+        self.ragged = False
+        self.loose = False  # rows have left more of a ragged store free than is to be kept
         self.length = 0
-        self.lengths: dict[torch.device, Tensor] = {}  # int64 [B], all equal to `length`
-        self.ends: dict[torch.device, Tensor] = {}  # int64 [1], the store slot of the next token
-        self.current: Any = None  # the layer whose attention runs next
-        self.selection: Selection | None = None  # of the candidates in the forward; None: all
+        self.limit = 0  # while `length` is below it, no row has filled its extent
+        self.offsets: ByDevice = {}  # int64 [B], first slot of a row's extent
+        self.lengths: ByDevice = {}  # int64 [B], prefix slots taken
+        self.ends: ByDevice = {}  # int64 [B], the store's slot for a row's next token
+        # Of the forward that runs: the layer whose attention is next, the selection of candidates
+        # (None: all), the rows int64 [n] (None: all), where their tokens are written int64 [n * k]
+        # (None: in the scratch slots of extents of one size), what fused attention takes as starts'
+        # origin and lengths (None: rows by themselves).
+        self.current: Any = None
+        self.selection: Selection | None = None
+        self.rows: Tensor | None = None
+        self.places: ByDevice | None = None
+        self.seen: ByDevice | None = None
+        # Of a compiled forward, for each store: the siblings' keys or values [n, B, Hkv, k, D],
+        # which it gives instead of writing them into the scratch slots.
+        self.fresh: list[Tensor] | None = None
 
     @property
     def packed(self) -> Selection | None:
         """The selection in the forward, where its tokens stand in one row."""
         return self.selection if self.selection is not None and self.selection.packed else None
 
-    def finish_prefill(self, length: int, order: Tensor | None = None) -> None:
-        """Move the prompt's keys and values, as the layers computed them, into the stores; slots in
-        the order `order` [B, L], if given."""
-        self.capacity = max(self.capacity, length)
-        self.length = length
-        groups: dict[tuple, list[tuple[SiblingLayer, str]]] = {}
-        for layer in self.layers:
-            for name in ("keys", "values"):
-                t = getattr(layer, name)
-                groups.setdefault((t.device, t.dtype, t.shape), []).append((layer, name))
-        for (device, dtype, shape), members in groups.items():
-            batch, heads, tokens, dim = shape
-            if tokens != length:
-                raise ValueError(f"the cache holds {tokens} prompt tokens, expected {length}")
-            store = torch.empty(
-                (len(members), batch, heads, self.width + self.capacity, dim),
-                dtype=dtype,
-                device=device,
-            )
-            for i, (layer, name) in enumerate(members):
-                prompt = getattr(layer, name)
-                if order is not None:
-                    index = order.to(device).view(batch, 1, length, 1)
-                    prompt = prompt.gather(2, index.expand(-1, heads, -1, dim))
-                # A masked forward of fewer siblings reads these at weight 0; a NaN would spread.
-                store[i, :, :, : self.width] = 0
-                store[i, :, :, self.width : self.width + length] = prompt
-                setattr(layer, name, store[i])
-            self.stores.append(store)
-            self.lengths[device] = torch.full((batch,), length, dtype=torch.int64, device=device)
-            self.ends[device] = torch.full(
-                (1,), self.width + length, dtype=torch.int64, device=device
-            )
-        for layer in self.layers:
-            layer.cache = weakref.ref(self)
-        self._set_prefixes()
+    @property
+    def batch(self) -> int:
+        return len(self.extents)
 
-    def commit(self, slot: Tensor) -> None:
-        """Append sibling `slot` [B] of every row to its prefix, in all layers."""
-        if self.selection is not None:
-            slot = self.selection.places_of(slot)
-        if self.length == self.capacity:
-            self._replace_stores(lambda s: self._grown(s))
-            self.capacity += self._extra()
+    def finish_prefill(
+        self, length: int, order: Tensor | None = None, copies: Tensor | None = None
+    ) -> None:
+        """Move the prompts' keys and values, as the layers computed them, into the stores; slots in
+        the order `order` [B, L], if given. Row i gets the prompt `copies[i]` (None: its own)."""
+        self.capacity = max(self.capacity, length)
+        prompts = [_Prompt(layer) for layer in self.layers]
+        batch = prompts[0].keys.shape[0] if copies is None else len(copies)
+        self._take_layers(prompts, length)
+        self.extents = in_order([self.width + self.capacity] * batch)
+        self.stores = [self._store_like(s) for s in self.stores]
         for store in self.stores:
-            index = slot.to(store.device).view(1, -1, 1, 1, 1)
-            n, _, heads, _, dim = store.shape
-            winner = store.gather(3, index.expand(n, -1, heads, 1, dim))
-            store.index_copy_(3, self.ends[store.device], winner)
-        self.length += 1
+            shape, device = (batch,), store.device
+            self.lengths[device] = torch.full(shape, length, dtype=torch.int64, device=device)
+        self._placed([length] * batch)
+        for layer, held in zip(self.layers, prompts, strict=True):
+            for view, prompt in ((layer.keys, held.keys), (layer.values, held.values)):
+                if copies is not None:
+                    prompt = prompt[copies.to(prompt.device)]
+                if order is not None:
+                    index = order.to(prompt.device)[:, None, :, None]
+                    prompt = prompt.gather(2, index.expand_as(prompt))
+                view[:, :, : self.width] = 0  # as in `_store_like`
+                view[:, :, self.width : self.width + length] = prompt
+
+    def begin(self, rows: Tensor | None, siblings: int) -> None:
+        """A forward of `siblings` candidates of each of `rows` int64 [n] (None: all) is next."""
+        self.rows = rows
+        if self.loose:
+            self._lay_out([extent.size for extent in self.extents])
+            self._placed(self._taken())
+        if rows is None and not self.ragged:
+            self.places = self.seen = None
+            return
+        self.places, self.seen = {}, {}
+        for device, offsets in self.offsets.items():
+            own = slice(None) if rows is None else rows.to(device)
+            slots = torch.arange(siblings, device=device)
+            self.places[device] = (offsets[own][:, None] + slots).flatten()
+            self.seen[device] = self.ends[device][own]
+
+    def begin_extending(self, rows: Tensor | None, counts: Tensor, tokens: int) -> None:
+        """A fused forward of the next `counts` [n] tokens of each of the rows, padded on the right
+        to `tokens`, is next: they are written behind the prefix, and each sees those before it."""
+        self.reserve(tokens)
+        self.rows, self.places, self.seen = rows, {}, {}
+        for device, ends in self.ends.items():
+            own = slice(None) if rows is None else rows.to(device)
+            slots = torch.arange(tokens, device=device)
+            places = ends[own][:, None] + slots
+            self.seen[device] = places.flatten()
+            padding = slots >= counts.to(device)[:, None]
+            scratch = self.offsets[device][own][:, None]  # a neighbour's slots may come next
+            self.places[device] = places.where(~padding, scratch).flatten()
+
+    def commit(self, slot: Tensor, rows: Tensor | None = None) -> None:
+        """Append sibling `slot` [n] to the prefix of each of `rows` int64 [n] (None: of all), in
+        all layers."""
+        self.reserve(1)
+        for i, store in enumerate(self.stores):
+            device = store.device
+            here, index = slot.to(device), None if rows is None else rows.to(device)
+            offsets, ends = self.offsets[device], self.ends[device]
+            if index is not None:
+                offsets, ends = offsets[index], ends[index]
+            if self.fresh is None:
+                winner = store.index_select(2, offsets + here)
+            else:
+                fresh = self.fresh[i] if index is None else self.fresh[i][:, index]
+                n, _, heads, _, dim = fresh.shape
+                winner = fresh.gather(3, here.view(1, -1, 1, 1, 1).expand(n, -1, heads, 1, dim))
+                winner = winner[:, :, :, 0].transpose(1, 2)
+            store.index_copy_(2, ends, winner)
+        self.advance(1, rows, 1)
+
+    def append(self, counts: Tensor, rows: Tensor | None, tokens: int) -> None:
+        """Append the first `counts` [n] of the `tokens` siblings in the scratch slots of each of
+        the rows, in their order."""
+        self.reserve(tokens)
+        for store in self.stores:
+            device = store.device
+            own = slice(None) if rows is None else rows.to(device)
+            slots = torch.arange(tokens, device=device)
+            scratch = self.offsets[device][own][:, None] + slots
+            real = slots < counts.to(device)[:, None]
+            places = (self.ends[device][own][:, None] + slots).where(real, scratch)
+            tokens_of = store.index_select(2, scratch.flatten())
+            store.index_copy_(2, places.flatten(), tokens_of)
+        self.advance(counts, rows, tokens)
+
+    def advance(self, counts: Tensor | int, rows: Tensor | None, most: int) -> None:
+        """`counts` [n] slots more are taken in the rows, `most` at most."""
+        self.length += most
         for device, lengths in self.lengths.items():
-            lengths += 1
-            self.ends[device] += 1
+            for total in (lengths, self.ends[device]):
+                added = counts.to(device) if isinstance(counts, Tensor) else counts
+                if rows is None:
+                    total += added
+                else:
+                    total[rows.to(device)] += added
+
+    def crop_rows(self, lengths: Tensor, rows: Tensor | None = None) -> None:
+        """Keep the first `lengths` [n] prefix slots of the rows alone."""
+        for device, own in self.lengths.items():
+            index = slice(None) if rows is None else rows.to(device)
+            own[index] = torch.minimum(own[index], lengths.to(device))
+            self.ends[device].copy_(self.offsets[device] + self.width + own)
+            if self.fused:
+                continue
+            # A masked forward reads these at weight 0; a NaN would spread.
+            slots = torch.arange(self.width + self.capacity, device=device)
+            dead = (slots >= self.width + own[:, None]).flatten()
+            for store in self.stores:
+                if store.device == device:
+                    store.masked_fill_(dead[:, None], 0)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep rows `rows` int64 [n], in that order, and free the others."""
-        self._replace_stores(lambda store: store.index_select(1, rows.to(store.device)))
         for device, lengths in self.lengths.items():
-            self.lengths[device] = lengths[: len(rows)].clone()
+            self.lengths[device] = lengths[rows.to(device)]
+        if self.fresh is not None:
+            self.fresh = [states.index_select(1, rows.to(states.device)) for states in self.fresh]
+        if self.ragged:
+            self.extents = [self.extents[row] for row in rows.tolist()]
+            self.loose = self._used() < TIGHT * self.stores[0].shape[2]
+        else:
+            for i, store in enumerate(self.stores):
+                kept = self._by_extent(store).index_select(2, rows.to(store.device))
+                self.stores[i] = kept.flatten(2, 3)
+            self.extents = in_order([self.width + self.capacity] * len(rows))
+        self._placed(self._taken())
 
-    def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` prefix slots."""
-        self.length = min(max_length, self.length)
-        for device, lengths in self.lengths.items():
-            lengths.fill_(self.length)
-            self.ends[device].fill_(self.width + self.length)
+    def join(self, prompts: SiblingCache, lengths: Sequence[int]) -> None:
+        """Take in rows behind the others: their prompts, of `lengths` slots each, are as the layers
+        of `prompts` computed them, padded on the left. Nobody else may hold `prompts`."""
+        first = self.batch
+        layers = prompts.layers
+        if not self.layers:
+            self.layers, layers = prompts.layers, [_Prompt(layer) for layer in prompts.layers]
+            self._take_layers(layers, max(lengths))
+        self._make_room(lengths)
+        for i, own in enumerate(self.layers):
+            for name in ("keys", "values"):
+                pool, prompt = self._pool_of(own, name), getattr(layers[i], name)
+                for row, length in enumerate(lengths):
+                    start = self.extents[first + row].start
+                    end = start + self.width + length
+                    pool[:, start : start + self.width] = 0
+                    pool[:, start + self.width : end] = prompt[row, :, prompt.shape[2] - length :]
 
-    def prefix_of(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """The live keys and values [B, Hkv, L, D] of a layer, as views."""
-        live = slice(self.width, self.width + self.length)
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more in every row."""
+        if self.length + tokens <= self.limit or not self.extents:
+            return
+        taken = self._taken()
+        free = min(e.size - self.width - n for e, n in zip(self.extents, taken, strict=True))
+        self.length = max(taken)
+        if free < tokens:
+            if self.ragged:
+                room = max(SLACK, tokens)
+                self._lay_out([self.width + n + room for n in taken])
+            else:
+                self.capacity += max(64, self.capacity // 2, tokens)
+                self._lay_out([self.width + self.capacity] * self.batch)
+            self._placed(taken)
+        else:
+            self.limit = self.length + free
+
+    def prefix_of(self, layer: Any, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` prefix keys and values [B, Hkv, length, D] of a layer, as views; in
+        extents of one size."""
+        live = slice(self.width, self.width + length)
         return layer.keys[:, :, live], layer.values[:, :, live]
+
+    def lengths_on(self, device: torch.device) -> Tensor:
+        """The lengths int64 [B], on a device that need not have a layer."""
+        known = self.lengths.get(device)
+        return next(iter(self.lengths.values())).to(device) if known is None else known
+
+    def parts_of_layers(self) -> list[tuple[int, int]]:
+        """Of the keys and then the values of each layer: which store, and which part of it."""
+        return [layer.at[name] for layer in self.layers for name in ("keys", "values")]
 
     def nbytes(self) -> int:
         """Bytes of the stores."""
         return sum(store.nbytes for store in self.stores)
 
-    def _extra(self) -> int:
-        return max(64, self.capacity // 2)
+    def _taken(self) -> list[int]:
+        return next(iter(self.lengths.values())).tolist() if self.lengths else []
 
-    def _grown(self, store: Tensor) -> Tensor:
-        room = store.new_empty((*store.shape[:3], self._extra(), store.shape[4]))
-        return torch.cat([store, room], dim=3)
+    def _used(self) -> int:
+        return sum(extent.size for extent in self.extents)
 
-    def _replace_stores(self, change: Any) -> None:
-        where = {store.untyped_storage().data_ptr(): i for i, store in enumerate(self.stores)}
-        places = [
-            (layer, name, where[view.untyped_storage().data_ptr()], view.storage_offset())
-            for layer in self.layers
-            for name, view in (("keys", layer.keys), ("values", layer.values))
+    def _store_like(self, store: Tensor) -> Tensor:
+        """A store [n, Hkv, N, D] like another, for the extents."""
+        # A masked forward reads what it hides at weight 0; a NaN there would spread.
+        make = store.new_empty if self.fused else store.new_zeros
+        return make((*store.shape[:2], self._used(), store.shape[3]))
+
+    def _take_layers(self, prompts: list[Any], length: int) -> None:
+        """Empty stores for layers like `prompts`."""
+        groups: dict[tuple, int] = {}
+        for own, prompt in zip(self.layers, prompts, strict=True):
+            own.at = {}
+            for name in ("keys", "values"):
+                t = getattr(prompt, name)
+                _, heads, tokens, dim = t.shape
+                if tokens != length:
+                    raise ValueError(f"the cache holds {tokens} prompt tokens, expected {length}")
+                key = t.device, t.dtype, heads, dim
+                members = groups[key] = groups.get(key, 0) + 1
+                own.at[name] = list(groups).index(key), members - 1
+        self.stores = [
+            torch.empty((n, heads, 0, dim), dtype=dtype, device=device)
+            for (device, dtype, heads, dim), n in groups.items()
         ]
-        strides = [store.stride(0) for store in self.stores]
-        self.stores = [change(store) for store in self.stores]
-        for layer, name, i, offset in places:
-            setattr(layer, name, self.stores[i][offset // strides[i]])
-        self._set_prefixes()
 
-    def _set_prefixes(self) -> None:
+    def _pool_of(self, layer: Any, name: str) -> Tensor:
+        store, i = layer.at[name]
+        return self.stores[store][i]
+
+    def _by_extent(self, store: Tensor) -> Tensor:
+        """A store [n, Hkv, N, D] of extents of one size, as [n, Hkv, B, k + capacity, D]."""
+        return store.unflatten(2, (self.batch, -1) if self.batch else (0, self.width))
+
+    def _make_room(self, lengths: Sequence[int]) -> None:
+        """Extents behind those of the rows, for prompts of `lengths`."""
+        taken = self._taken()
+        total = self.stores[0].shape[2]
+        if self.fused:
+            wanted = [self.width + length + SLACK for length in lengths]
+            placed = fitted(self.extents, total, wanted) if self.ragged else None
+            if placed is not None and self._used() + sum(wanted) >= TIGHT * total:
+                self.extents, self.loose = self.extents + placed, False
+            else:
+                self.ragged, self.loose = True, False
+                self._lay_out([self.width + n + SLACK for n in taken] + wanted)
+        else:
+            self.capacity = max([self.capacity, *lengths, *taken])
+            count = self.batch + len(lengths)
+            self._lay_out([self.width + self.capacity] * count)
+        if not self.lengths:
+            devices = {store.device for store in self.stores}
+            self.lengths = {d: torch.zeros(0, dtype=torch.int64, device=d) for d in devices}
+        for device, own in self.lengths.items():
+            self.lengths[device] = torch.cat([own, own.new_tensor(list(lengths))])
+        self._placed([*taken, *lengths])
+
+    def _lay_out(self, sizes: Sequence[int]) -> None:
+        """Move the rows to extents of `sizes`, one behind the other; sizes beyond the rows are
+        for those that join."""
+        old, self.extents, self.loose = self.extents, in_order(sizes), False
+        for i, store in enumerate(self.stores):
+            new = self._store_like(store)
+            for source, target in zip(old, self.extents, strict=False):
+                n = min(source.size, target.size)
+                new[:, :, target.start : target.start + n] = store[
+                    :, :, source.start : source.start + n
+                ]
+            self.stores[i] = new
+
+    def _placed(self, taken: list[int]) -> None:
+        """Follow a change of extents, of the rows or of the stores; `taken` are the lengths."""
+        for device, lengths in self.lengths.items():
+            starts = [extent.start for extent in self.extents]
+            self.offsets[device] = lengths.new_tensor(starts)
+            self.ends[device] = self.offsets[device] + self.width + lengths
+        rooms = [e.size - self.width - n for e, n in zip(self.extents, taken, strict=True)]
+        self.length = max(taken, default=0)
+        self.limit = self.length + min(rooms, default=0)
+        stores = [] if self.ragged else self.stores
+        self.by_row = [self._by_extent(store).transpose(1, 2) for store in stores]
         for layer in self.layers:
-            layer.prefix_keys = layer.keys[:, :, self.width :]
-            layer.prefix_values = layer.values[:, :, self.width :]
+            layer.cache = weakref.ref(self)
+            layer.key_pool = self._pool_of(layer, "keys")
+            layer.value_pool = self._pool_of(layer, "values")
+            layer.keys, layer.values = layer.key_pool, layer.value_pool
+            if not self.ragged:
+                places = layer.at["keys"], layer.at["values"]
+                layer.keys, layer.values = (self.by_row[store][i] for store, i in places)
+                layer.prefix_keys = layer.keys[:, :, self.width :]
+                layer.prefix_values = layer.values[:, :, self.width :]
+
+
+class _Prompt:
+    """The keys and values [n, Hkv, P, D] of a layer, held while the layer turns to the stores."""
+
+    def __init__(self, layer: Any) -> None:
+        self.keys, self.values = layer.keys, layer.values

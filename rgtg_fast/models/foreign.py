@@ -76,7 +76,7 @@ def attention_of(config: Any) -> str | None:
     return config.__dict__["_attn_implementation_internal"]
 
 
-def set_attention(config: Any, name: str) -> None:
+def set_attention(config: Any, name: str | None) -> None:
     """Have the modules of `config` attend by the registered function `name`."""
     attention_of(config)  # raises if the attribute was renamed; the assignment would not
     config.__dict__["_attn_implementation_internal"] = name
@@ -171,14 +171,31 @@ def forward_of(module: nn.Module) -> tuple[Any, Any]:
     return type(module).forward, None if own is None else weakref.ref(own)
 
 
-# oneDNN's linear, which torch's inductor emits; torch has no public name for it.
+# torch.compile.
 
 
-def onednn_linear() -> Callable[..., Tensor] | None:
-    """`(x, weight, bias, "none", [], "")` -> x @ weight.T + bias for fp32 on x86; None without."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return None
-    return torch.ops.mkldnn._linear_pointwise
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Have what is compiled for `tensor` serve every size of its dimension `dim`, from 2 on."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+
+# oneDNN's linear and its packed weights, which torch's inductor emits; torch has no public name for
+# either.
+
+
+def has_onednn_linear() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, for fp32 or bf16 on x86; `weight` may be one of `onednn_pack`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def onednn_pack(weight: Tensor, rows: int) -> Tensor:
+    """A copy of `weight` [out, in] in the order in which oneDNN reads it for so many rows of input;
+    a tensor for `onednn_linear` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 # CUDA graphs. A capture whose end raises does not end its allocations; torch has no public way to.

@@ -7,6 +7,7 @@ share one product with their A's stacked; each B adds into the base product in p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,16 +48,18 @@ class LowRankLayers:
             self._groups.append((torch.cat([parts[m].a for m in members]), readers))
 
     def switch_on(self, twins: Twins) -> AdapterRows:
-        """Put the adapter on a twin for good: each layer's copy gets an instance attribute
-        `forward` around the one it had (hooks and faster kernels stay in force)."""
+        """Put the adapter on a twin for good: each layer's copy becomes one of a class around its
+        own (hooks and faster kernels stay in force)."""
         rows = AdapterRows(self.in_order)
         for a, readers in self._groups:
             shared = _SharedInput(a, len(readers), rows)
             rows.inputs.append(shared)
             for module, b, columns in readers:
                 twin = twins[module]
-                twin.__dict__["forward"] = _Adapted(twin.forward, b, shared, columns)
-                twins.cyclic.append(twin.__dict__)
+                patched = twin.__dict__.pop("forward", None)  # by accelerate and others
+                twin.__dict__[_ADAPTER] = _Adapter(patched, b, shared, columns)
+                kind: Any = type(twin)
+                twin.__class__ = _adapted(kind)
         return rows
 
 
@@ -114,22 +117,29 @@ class _SharedInput:
         return product
 
 
-class _Adapted:
-    """The `forward` of one adapted layer of a twin."""
+_ADAPTER = "rgtg_adapter"  # attribute of an adapted layer
+
+
+class _Adapter:
+    """What one adapted layer adds to what it is `patched` to give, or its class gives."""
 
     def __init__(
-        self, base: Callable[[Tensor], Tensor], b: Tensor, shared: _SharedInput, columns: slice
+        self,
+        patched: Callable[[Tensor], Tensor] | None,
+        b: Tensor,
+        shared: _SharedInput,
+        columns: slice,
     ) -> None:
-        self.base, self.b, self.shared, self.columns = base, b, shared, columns
+        self.patched, self.b, self.shared = patched, b, shared
+        self.start, self.stop = columns.start, columns.stop
         self.alone = shared.readers == 1
         # bf16 and fp16 `addmm_` on CPU takes 3 to 7 times as long as `mm` and `add_`.
         self.fused = b.device.type != "cpu" or b.dtype in (torch.float32, torch.float64)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        out = self.base(x)
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         product = self.shared.times_a(x)
         if not self.alone:
-            product = product[:, self.columns]
+            product = product[:, self.start : self.stop]
         if not out.is_contiguous():
             out = out.contiguous()
         mine = self.shared.rows.of(out)
@@ -138,6 +148,19 @@ class _Adapted:
         else:
             mine.add_(torch.mm(product, self.b))
         return out
+
+
+@functools.cache
+def _adapted(kind: Any) -> type[nn.Module]:
+    """The class of linear layers `kind` with an adapter. (A class, not a function in the instance:
+    dynamo compiles anew for every such function.)"""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        adapter = self.__dict__[_ADAPTER]
+        out = kind.forward(self, x) if adapter.patched is None else adapter.patched(x)
+        return adapter.add_to(out, x)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 @torch.no_grad()

@@ -39,18 +39,22 @@ class Selection:
             return out
         return values.gather(1, self.rank.clamp(min=0)).masked_fill(~self.keep, torch.nan)
 
-    def places_of(self, slot: Tensor) -> Tensor:
-        """Where candidate `slot` [B] is among its row's tokens; 0 where nothing of it was kept."""
-        return self.rank.gather(1, slot[:, None])[:, 0].clamp(min=0)
+    def places_of(self, slot: Tensor, at: Tensor | None = None) -> Tensor:
+        """Where candidate `slot` [n] is among the tokens of its row, of the rows `at` [n] (None:
+        all); 0 where nothing of it was kept."""
+        rank = self.rank if at is None else self.rank[at]
+        return rank.gather(1, slot[:, None])[:, 0].clamp(min=0)
 
-    def states_of(self, slot: Tensor, states: Tensor) -> Tensor:
-        """Of the tokens' states [B, n, H] or [1, N, H], those of candidate `slot` [B]: [B, H]; of a
-        row of which nothing was kept, any."""
-        places = self.places_of(slot)
+    def states_of(self, slot: Tensor, states: Tensor, at: Tensor | None = None) -> Tensor:
+        """Of the tokens' states [B, m, H] or [1, N, H], those of candidate `slot` [n] of the rows
+        `at` (as in `places_of`): [n, H]; of a row of which nothing was kept, any."""
+        places = self.places_of(slot, at)
+        rows = torch.arange(len(self.keep), device=states.device) if at is None else at
         if self.packed:
             counts = self.keep.sum(1)
-            return states[0, (counts.cumsum(0) - counts + places).clamp(max=states.shape[1] - 1)]
-        return states[torch.arange(len(slot), device=states.device), places]
+            first = (counts.cumsum(0) - counts)[rows]
+            return states[0, (first + places).clamp(max=states.shape[1] - 1)]
+        return states[rows, places]
 
     def spread(self, states: Tensor) -> Tensor:
         """Packed attention heads [1, H, N, D] as [B, H, n, D], zero where there is no token."""

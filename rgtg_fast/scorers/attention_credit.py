@@ -60,6 +60,7 @@ class AttentionCreditScorer(ExpandScorer):
     """
 
     method = "attention credit"
+    state = (*ExpandScorer.state, "answer")
 
     def __init__(self, model: Any, share: float = 0.5, backend: ops.Backend = "auto") -> None:
         check_share(share)
@@ -75,28 +76,42 @@ class AttentionCreditScorer(ExpandScorer):
         self.share = share
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        self.k, self.answer = 1, 0
+        self.k = 1  # how many candidates there are is known with the first of them
         super().prefill(input_ids, attention_mask)
 
-    def _score(self, ids: Tensor) -> Tensor:
-        if self.k != ids.shape[1]:  # the first step
-            self.k = ids.shape[1]
-            self.cache.batch_repeat_interleave(self.k)
-            self.attention_mask = self.attention_mask.repeat_interleave(self.k, dim=0)
-            self.position = self.position.repeat_interleave(self.k)
-        ones = self.attention_mask.new_ones((self.attention_mask.shape[0], 1))
-        self.attention_mask = torch.cat([self.attention_mask, ones], dim=-1)
-        hidden, out = self.parts.forward_base(
-            ids.reshape(-1, 1),
-            attention_mask=self.attention_mask,
-            position_ids=self.position[:, None],
-            cache=self.cache,
-            use_cache=True,
-            output_attentions=True,
-        )
-        self.position = self.position + 1
-        self.answer += 1
+    def begin(self, rows: int) -> None:
+        super().begin(rows)
+        self.answer = torch.zeros(rows, dtype=torch.int64, device=self.device)  # [B], its tokens
+
+    def _score(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        hidden, out = self._fed(ids, rows, output_attentions=True)
         rewards = self.parts.rewards(hidden.view(*ids.shape, -1), self.backend)
-        weights = last_attention(self.rm, out)[:, :, -1].float().mean(1)[:, -self.answer :]
+        weights = last_attention(self.rm, out)[:, :, -1].float().mean(1)  # [n * k, S]
+        answer = self.answer if rows is None else self.answer[rows]
+        ahead = torch.arange(weights.shape[1] - 1, -1, -1, device=weights.device)
+        own = ahead <= answer.to(weights.device)[:, None]  # tokens of the answer, and the candidate
+        weights = weights.masked_fill(~own.repeat_interleave(ids.shape[1], 0), 0.0)
         credit = (weights[:, -1] / weights.sum(-1)).view(ids.shape).to(rewards.device)
         return ((1 - self.share + self.share * credit) * rewards).to(ids.device)
+
+    def _join(self, prompts: list[Tensor]) -> None:
+        super()._join(prompts)
+        self.answer = torch.cat([self.answer, self.answer.new_zeros(len(prompts))])
+
+    def _commit(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
+        super()._commit(slot, rows, at)
+        self.answer[slice(None) if rows is None else rows] += 1
+
+    def _extend(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> None:
+        super()._extend(ids, counts, rows)
+        self.answer[slice(None) if rows is None else rows] += counts
+
+    def _crop(self, lengths: Tensor, rows: Tensor | None) -> None:
+        own = slice(None) if rows is None else rows
+        before = self._tokens()[own]
+        super()._crop(lengths, rows)
+        self.answer[own] = (self.answer[own] - (before - lengths)).clamp(min=0)
+
+    def _keep(self, rows: Tensor) -> None:
+        super()._keep(rows)
+        self.answer = self.answer[rows]

@@ -2,57 +2,135 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from ..models.copies import Copies, Parked, empty_cache
 from ..models.foreign import Unsupported
-from ..models.padding import last_real, positions_of
+from ..models.padding import at_counts, last_real, positions_of, without_copies
 from .base import RewardModelScorer
 
 
 class ExpandScorer(RewardModelScorer):
-    """B*k rows, each with its own copy of the prefix KV: k times the memory of `TreeScorer`."""
+    """B*k rows, each with its own copy of the prefix KV: k times the memory of `TreeScorer`.
+
+    The rows last scored are a batch (`Copies`); others wait outside of it, without padding.
+    """
 
     method = "expand"
-    state = (*RewardModelScorer.state, "cache", "attention_mask", "position")
+    state = (*RewardModelScorer.state, "batch", "waiting")
+
+    batch: Copies | None = None
+    waiting: list[Parked | None]  # of each row; None: it is in the batch
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        self.cache = DynamicCache(config=self.parts.text_config)
-        hidden, _ = self.parts.forward_base(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions_of(attention_mask),
-            cache=self.cache,
-            use_cache=True,
-        )
-        if self.cache.get_seq_length() == 0:
-            raise Unsupported("the reward model did not fill the key/value cache it was given")
-        self.cache.batch_repeat_interleave(self.k)
-        self.attention_mask = attention_mask.repeat_interleave(self.k, dim=0)
-        self.position = self.attention_mask.long().sum(-1)
-        return self.parts.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
+        ids, mask, copies = without_copies(input_ids, attention_mask)
+        cache, last = self._prompts(ids, mask)
+        if copies is None:
+            copies = torch.arange(len(ids), device=ids.device)
+        index = copies.repeat_interleave(self.k)
+        cache.batch_select_indices(index)
+        self.batch = Copies(list(range(len(copies))), self.k, cache, mask[index])
+        self.waiting = [None] * len(copies)
+        return last[copies.to(last.device)]
 
-    def _score(self, ids: Tensor) -> Tensor:
-        ones = self.attention_mask.new_ones((self.attention_mask.shape[0], 1))
-        self.attention_mask = torch.cat([self.attention_mask, ones], dim=-1)
+    def _join_alike(self, prompts: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        cache, last = self._prompts(ids, mask)
+        batch = Copies(list(range(len(prompts))), 1, cache, mask)
+        new = [batch.parked(i) for i in range(len(prompts))]
+        self.waiting = [*self.__dict__.get("waiting", []), *new]
+        return last
+
+    def _prompts(self, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+        """The cache filled with the prompts, and their rewards fp32 [n]."""
+        cache = empty_cache(self.parts.text_config)
         hidden, _ = self.parts.forward_base(
-            ids.reshape(-1, 1),
-            attention_mask=self.attention_mask,
-            position_ids=self.position[:, None],
-            cache=self.cache,
+            ids,
+            attention_mask=mask,
+            position_ids=positions_of(mask),
+            cache=cache,
             use_cache=True,
         )
-        self.position = self.position + 1
+        if cache.get_seq_length() == 0:
+            raise Unsupported("the reward model did not fill the key/value cache it was given")
+        return cache, self.parts.rewards(last_real(hidden, mask), self.backend)[:, 0]
+
+    def _score(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        hidden, _ = self._fed(ids, rows)
         rewards = self.parts.rewards(hidden.view(*ids.shape, -1), self.backend)
         return rewards.to(ids.device)
 
-    def _commit(self, slot: Tensor) -> None:
-        rows = torch.arange(slot.shape[0], device=slot.device) * self.k + slot
-        self.cache.batch_select_indices(rows.repeat_interleave(self.k))
+    def _fed(self, ids: Tensor, rows: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
+        """Hidden states [n * k, 1, H] of the candidates `ids` [n, k], and the whole output."""
+        batch = self._batch_of(rows, ids.shape[1])
+        flat = ids.reshape(-1, 1)
+        return batch.feed(self.parts.forward_base, flat, torch.ones_like(flat), **options)
 
-    def _keep_rows(self, rows: Tensor) -> None:
-        copies = rows[:, None] * self.k + torch.arange(self.k, device=rows.device)
-        self.cache.batch_select_indices(copies.flatten())
-        self.attention_mask = self.attention_mask[copies.flatten()]
-        self.position = self.position[copies.flatten()]
+    def _commit(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
+        batch = self.batch
+        if at is None and batch is not None:
+            batch.keep_copy(slot)
+            return
+        numbers = range(len(self.waiting)) if rows is None else rows.tolist()
+        fed = {} if batch is None or not batch.fed else {r: i for i, r in enumerate(batch.rows)}
+        if batch is None or not set(numbers) <= fed.keys():  # the batch was taken apart since
+            ids = (self.ids if at is None else self.ids[at]).gather(1, slot[:, None])
+            self._feed(ids, torch.ones_like(slot), rows)
+            return
+        chosen = zip(numbers, slot.tolist(), strict=True)
+        kept = {row: batch.parked(fed[row], copy) for row, copy in chosen}
+        self._dissolve()
+        for row, parked in kept.items():
+            self.waiting[row] = parked
+
+    def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:
+        batch = self._batch_of(rows, 1)
+        real = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
+        hidden, _ = batch.feed(self.parts.forward_base, ids, real.long())
+        batch.fed = 0
+        self._dissolve()  # its rows may end in padding
+        return self.parts.rewards(at_counts(hidden, counts), self.backend)[:, 0].to(ids.device)
+
+    def _cut(self, lengths: Tensor, rows: Tensor | None) -> None:
+        self._dissolve()
+        numbers = range(len(self.waiting)) if rows is None else rows.tolist()
+        for row, length in zip(numbers, lengths.tolist(), strict=True):
+            waiting = self.waiting[row]
+            assert waiting is not None
+            self.waiting[row] = waiting.cut(length)
+
+    def _keep(self, rows: Tensor) -> None:
+        kept = rows.tolist()
+        self.waiting = [self.waiting[row] for row in kept]
+        if self.batch is not None:
+            new = {row: i for i, row in enumerate(kept)}
+            places = [i for i, row in enumerate(self.batch.rows) if row in new]
+            self.batch.select(places, [new[self.batch.rows[i]] for i in places])
+
+    def _batch_of(self, rows: Tensor | None, copies: int) -> Copies:
+        """The rows as a batch of `copies` of each."""
+        wanted = list(range(len(self.waiting))) if rows is None else rows.tolist()
+        if self.batch is not None and (self.batch.rows, self.batch.copies) == (wanted, copies):
+            self.batch.take_back()
+            return self.batch
+        self._dissolve()
+        parked = [self.waiting[row] for row in wanted]
+        self.batch = Copies.assembled(wanted, parked, copies, self.parts.text_config)  # type: ignore[arg-type]
+        for row in wanted:
+            self.waiting[row] = None
+        return self.batch
+
+    def _dissolve(self) -> None:
+        """Take the batch apart into rows by themselves."""
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.take_back()
+            for place, row in enumerate(batch.rows):
+                self.waiting[row] = batch.parked(place)
+
+    def _tokens(self) -> Tensor:
+        self._dissolve()
+        counts = [int(row.mask.sum()) for row in self.waiting if row is not None]
+        return torch.tensor(counts, dtype=torch.int64, device=self.device)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..models.on_base import OnBase
-from ..models.padding import last_real
+from ..models.padding import at_counts, last_real, without_copies
 from ..models.selection import Selection
-from ..models.siblings import SiblingForward
+from .base import put
 from .tree import SiblingScorer
 
 
@@ -39,51 +39,101 @@ class JointScorer(SiblingScorer):
 
     method = "joint"
     parts: OnBase
-    selection: Selection | None  # of the last forward
-    state = (*SiblingScorer.state, "both", "hidden", "next_hidden", "selection")
+    state = (*SiblingScorer.state, "both", "hidden", "next_hidden")
 
     def __init__(self, rm: OnBase, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.copies = 2 if rm.own_rows else 1
         self.can_skip = rm.device.type == "cpu"  # as TreeScorer
+        self.keeps_text = True  # cropping needs the new last token's hidden state too
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.both = _Both(self.parts)
-        sizes = self.k, self.capacity
-        self.forward = SiblingForward(self.both, *sizes, self.fused, self.backend)
-        hidden = self.forward.prefill(self._doubled(input_ids), self._doubled(attention_mask))
-        self.next_hidden = hidden[: len(input_ids), -1].clone()  # [B, H], updated in place
-        last = last_real(self.both.reward_hidden, attention_mask)
-        return self.parts.rewards(last, self.backend)[:, 0]
+        self.forward = self._forward(self.both)
+        ids, mask, copies = without_copies(input_ids, attention_mask)
+        number = len(ids)
+        if copies is not None:
+            copies = torch.cat([copies + i * number for i in range(self.copies)])
+        hidden = self.forward.prefill(self._doubled(ids), self._doubled(mask), copies)
+        last = self.parts.rewards(last_real(self.both.reward_hidden, mask), self.backend)[:, 0]
+        self.next_hidden = hidden[:number, -1].clone()  # [B, H], updated in place
+        if copies is not None:
+            own = copies[: len(input_ids)]
+            self.next_hidden = self.next_hidden[own.to(hidden.device)]
+            last = last[own.to(last.device)]
+        return last
 
-    def _hidden(self, ids: Tensor) -> Tensor:
+    def _join_alike(self, prompts: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        if "forward" not in self.__dict__:
+            self.both = _Both(self.parts)
+            self.forward = self._forward(self.both)
+        known, n = self.__dict__.get("next_hidden"), len(prompts)
+        before = 0 if known is None else len(known)
+        hidden = self.forward.join(prompts * self.copies)
+        if self.copies == 2:  # the language model's rows first, all of them
+            order = torch.arange(2 * (before + n), device=ids.device)
+            parts = order.split([before, before, n, n])
+            self.forward.keep_rows(torch.cat([parts[i] for i in (0, 2, 1, 3)]))
+        newest = hidden[:n, -1]
+        self.next_hidden = newest.clone() if known is None else torch.cat([known, newest])
+        return self.parts.rewards(self.both.reward_hidden[:, -1:], self.backend)[:, 0]
+
+    def _hidden(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         self.selection = None
-        self.hidden = self.forward.siblings(self._doubled(ids))[: len(ids)]
+        hidden = self.forward.siblings(self._doubled(ids), rows=self._both_of(rows))
+        self.hidden = hidden[: len(ids)]
         return self.both.reward_hidden
 
-    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
+    def _score_kept(self, ids: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
         if keep.all():
-            return self._score(ids)
+            return self._score(ids, rows)
         # An adapter's rows are told by their place in the batch, so they cannot be packed.
         self.selection = own = Selection(keep, packs=self.fused and self.copies == 1)
         both = own if self.copies == 1 else Selection(self._doubled(keep), packs=False)
-        self.hidden = self.forward.siblings(self._doubled(ids), both)[: len(ids)]
+        hidden = self.forward.siblings(self._doubled(ids), both, self._both_of(rows))
+        self.hidden = hidden[: len(ids)]
         rewards = self.parts.rewards(self.both.reward_hidden, self.backend)
         return own.put_back(rewards.to(ids.device))
 
-    def _commit(self, slot: Tensor) -> None:
-        if self.selection is None:
-            index = slot.view(-1, 1, 1).expand(-1, 1, self.hidden.shape[-1])
-            winner = self.hidden.gather(1, index.to(self.hidden.device))[:, 0]
+    def _commit(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
+        if self.selection is not None:
+            winner = self.selection.states_of(slot, self.hidden, at)
+            slot = self.selection.places_of(slot, at)
         else:
-            winner = self.selection.states_of(slot, self.hidden)
-        self.next_hidden.copy_(winner)
-        self.forward.commit(self._doubled(slot))
+            hidden = self.hidden if at is None else self.hidden[at]
+            index = slot.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
+            winner = hidden.gather(1, index.to(hidden.device))[:, 0]
+        put(self.next_hidden, winner, rows)
+        self.forward.commit(self._doubled(slot), self._both_of(rows))
 
-    def _keep_rows(self, rows: Tensor) -> None:
+    def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:
+        both, of_reward, of_logits = self._both_of(rows), [], []
+        step = ids.shape[1] if self.fused else self.k  # tokens of one forward
+        for begin in range(0, ids.shape[1], step):
+            chunk = ids[:, begin : begin + step]
+            real = (counts - begin).clamp(0, chunk.shape[1])
+            hidden = self.forward.extend(self._doubled(chunk), self._doubled(real), both)
+            of_logits.append(hidden[: len(ids)])
+            of_reward.append(self.both.reward_hidden)
+        before = self.next_hidden if rows is None else self.next_hidden[rows]
+        newest = at_counts(torch.cat(of_logits, dim=1), counts)[:, 0]
+        put(self.next_hidden, newest.where((counts > 0)[:, None].to(before.device), before), rows)
+        last = at_counts(torch.cat(of_reward, dim=1), counts)
+        return self.parts.rewards(last, self.backend)[:, 0].to(ids.device)
+
+    def _cut(self, lengths: Tensor, rows: Tensor | None) -> None:
+        self.forward.crop(self._doubled(lengths), self._both_of(rows))
+
+    def _keep(self, rows: Tensor) -> None:
+        batch = len(self.next_hidden)
         self.next_hidden = self.next_hidden[rows.to(self.next_hidden.device)]
-        batch = len(self.forward.position) // self.copies
         self.forward.keep_rows(torch.cat([rows + i * batch for i in range(self.copies)]))
 
     def _doubled(self, t: Tensor) -> Tensor:
         return t if self.copies == 1 else torch.cat([t, t])
+
+    def _both_of(self, rows: Tensor | None) -> Tensor | None:
+        """The forward's rows of the scorer's."""
+        if rows is None or self.copies == 1:
+            return rows
+        return torch.cat([rows, rows + len(self.next_hidden)])

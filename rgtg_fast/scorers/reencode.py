@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.reward_model import RewardModel
-from .base import RewardModelScorer
+from .base import RewardModelScorer, put
 
 # Rows x tokens of one forward: bounds the activations, not the result.
 _TOKENS_PER_FORWARD = 1 << 16
@@ -24,7 +25,7 @@ class ReencodeScorer(RewardModelScorer):
 
     method = "reencode"
     can_skip = True
-    state = (*RewardModelScorer.state, "prompts", "answer", "prompt_texts", "ids")
+    state = (*RewardModelScorer.state, "prompts", "answers", "prompt_texts", "candidates")
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class ReencodeScorer(RewardModelScorer):
         **kwargs: Any,
     ) -> None:
         super().__init__(rm, k, **kwargs)
-        self.pooled = pooled
+        self.pooled, self.keeps_text = pooled, False  # it can always be encoded anew
         self.tokenizer, self.reward_tokenizer = tokenizer, reward_tokenizer
         self.prompt_tokenizer = prompt_tokenizer or tokenizer
         pad = getattr(rm.text_config, "pad_token_id", None)
@@ -50,46 +51,93 @@ class ReencodeScorer(RewardModelScorer):
         return self.eos_ids is None
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        self.prompts = [
-            row[keep.bool()] for row, keep in zip(input_ids, attention_mask, strict=True)
-        ]
-        self.answer = input_ids.new_empty((input_ids.shape[0], 0))
+        self.prompts: list[Tensor] = []
+        self.answers: list[Tensor] = []  # of each row, int64 [t]
+        self.prompt_texts: list[str] = []
+        rows = zip(input_ids, attention_mask, strict=True)
+        return self._begun([row[keep.bool()] for row, keep in rows])
+
+    def _join_alike(self, prompts: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        if "prompts" not in self.__dict__:
+            self.prompts, self.answers, self.prompt_texts = [], [], []
+        return self._begun(prompts)
+
+    def _begun(self, prompts: list[Tensor]) -> Tensor:
+        first = len(self.prompts)
+        self.prompts += prompts
+        self.answers += [prompt[:0] for prompt in prompts]
         if self.reward_tokenizer is not None:
-            self.prompt_texts = [
-                self.prompt_tokenizer.decode(p, skip_special_tokens=True) for p in self.prompts
-            ]
-        one = torch.ones((len(self.prompts), 1), dtype=torch.bool, device=input_ids.device)
+            decode = self.prompt_tokenizer.decode
+            self.prompt_texts += [decode(p, skip_special_tokens=True) for p in prompts]
+        return self._prefix_rewards(range(first, len(self.prompts)))
+
+    def _prefix_rewards(self, rows: Sequence[int]) -> Tensor:
+        """Rewards fp32 [n] of rows as they stand, where anything is done about EOS."""
         if self.eos_ids is None:
-            return torch.zeros((len(self.prompts),), dtype=torch.float32, device=input_ids.device)
-        return self._encode(self.answer[:, None], one)[:, 0]
+            return torch.zeros((len(rows),), dtype=torch.float32, device=self.device)
+        one = torch.ones((len(rows), 1), dtype=torch.bool, device=self.device)
+        return self._encode([self.answers[row][None] for row in rows], one, rows)[:, 0]
 
-    def _score(self, ids: Tensor) -> Tensor:
-        return self._score_kept(ids, torch.ones_like(ids, dtype=torch.bool))
+    def _score(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        return self._score_kept(ids, torch.ones_like(ids, dtype=torch.bool), rows)
 
-    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
-        self.ids = ids
-        prefix = self.answer[:, None].expand(-1, ids.shape[1], -1)
-        return self._encode(torch.cat([prefix, ids[..., None]], dim=-1), keep)
+    def _score_kept(self, ids: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
+        self.candidates = ids
+        numbers = self._numbers(rows)
+        answers = [
+            torch.cat([self.answers[row].expand(ids.shape[1], -1), ids[i][:, None]], dim=1)
+            for i, row in enumerate(numbers)
+        ]
+        return self._encode(answers, keep, numbers)
 
-    def _commit(self, slot: Tensor) -> None:
-        self.answer = torch.cat([self.answer, self.ids.gather(1, slot[:, None])], dim=-1)
+    def _commit(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
+        ids = self.candidates if at is None else self.candidates[at]
+        chosen = ids.gather(1, slot[:, None])
+        for row, token in zip(self._numbers(rows), chosen, strict=True):
+            self.answers[row] = torch.cat([self.answers[row], token])
 
-    def _keep_rows(self, rows: Tensor) -> None:
-        self.prompts = [self.prompts[b] for b in rows.tolist()]
-        self.answer = self.answer[rows]
-        if self.reward_tokenizer is not None:
-            self.prompt_texts = [self.prompt_texts[b] for b in rows.tolist()]
+    def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:
+        numbers = self._numbers(rows)
+        for row, tokens, count in zip(numbers, ids, counts.tolist(), strict=True):
+            self.answers[row] = torch.cat([self.answers[row], tokens[:count]])
+        return self._prefix_rewards(numbers)
 
-    def _encode(self, answers: Tensor, keep: Tensor) -> Tensor:
-        """Rewards fp32 [B, n] of the prompts followed by answers [B, n, t]; NaN for those not in
-        `keep` [B, n]."""
+    def _cut(self, lengths: Tensor, rows: Tensor | None) -> None:
+        for row, length in zip(self._numbers(rows), lengths.tolist(), strict=True):
+            self.answers[row] = self.answers[row][: max(0, length - len(self.prompts[row]))]
+            if length < len(self.prompts[row]):
+                self.prompts[row] = self.prompts[row][:length]
+                if self.reward_tokenizer is not None:
+                    text = self.prompt_tokenizer.decode(self.prompts[row], skip_special_tokens=True)
+                    self.prompt_texts[row] = text
+
+    def _crop(self, lengths: Tensor, rows: Tensor | None) -> None:
+        self._cut(lengths, rows)
+        put(self.last_reward, self._prefix_rewards(self._numbers(rows)), rows)
+
+    def _keep(self, rows: Tensor) -> None:
+        kept = rows.tolist()
+        for held in (self.prompts, self.answers, self.prompt_texts):
+            held[:] = [held[row] for row in kept] if held else []
+
+    def _tokens(self) -> Tensor:
+        rows = zip(self.prompts, self.answers, strict=True)
+        counts = [len(prompt) + len(answer) for prompt, answer in rows]
+        return torch.tensor(counts, dtype=torch.int64, device=self.device)
+
+    def _numbers(self, rows: Tensor | None) -> Sequence[int]:
+        return range(len(self.prompts)) if rows is None else rows.tolist()
+
+    def _encode(self, answers: list[Tensor], keep: Tensor, rows: Sequence[int]) -> Tensor:
+        """Rewards fp32 [n, m] of the rows' prompts followed by answers, [m, t] for each row; NaN
+        for those not in `keep` [n, m]."""
         out = torch.full(keep.shape, torch.nan, dtype=torch.float32, device=keep.device)
         if not keep.any():
             return out
         if self.reward_tokenizer is not None:
-            ids, mask = self._tokenize(answers, keep)
+            ids, mask = self._tokenize(answers, keep, rows)
         else:
-            ids, mask = (x[keep] for x in self._pack(answers))
+            ids, mask = (x[keep] for x in self._pack(answers, rows))
         step = max(1, _TOKENS_PER_FORWARD // ids.shape[1])
         parts = [
             self._forward(i, m) for i, m in zip(ids.split(step), mask.split(step), strict=True)
@@ -97,29 +145,30 @@ class ReencodeScorer(RewardModelScorer):
         out[keep] = torch.cat(parts)
         return out
 
-    def _pack(self, answers: Tensor) -> tuple[Tensor, Tensor]:
-        batch, n, t = answers.shape
-        length = max(len(p) for p in self.prompts) + t
-        ids = answers.new_full((batch, n, length), self.pad)
+    def _pack(self, answers: list[Tensor], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        lengths = [(len(self.prompts[r]), a.shape[1]) for r, a in zip(rows, answers, strict=True)]
+        shape = len(rows), len(answers[0]), max(p + t for p, t in lengths)
+        ids = answers[0].new_full(shape, self.pad)
         mask = torch.zeros_like(ids)
-        for b, prompt in enumerate(self.prompts):
-            p = len(prompt)
-            ids[b, :, :p] = prompt
-            ids[b, :, p : p + t] = answers[b]
-            mask[b, :, : p + t] = 1
+        for i, (row, (p, t)) in enumerate(zip(rows, lengths, strict=True)):
+            ids[i, :, :p] = self.prompts[row]
+            ids[i, :, p : p + t] = answers[i]
+            mask[i, :, : p + t] = 1
         return ids, mask
 
-    def _tokenize(self, answers: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokenize(
+        self, answers: list[Tensor], keep: Tensor, rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         texts = []
-        for b, prompt in enumerate(self.prompts):
+        for i, row in enumerate(rows):
             if self.prompt_tokenizer is self.tokenizer:
                 # Decoded with the prompt: a token's spaces and bytes depend on those before it.
-                rows = [torch.cat([prompt, a]) for a in answers[b, keep[b]]]
-                texts += [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
+                whole = [torch.cat([self.prompts[row], a]) for a in answers[i][keep[i]]]
+                texts += [self.tokenizer.decode(r, skip_special_tokens=True) for r in whole]
             else:
                 texts += [
-                    self.prompt_texts[b] + self.tokenizer.decode(a, skip_special_tokens=True)
-                    for a in answers[b, keep[b]]
+                    self.prompt_texts[row] + self.tokenizer.decode(a, skip_special_tokens=True)
+                    for a in answers[i][keep[i]]
                 ]
         out = self.reward_tokenizer(
             texts, padding=True, padding_side="right", return_tensors="pt", truncation=False
@@ -131,7 +180,7 @@ class ReencodeScorer(RewardModelScorer):
                 f"a text of {length} reward-model tokens was reached, reward_model takes "
                 f"{limit}; pass shorter prompts or a smaller max_new_tokens"
             )
-        device = answers.device
+        device = keep.device
         return out["input_ids"].to(device), out["attention_mask"].to(device)
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:

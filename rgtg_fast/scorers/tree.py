@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..models.attention import attention_kernel
 from ..models.cache import SiblingCache
+from ..models.compiled import CompiledSiblings
 from ..models.foreign import Unsupported
-from ..models.padding import last_real
+from ..models.padding import at_counts, last_real, without_copies
 from ..models.reward_model import RewardModel
 from ..models.selection import Selection
 from ..models.siblings import SiblingForward
@@ -26,11 +27,13 @@ class SiblingScorer(RewardModelScorer):
     """
 
     forward: SiblingForward  # for one call
-    state = (*RewardModelScorer.state, "forward")
+    selection: Selection | None = None  # of the candidates last scored; None: all
+    state = (*RewardModelScorer.state, "forward", "selection")
 
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
         self.fused = fused
+        self.compiled: CompiledSiblings | None = None  # what `forward` of a call is to run by
         if fused and attention_kernel(self.backend, rm.device) is None:
             raise Unsupported(f"no compiled kernel of candidate_attention runs on {rm.device}")
 
@@ -54,14 +57,25 @@ class SiblingScorer(RewardModelScorer):
         """What rewards are made of: hidden states [B, k, H], the head's weight [H] and bias [1]."""
         head = self.parts.linear_head()
         assert head is not None
-        return self._hidden(ids).to(head[0].dtype), *head
+        self.scored, self.ids = list(self.handles), ids
+        return self._hidden(ids, None).to(head[0].dtype), *head
+
+    def _tokens(self) -> Tensor:
+        assert self.forward.position is not None
+        return self.forward.position[: len(self.handles), 0]
+
+    def _forward(self, parts: Any) -> SiblingForward:
+        """The forward of a call."""
+        forward = SiblingForward(parts, self.k, self.capacity, self.fused, self.backend)
+        forward.compiled = self.compiled
+        return forward
 
     @abstractmethod
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """The candidates' hidden states [B, k, H]."""
+    def _hidden(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """The candidates' hidden states [n, k, H]."""
 
-    def _score(self, ids: Tensor) -> Tensor:
-        return self.parts.rewards(self._hidden(ids), self.backend).to(ids.device)
+    def _score(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        return self.parts.rewards(self._hidden(ids, rows), self.backend).to(ids.device)
 
 
 class TreeScorer(SiblingScorer):
@@ -75,23 +89,40 @@ class TreeScorer(SiblingScorer):
         self.can_skip = rm.device.type == "cpu"
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        sizes = self.k, self.capacity
-        self.forward = SiblingForward(self.parts, *sizes, self.fused, self.backend)
-        hidden = self.forward.prefill(input_ids, attention_mask)
-        return self.parts.rewards(last_real(hidden, attention_mask), self.backend)[:, 0]
+        ids, mask, copies = without_copies(input_ids, attention_mask)
+        self.forward = self._forward(self.parts)
+        hidden = self.forward.prefill(ids, mask, copies)
+        rewards = self.parts.rewards(last_real(hidden, mask), self.backend)[:, 0]
+        return rewards if copies is None else rewards[copies.to(rewards.device)]
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        return self.forward.siblings(ids)
+    def _join_alike(self, prompts: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        if "forward" not in self.__dict__:
+            self.forward = self._forward(self.parts)
+        return self.parts.rewards(self.forward.join(prompts)[:, -1:], self.backend)[:, 0]
 
-    def _score_kept(self, ids: Tensor, keep: Tensor) -> Tensor:
+    def _hidden(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        self.selection = None
+        return self.forward.siblings(ids, rows=rows)
+
+    def _score_kept(self, ids: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
         if keep.all():
-            return self._score(ids)
-        selection = Selection(keep, packs=self.fused)
-        hidden = self.forward.siblings(ids, selection)
+            return self._score(ids, rows)
+        self.selection = selection = Selection(keep, packs=self.fused)
+        hidden = self.forward.siblings(ids, selection, rows)
         return selection.put_back(self.parts.rewards(hidden, self.backend).to(ids.device))
 
-    def _commit(self, slot: Tensor) -> None:
-        self.forward.commit(slot)
+    def _commit(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
+        if self.selection is not None:
+            slot = self.selection.places_of(slot, at)
+        self.forward.commit(slot, rows)
 
-    def _keep_rows(self, rows: Tensor) -> None:
+    def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:
+        hidden = self.forward.extend(ids, counts, rows)
+        last = at_counts(hidden, counts)
+        return self.parts.rewards(last, self.backend)[:, 0].to(ids.device)
+
+    def _cut(self, lengths: Tensor, rows: Tensor | None) -> None:
+        self.forward.crop(lengths, rows)
+
+    def _keep(self, rows: Tensor) -> None:
         self.forward.keep_rows(rows)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 
 FIGURES = "metrics.json"  # written last: a folder that has it holds a finished run
-_LOCK = ".train.lock"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # The files that save_model and save_pretrained of transformers and peft write, in the folder and in
 # its checkpoints. Only these are removed: any other file may be the user's.
@@ -34,20 +34,21 @@ _STATE_FOLDERS = re.compile(r"global_step\d+|(optimizer|pytorch_model_fsdp)_\d+"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps other processes that train into it out until the block ends.
+    """Hold `folder`, made where it is not there, against other processes; the system lets go of it
+    even where this one is killed.
 
-    Raises `ValueError` where another one is in, or where `folder` cannot be made.
+    Raises `ValueError` where another one holds it, and where it cannot be made.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / _LOCK)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r} is no directory; name a folder")
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"output_dir={str(folder)!r} is in use by another training process; wait for its end, "
-            "or name another output_dir"
+            f"output_dir={str(folder)!r} is being written by another process; wait until it has "
+            "ended, or pass another output_dir"
         ) from None
     except OSError as error:
         raise ValueError(

@@ -34,6 +34,7 @@ from .output_folder import (
 from .settings import Settings, load_pretrained, load_tokenizer, read_settings
 from .summary import print_summary
 from .trainer import PrefixRewardTrainer, check_fit, make_dataset
+from .trainer_options import check_trainer_options
 
 
 def train(path: str | os.PathLike[str], overrides: list[str] | None = None) -> dict[str, Any]:
@@ -52,9 +53,8 @@ def train(path: str | os.PathLike[str], overrides: list[str] | None = None) -> d
     """
     settings = read_settings(path, overrides)
     args = PrefixRewardConfig(**settings.args)
+    check_trainer_options(args, OBJECTIVES[args.loss_type].data)
     out = Path(str(args.output_dir))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"output_dir={str(out)!r} is a file; name a folder")
     try:
         with locked(out) if args.process_index == 0 else contextlib.nullcontext():
             return _train_into(out, settings, args)

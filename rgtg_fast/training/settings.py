@@ -73,6 +73,11 @@ def check_settings(values: dict[str, Any]) -> Settings:
         settings.args.setdefault("first", named.first)
     if settings.lora is not None and not isinstance(settings.lora, dict):
         raise ValueError(f"lora is {settings.lora!r}; write a mapping of peft.LoraConfig's options")
+    if settings.args.get("resume_from_checkpoint"):
+        raise ValueError(
+            f"resume_from_checkpoint={settings.args['resume_from_checkpoint']!r} has no effect on "
+            "the Trainer; write resume: true, or resume: a checkpoint's folder"
+        )
     if settings.hold_out < 0:
         raise ValueError(f"hold_out={settings.hold_out}; pass the number of rows to keep for eval")
     if settings.hold_out and settings.eval:

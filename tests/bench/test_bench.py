@@ -79,7 +79,7 @@ def test_every_contender_gives_the_guided_tokens_and_a_row(bench, shape, tmp_pat
         reason = contenders.why_not(name, "cpu")
         assert (name in rows) == (reason is None)
         assert reason is None or f"{contenders.LABELS[name]}: skipped, {reason}" in printed
-    assert ("pruned" in rows) == (cell["candidates_scored"] is not None)
+    assert ("pruned" in rows) == ("pruned" in cell["candidates_scored"])
     for row in rows.values():
         assert row["decode_ms"] > 0
         assert row["tokens_per_s"] == pytest.approx(1000 / row["ms_per_token"])
@@ -87,6 +87,28 @@ def test_every_contender_gives_the_guided_tokens_and_a_row(bench, shape, tmp_pat
         assert row["over_guided"] == row["ms_per_token"] / rows["auto"]["ms_per_token"]
         assert row["over_floor"] == row["decode_ms"] / row["floor_ms"]
         assert row["peak_mb"] > row["growth_mb"] >= 0
+
+
+def test_drawn_tokens_are_checked_too_and_few_candidates_scored(bench, tmp_path, capsys):
+    out = tmp_path / "raw.json"
+    wanted = ["--contenders", "plain", "auto", "head", "rad", "--new", "12", "--json", str(out)]
+    bench("bench_generate").main(["--quick", "--top-p", "0.9", "--entropy", "0.5", *wanted])
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert [row["name"] for row in cell["rows"]] == ["plain", "auto", "head"]
+    assert 1 <= cell["candidates_scored"]["auto"] < 4
+    assert "RAD): skipped, it is run greedily" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_the_output_layer_is_scaled_to_an_entropy(bench, shape):
+    models = bench("generate_models")
+    lm, _ = models.build_models(shape, 100, torch.float32, small=64)
+    inputs = lm.get_input_embeddings().weight.clone()
+    models.sharpen(lm, 4, 0.3)
+    ids = torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(3))
+    p = lm(ids).logits.topk(4).values.softmax(-1)
+    assert torch.special.entr(p).sum(-1).mean().item() == pytest.approx(0.3, abs=1e-3)
+    assert torch.equal(lm.get_input_embeddings().weight, inputs)
 
 
 def test_a_contender_with_other_tokens_gets_no_time_and_the_others_do(

@@ -55,6 +55,10 @@ def tape(monkeypatch):
             tape.calls.append("warm up")
             step()
 
+        def rehearse(self, step):
+            self.warm_up(step)
+            return []
+
         def capture(self, step):
             tape.calls.append("capture")
             self.step = step
@@ -127,12 +131,21 @@ def test_what_no_graph_holds_has_launch_times_and_says_why(tape, monkeypatch):
     assert row["note"] == taken.note and "replay" not in row and row["us"] == 250.0
 
 
+def test_what_makes_the_host_wait_is_not_captured(tape, monkeypatch):
+    wait = {"rehearse": lambda self, step: [" in item (somewhere.py:3)"]}
+    monkeypatch.setitem(graphs.GRAPHS, "cpu", type("Waits", (graphs.GRAPHS["cpu"],), wait))
+    (taken,) = measure(tape, [torch.sin])
+    assert taken.replayed is None and "capture" not in tape.calls
+    assert taken.note == "no graph: the host waits for the device in item (somewhere.py:3)"
+
+
 def test_both_times_quantiles_bytes_and_share_of_a_copy_are_in_the_row(tape):
     (taken,) = measure(tape, [torch.sin], repeat=20)
     row = microbench._row(taken, 25_000_000, 200.0, 500.0)
     assert row["us"] == row["replay"] == row["replay p90"] == row["p10"] == 250.0
     assert row["bytes"] == 25_000_000 and row["GB/s"] == 100.0 and row["% of copy"] == 50.0
     assert row["x torch"] == 2.0 and row["late"] == 0
+    assert len(taken.host) == 20 and 0 < row["host"] < 1e6
 
 
 def test_quantiles_lie_within_what_was_measured():

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import zoo
-from graph_emulated import EmulatedGraph
+from graph_emulated import install
 from lora_checkpoints import make_checkpoint
 
 import rgtg_fast
@@ -153,7 +153,7 @@ def test_a_users_scorer_that_can_skip_is_told():
 
 
 def test_a_captured_step_scores_all(monkeypatch):
-    monkeypatch.setitem(graphs.GRAPHS, "cpu", EmulatedGraph)
+    install(monkeypatch)
     monkeypatch.setattr(graphs, "WORTH", 1)
     lm = peaked(zoo.build_lm("llama"))
     out = guided(lm, zoo.rm("llama"), check_nan=False, top_k=5, top_p=1.0)

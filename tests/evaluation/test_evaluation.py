@@ -20,8 +20,8 @@ from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.evaluation import answers, stages
 from rgtg_fast.evaluation import models as prepared_models
-from rgtg_fast.evaluation.store import locked
 from rgtg_fast.scorers import KINDS, AttentionCreditScorer
+from rgtg_fast.training.output_folder import locked
 
 PROMPTS, TOKENS, K, BETA = 8, 8, 10, 2.0
 GUIDE = str(ASSETS / "rm_partial")

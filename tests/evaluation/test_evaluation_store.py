@@ -3,14 +3,12 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 
 from rgtg_fast.evaluation import store
-from rgtg_fast.evaluation.store import Rows, locked, write_whole
+from rgtg_fast.evaluation.store import Rows, write_whole
 
 KEY = {"model": "m", "stamps": [("a", 1)]}
 
@@ -151,44 +149,3 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
     with pytest.raises(OSError, match=r"results\.json"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-HOLD = """
-import sys
-from filelock import FileLock
-with FileLock(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_is_held_by_one_process_even_one_that_is_killed(tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="is being written by another process"), locked(folder):
-            pass
-    finally:
-        other.kill()
-        other.communicate()
-    with locked(folder), pytest.raises(ValueError, match="another process"), locked(folder):
-        pass
-    with locked(folder):
-        pass
-
-
-def test_a_file_is_no_folder_to_hold(tmp_path):
-    (tmp_path / "out").write_text("")
-    wrong = pytest.raises(ValueError, match="is no directory; name a folder")
-    with wrong, locked(tmp_path / "out"):
-        pass
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    wrong = pytest.raises(ValueError, match=r"output_dir='.*' cannot be written to \(Not a dir")
-    with wrong, locked(tmp_path / "file" / "out"):
-        pass

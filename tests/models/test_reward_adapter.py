@@ -122,8 +122,9 @@ def test_only_linear_layers_of_a_twin_are_touched(tmp_path):
     logits = lm(some_ids()).logits
     adapter = RewardAdapter.from_pretrained(lm, tmp_path)
     twin = adapter.twin()
-    assert "forward" in twin.base.layers[0].mlp.up_proj.__dict__
+    assert type(twin.base.layers[0].mlp.up_proj) is not nn.Linear
     twin.rewards(twin.forward_base(some_ids(), use_cache=False)[0])
+    assert type(lm.model.layers[0].mlp.up_proj) is nn.Linear
     assert all("forward" not in module.__dict__ for module in lm.modules())
     assert not any(module._forward_pre_hooks for module in lm.modules())
     assert torch.equal(lm(some_ids()).logits, logits)

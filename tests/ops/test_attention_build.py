@@ -3,13 +3,9 @@
 On an H200: 132 multiprocessors of 4 schedulers at 1.755 GHz, 4.8 TB/s.
 """
 
-import re
-import subprocess
-
 import pytest
-from cuda_emulated import ROOT, emulator
-from sass import instructions, steady_loop
-from test_cuda_build import tool
+from cuda_emulated import emulator
+from sass import compile_kernels, functions, loops, resources
 
 SOURCE = """
 #include "cuda/attention_kernels.cuh"
@@ -23,18 +19,16 @@ HMMA_CYCLES = 8  # of a scheduler's tensor core, for one m16n8k16: 2048 products
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["40 queries", "4 queries"])
 def built(request, tmp_path_factory):
-    """Registers, the tile's facts, and the instructions of a warp for one tile."""
+    """Registers, facts of the tile, and the loop over tiles."""
     folder = tmp_path_factory.mktemp("attention")
-    source, cubin = folder / "attention.cu", folder / "attention.cubin"
+    source = folder / "attention.cpp"
     source.write_text(SOURCE.format(warps=request.param))
-    command = [tool("nvcc"), "-std=c++20", "-O3", "-Xptxas", "-v", "-cubin", "-arch=sm_90"]
-    command += [f"-I{ROOT / 'csrc'}", "-o", str(cubin), str(source)]
-    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill stores" in log and "0 bytes stack frame" in log
-    facts = emulator().attention_tile(few=request.param > 1)
-    code = instructions(tool("cuobjdump"), cubin, "attend_prefix")
-    loop = steady_loop(code, "HMMA", ("HMMA", "LDGSTS"))
-    return int(re.search(r"Used (\d+) registers", log)[1]), facts, loop
+    cubin, log = compile_kernels(folder, source=source)
+    ((registers, _, spills, stack),) = resources(log).values()
+    assert spills == stack == 0
+    (code,) = functions(cubin).values()
+    loop = next(loop for loop in loops(code) if loop.holds("HMMA"))
+    return registers, emulator().attention_tile(few=request.param > 1), loop
 
 
 def blocks_at_once(registers, tile):
@@ -56,13 +50,12 @@ def test_enough_bytes_are_in_flight(built):
 @pytest.mark.slow
 def test_a_tile_is_worked_off_in_less_time_than_it_takes_to_read(built):
     _, tile, loop = built
-    reading = 2 * tile["keys"] * 128 * 2 / BYTES_PER_CYCLE
-    products = sum("HMMA" in line for line in loop)
-    # Scores, and two products with the values; of a warp's share of the keys.
-    assert products == 3 * tile["keys"] // (4 if tile["keys"] == 64 else 1) * 128 // (16 * 8)
-    assert sum("LDGSTS" in line for line in loop) * 128 * 16 == 2 * tile["keys"] * 128 * 2
-    assert len(loop) <= 0.65 * reading
-    assert products * HMMA_CYCLES <= reading
+    size = 2 * tile["keys"] * 128 * 2
+    reading = size / BYTES_PER_CYCLE
+    # A score and two products with the values, of 16 queries and the keys of one warp.
+    products = 3 * tile["keys"] // (4 if tile["keys"] == 64 else 1) * 128 // (16 * 8)
+    assert loop.executed(HMMA=products, LDGSTS=size // (128 * 16)) <= 0.65 * reading
+    assert loop.holds("HMMA") == products and products * HMMA_CYCLES <= reading
 
 
 def test_splits_fill_the_device_and_are_not_too_short():

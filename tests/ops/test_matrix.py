@@ -14,6 +14,7 @@ from parity import (
     check_reward_head,
     check_topk_logprobs,
     check_vocab_reward,
+    crossed,
 )
 from parity import check_candidate_attention as check_attention
 
@@ -23,8 +24,7 @@ over = pytest.mark.parametrize
 LOGIT_KINDS = ("normal", "ties", "equal", "masked", "peaked", "far from zero", "ascending")
 
 
-@over("backend", backends_of("topk_logprobs"))
-@over("kind", LOGIT_KINDS)
+@over(("backend", "kind"), crossed("topk_logprobs", LOGIT_KINDS, quick=[1]))
 def test_topk_of_drawn_shapes(backend, kind):
     def arguments(data):
         rows, vocab = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 2600))
@@ -34,30 +34,28 @@ def test_topk_of_drawn_shapes(backend, kind):
     examples(backend, check_topk_logprobs, arguments, 24)
 
 
-@over("backend", backends_of("topk_logprobs"))
-@over(
-    ("rows", "vocab", "k"),
-    [
-        (1, 1, 1),
-        (2, 61, 61),
-        (2, 64, 64),
-        (2, 255, 64),
-        (3, 256, 1),
-        (2, 257, 10),
-        (1, 4099, 64),
-        (1, 2047, 63),
-        (1, 2048, 2),
-        (1, 2049, 33),
-        pytest.param(257, 11, 1, marks=pytest.mark.slow),
-        (0, 40, 3),
-    ],
-)
+EDGES = [
+    (1, 1, 1),
+    (2, 61, 61),
+    (2, 64, 64),
+    (2, 255, 64),
+    (3, 256, 1),
+    (2, 257, 10),
+    (1, 4099, 64),
+    (1, 2047, 63),
+    (1, 2048, 2),
+    (1, 2049, 33),
+    (257, 11, 1),
+    (0, 40, 3),
+]
+
+
+@over(("backend", "rows", "vocab", "k"), crossed("topk_logprobs", EDGES, [0, 4, 5, 8, 11]))
 def test_topk_at_the_edges_of_blocks(backend, rows, vocab, k):
     check_topk_logprobs(backend, draw_logits("normal", rows, vocab).float(), k)
 
 
-@over("backend", backends_of("topk_logprobs"))
-@over("dtype", FLOATS)
+@over(("backend", "dtype"), crossed("topk_logprobs", FLOATS, quick=[2]))
 def test_topk_of_nan_and_infinite_rows_beside_a_good_one(backend, dtype):
     logits = draw_logits("normal", 6, 700).to(dtype)
     logits[0, 690] = NAN
@@ -70,7 +68,7 @@ def test_topk_of_nan_and_infinite_rows_beside_a_good_one(backend, dtype):
     check_topk_logprobs(backend, logits, 10)
 
 
-@over("backend", backends_of("topk_logprobs"))
+@over("backend", backends_of("topk_logprobs", slow=["triton-interpreted"]))
 def test_topk_of_views(backend):
     base = draw_logits("ties", 12, 900).float()
     check_topk_logprobs(backend, base[3:9:2, 5:850], 10)
@@ -94,7 +92,7 @@ def test_reward_head_of_drawn_shapes(backend, dtype):
     examples(backend, check_reward_head, arguments, 24)
 
 
-@over("backend", backends_of("reward_head"))
+@over("backend", backends_of("reward_head", slow=["triton-interpreted"]))
 def test_reward_head_of_views_and_many_rows(backend):
     base = torch.randn(6, 24, 200, generator=generator(1))
     weight = torch.randn(400, generator=generator(2))
@@ -176,8 +174,7 @@ def test_draw_of_views_and_many_rows(backend):
     check_ratio_sample(backend, *candidates(3, 200), *policy(3))
 
 
-@over("backend", backends_of("ratio_step"))
-@over("dtype", FLOATS)
+@over(("backend", "dtype"), crossed("ratio_step", FLOATS, quick=[2]))
 def test_step_of_drawn_shapes(backend, dtype):
     def arguments(data):
         rows, k = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 64))
@@ -205,27 +202,34 @@ def test_step_with_nan_rows_views_and_a_wide_head(backend):
     check_ratio_step(backend, *rows, *policy(257), torch.tensor([0.5]))
 
 
-@over("backend", backends_of("candidate_attention"))
-@over("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@over(("window", "softcap"), [(None, None), (1, None), (20, 3.0)])
+OPTIONS = [
+    (dtype, *options)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for options in ((None, None), (1, None), (20, 3.0))
+]
+
+
+@over(("backend", "dtype", "window", "softcap"), crossed("candidate_attention", OPTIONS, [1, 5]))
 def test_attention_with_its_options(backend, dtype, window, softcap):
     shape = (3, 5, 4, 2, 80, 150, [0, 7, 100], [150, 130, 100])
     check_attention(backend, *attention(dtype, *shape, window, softcap))
 
 
-@over("backend", backends_of("candidate_attention"))
+SHAPES = [
+    (1, 1, 1, 1, 64, 1),
+    (2, 3, 3, 1, 128, 65),
+    (1, 64, 2, 2, 64, 40),
+    (1, 10, 8, 1, 256, 30),
+    (2, 2, 6, 2, 96, 300),
+    (1, 2, 2, 2, 8, 3),
+    (0, 3, 2, 1, 64, 9),
+    (2, 3, 4, 2, 64, 0),
+]
+
+
 @over(
-    ("rows", "k", "heads", "key_heads", "width", "prefix"),
-    [
-        (1, 1, 1, 1, 64, 1),
-        (2, 3, 3, 1, 128, 65),
-        (1, 64, 2, 2, 64, 40),
-        (1, 10, 8, 1, 256, 30),
-        (2, 2, 6, 2, 96, 300),
-        (1, 2, 2, 2, 8, 3),
-        (0, 3, 2, 1, 64, 9),
-        (2, 3, 4, 2, 64, 0),
-    ],
+    ("backend", "rows", "k", "heads", "key_heads", "width", "prefix"),
+    crossed("candidate_attention", SHAPES, quick=[0, 1, 5, 6, 7]),
 )
 def test_attention_of_shapes(backend, rows, k, heads, key_heads, width, prefix):
     bounds = [0] * rows, [prefix] * rows
@@ -256,8 +260,7 @@ def test_attention_of_views(backend):
     check_attention(backend, sliced, strided, wide, own_key.mT.contiguous().mT, own_value, *rest)
 
 
-@over("backend", backends_of("candidate_attention"))
-@over("dtype", [torch.float32, torch.bfloat16])
+@over(("backend", "dtype"), crossed("candidate_attention", FLOATS[1:3], quick=[0]))
 def test_attention_of_rows_that_share_a_prefix_or_leave_one_out(backend, dtype):
     shape = (4, 3, 4, 2, 64, 150, [0, 7, 100, 2], [150, 130, 100, 3])
     query, keys, values, *rest = attention(dtype, *shape, 90, None)
@@ -285,7 +288,7 @@ def test_siblings_do_not_see_each_other(backend):
     assert torch.allclose(together[:, 2:3], alone, atol=1e-6)
 
 
-@over("backend", backends_of("ratio_sample"))
+@over("backend", backends_of("ratio_sample", slow=["triton-interpreted"]))
 def test_equal_streams_over_rows_and_steps(backend):
     """One row's noise does not depend on its place in the batch, and differs between steps."""
     k, rows = 16, 24

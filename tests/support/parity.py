@@ -91,6 +91,20 @@ def backends_of(op, slow=()):
     return chosen
 
 
+def crossed(op, values, quick):
+    """Parameters for the tests of ``op``: its backends times ``values``. Of these, interpreted
+    Triton kernels take those at the places ``quick`` in ``make test``, the others as slow tests."""
+    found = []
+    for backend in backends_of(op):
+        for place, value in enumerate(values):
+            value = value if isinstance(value, tuple) else (value,)
+            later = backend.id == "triton-interpreted" and place not in quick
+            marks = [*backend.marks, *([pytest.mark.slow] if later else [])]
+            name = "-".join(str(v).removeprefix("torch.") for v in (*value, backend.id))
+            found.append(pytest.param(*backend.values, *value, id=name, marks=marks))
+    return found
+
+
 def carry(value, device):
     """A tensor on ``device`` with the same strides and gaps; other values as they are."""
     if not isinstance(value, torch.Tensor) or device == "cpu":

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_all_that_a_run_writes_is_known_to_overwrite(folder, overrides, model):
     _, out = train(folder, "max_steps=1", *overrides, model=model)
     assert len(run_files(out)) > 7
     remove_run(out)
-    assert [path.name for path in out.iterdir()] == [".train.lock"]
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_a_mistake_in_the_config_leaves_the_old_run_as_it_was(folder):
@@ -92,7 +94,7 @@ def test_a_mistake_in_the_config_leaves_the_old_run_as_it_was(folder):
 
 
 def test_two_runs_into_one_folder_are_refused(folder):
-    with locked(folder / "out"), pytest.raises(SystemExit, match="in use by another training"):
+    with locked(folder / "out"), pytest.raises(SystemExit, match="written by another process"):
         train(folder, "max_steps=1")
     train(folder, "max_steps=1")
 
@@ -241,3 +243,44 @@ def test_a_run_ends_with_a_table_of_its_figures(folder, capsys):
     assert rows["train rows"] == "36 used, 0 dropped, 12 held out"
     assert float(rows["seconds"]) > 0
     assert table.endswith(f"wrote {out}\n")
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_even_one_that_is_killed(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="is being written by another process"), locked(folder):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with locked(folder), pytest.raises(ValueError, match="another process"), locked(folder):
+        pass
+    with locked(folder):
+        pass
+
+
+def test_a_file_is_no_folder_to_hold(tmp_path):
+    (tmp_path / "out").write_text("")
+    wrong = pytest.raises(ValueError, match="is no directory; name a folder")
+    with wrong, locked(tmp_path / "out"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    wrong = pytest.raises(ValueError, match=r"output_dir='.*' cannot be written to \(Not a dir")
+    with wrong, locked(tmp_path / "file" / "out"):
+        pass

@@ -1,21 +1,24 @@
 """`python -m rgtg_fast train`: from a config file to a folder that generate can use."""
 
 import textwrap
+import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
 from tiny import gpt2_rm, tokenizer
-from training import train, trainer, write_rows
+from training import config, train, trainer, write_rows
 
 import rgtg_fast
 from rgtg_fast.cli import main
 from rgtg_fast.training import PreferenceDataset, fit_head, pair_features
-from rgtg_fast.training.metrics import prefix_report
+from rgtg_fast.training.metrics import label_metrics, pair_metrics, prefix_report
 from rgtg_fast.training.output_folder import last_checkpoint
 from rgtg_fast.training.settings import check_settings, read_settings
+from rgtg_fast.training.trainer_options import check_trainer_options
 
 MINIMAL = {"model": "m", "train": "t.jsonl", "output_dir": "o"}
 
@@ -213,7 +216,7 @@ def test_the_command_line_ends_with_the_message(tmp_path):
         ("lora={r: x}", "lora makes no adapter: '<=' not supported"),
         ("resume=true", "holds no whole checkpoint to go on from"),
         ("resume=nowhere", "resume='nowhere' is no folder"),
-        ("output_dir=cfg.yaml", "output_dir='cfg.yaml' is a file"),
+        ("output_dir=cfg.yaml", "output_dir='cfg.yaml' is no directory"),
         ("max_steps=null", "max_steps: None is no int"),
         ("learning_rate=[1]", r"learning_rate: \[1\] is no float"),
         ("frozen=true margin=1.0", "margin has no part in the fit of a frozen"),
@@ -246,6 +249,12 @@ def test_the_command_line_ends_with_the_message(tmp_path):
         ("lora=" + "[" * 5000, "is not YAML: maximum recursion"),
         ("seed=" + "9" * 5000, "is not YAML: Exceeds the limit"),
         ("output_dir=cfg.yaml/sub", "cannot be written to"),
+        ("lr_scheduler_kwargs={foo: 1}", "lr_scheduler_kwargs={'foo': 1} makes no schedule of"),
+        ("lr_scheduler_type=cosine lr_scheduler_kwargs=5", "lr_scheduler_kwargs=5 makes no"),
+        ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs={} makes no schedule"),
+        ("report_to=abacus", "report_to='abacus' is not installed here, or not known"),
+        ("metric_for_best_model=eval_mse", "metric_for_best_model='mse'; pass one of 'loss', 'acc"),
+        ("resume_from_checkpoint=nowhere", "resume_from_checkpoint='nowhere' has no effect"),
         ("eval=train.jsonl", "48 of 48 training rows are in the eval set too"),
     ],
 )
@@ -253,7 +262,7 @@ def test_foreseeable_mistakes_end_with_one_line(folder, monkeypatch, override, m
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match=f"train: .*{message}"):
         train(folder, *override.split(" ") if "{" not in override else [override])
-    assert not [p for p in (folder / "out").glob("*") if p.name != ".train.lock"]
+    assert not [p for p in (folder / "out").glob("*") if p.name != ".lock"]
 
 
 def test_a_key_given_twice_in_the_config_is_named(tmp_path):
@@ -280,3 +289,22 @@ def test_accuracy_rounds_deciles_up_and_halves_ties():
     assert {k: report["deciles"][k]["accuracy"] for k in right} == pytest.approx(right)
     assert report["full"]["ci95"] == pytest.approx(1.96 * 0.5 / 3**0.5)
     assert prefix_report(margins[:1], labels[:1])["full"]["pairs"] == 1
+
+
+def test_a_reporter_that_is_not_installed_is_named_and_what_is_there(monkeypatch, tmp_path):
+    names = "rgtg_fast.training.trainer_options.get_available_reporting_integrations"
+    monkeypatch.setattr(names, lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=r"^report_to='wandb' is not.*one of tensorboard, none$"):
+        check_trainer_options(config(tmp_path, report_to="wandb"), "pairs")
+    check_trainer_options(config(tmp_path, report_to="tensorboard"), "pairs")
+
+
+def test_the_metrics_that_may_choose_the_best_model_are_those_that_evaluation_reports(tmp_path):
+    long = types.SimpleNamespace(
+        predictions=np.ones((1, 512)), label_ids=np.array([[512.0, 512.0, 0.0]])
+    )
+    for name in ("loss", *pair_metrics(long)):
+        check_trainer_options(config(tmp_path, metric_for_best_model=f"eval_{name}"), "pairs")
+    long.label_ids = np.array([[1.0, 512.0]])
+    for name in ("loss", *label_metrics(long)):
+        check_trainer_options(config(tmp_path, metric_for_best_model=name), "labelled")

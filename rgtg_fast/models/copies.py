@@ -1,0 +1,121 @@
+"""Rows in a key/value cache of Hugging Face's, each repeated for its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .padding import positions_of
+
+
+class Parked(NamedTuple):
+    """A row outside of a batch: its mask [s], from its first real token to its last, and keys and
+    values [Hkv, s, D] of each layer."""
+
+    mask: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    def cut(self, tokens: int) -> Parked:
+        """The row with its first `tokens` real tokens alone."""
+        end = int((self.mask.cumsum(0) < tokens).sum()) + 1 if tokens else 0
+        return Parked(self.mask[:end], [(k[:, :end], v[:, :end]) for k, v in self.layers])
+
+
+def empty_cache(config: Any) -> DynamicCache:
+    """A cache that keeps all tokens, also those that a window has passed: a row may be cropped.
+    With recurrent layers it is what the configuration says."""
+    cache = DynamicCache(config=config)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return DynamicCache() if all(type(x) in plain for x in cache.layers) else cache
+
+
+class Copies:
+    """A batch of rows, numbered `rows`, each `copies` times in a `cache` (copies next to each
+    other), padded on the left: `attention_mask` [n * copies, L] and `position` [n * copies], the
+    real tokens of each."""
+
+    def __init__(self, rows: list[int], copies: int, cache: Any, mask: Tensor) -> None:
+        self.rows, self.copies, self.cache, self.attention_mask = rows, copies, cache, mask
+        self.position = mask.long().sum(-1)
+        self.fed = 0  # tokens of a forward that may still be taken back
+
+    @classmethod
+    def assembled(
+        cls, rows: list[int], parked: Sequence[Parked], copies: int, config: Any
+    ) -> Copies:
+        length = max(len(row.mask) for row in parked)
+        mask = parked[0].mask.new_zeros((len(parked), length))
+        for i, row in enumerate(parked):
+            mask[i, length - len(row.mask) :] = row.mask
+        cache = empty_cache(config)
+        for layer in range(len(parked[0].layers) if length else 0):
+            both = []
+            for which in (0, 1):
+                of_rows = [row.layers[layer][which] for row in parked]
+                heads, _, dim = of_rows[0].shape
+                whole = of_rows[0].new_zeros((len(parked), heads, length, dim))
+                for i, row_states in enumerate(of_rows):
+                    whole[i, :, length - row_states.shape[1] :] = row_states
+                both.append(whole.repeat_interleave(copies, dim=0))
+            cache.update(both[0], both[1], layer)
+        return cls(rows, copies, cache, mask.repeat_interleave(copies, dim=0))
+
+    def feed(self, forward: Any, ids: Tensor, real: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        """Hidden states and output of `forward` on the tokens `ids` [n * copies, m], of which the
+        `real` [n * copies, m] ones count. They stay until `take_back`."""
+        ahead = positions_of(real)
+        self.attention_mask = torch.cat([self.attention_mask, real.to(self.attention_mask)], dim=-1)
+        hidden, out = forward(
+            ids,
+            attention_mask=self.attention_mask,
+            position_ids=self.position[:, None] + ahead,
+            cache=self.cache,
+            use_cache=True,
+            **options,
+        )
+        self.position = self.position + real.sum(-1)
+        self.fed = ids.shape[1]
+        return hidden, out
+
+    def take_back(self) -> None:
+        """Forget the tokens last fed, unless they were kept since."""
+        if self.fed:
+            self.position = self.position - self.attention_mask[:, -self.fed :].long().sum(-1)
+            self.attention_mask = self.attention_mask[:, : -self.fed]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = (
+                    t[:, :, : -self.fed] for t in (layer.keys, layer.values)
+                )
+            self.fed = 0
+
+    def keep_copy(self, slot: Tensor) -> None:
+        """Go on with copy `slot` [n] of each row, and the token it was fed."""
+        rows = torch.arange(len(slot), device=slot.device) * self.copies + slot
+        self.cache.batch_select_indices(rows.repeat_interleave(self.copies))
+        self.fed = 0
+
+    def select(self, places: Sequence[int], rows: list[int]) -> None:
+        """Go on with the rows at `places` alone, numbered `rows` now."""
+        index = torch.tensor(places, dtype=torch.int64, device=self.position.device)[:, None]
+        copies = torch.arange(self.copies, device=index.device)
+        index = (index * self.copies + copies).flatten()
+        self.cache.batch_select_indices(index)
+        self.attention_mask, self.position = self.attention_mask[index], self.position[index]
+        self.rows = rows
+
+    def parked(self, place: int, copy: int = 0) -> Parked:
+        """The row at `place` as copy `copy` has it, in memory of its own."""
+        i = place * self.copies + copy
+        mask = self.attention_mask[i]
+        real = mask.nonzero()[:, 0]
+        live = slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(0, 0)
+        layers = []
+        for layer in self.cache.layers:
+            states = (t[i, :, live.start : live.stop].clone() for t in (layer.keys, layer.values))
+            layers.append(tuple(states))
+        return Parked(mask[live].clone(), layers)  # type: ignore[arg-type]

@@ -1,0 +1,195 @@
+"""Rows that come and go by themselves: the row side of a scorer, and the tokens of its rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+
+class ScorerRows(ABC):
+    """Handles, and the checks of what is done to the rows behind them.
+
+    Subclasses number their rows 0..B-1 in the order they came in, and those behind one that leaves
+    move up; a handle stays the same. `begin` is called by `prefill`.
+    """
+
+    handles: list[int]  # of the rows, in their order
+    scored: list[int | None]  # of the rows last scored; None: changed since
+    _given: int
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the rows' tensors are."""
+
+    def begin(self, rows: int) -> None:
+        """A call begins with `rows` rows."""
+        self.handles, self.scored, self._given = list(range(rows)), [], rows
+
+    @torch.no_grad()
+    def join(self, prompts: Sequence[Tensor]) -> list[int]:
+        """Rows with these prompts (int64 [P] each, without padding) come in behind the others."""
+        rows = [self._as_row("prompts", i, prompt) for i, prompt in enumerate(prompts)]
+        if not rows:
+            return []
+        self._join(rows)
+        new = list(range(self._given, self._given + len(rows)))
+        self._given += len(rows)
+        self.handles = self.handles + new
+        return new
+
+    @torch.no_grad()
+    def leave(self, handles: Sequence[int]) -> None:
+        """Let the rows go, and what they hold."""
+        self.rows_of(handles)
+        gone = set(handles)
+        if gone:
+            kept = [i for i, handle in enumerate(self.handles) if handle not in gone]
+            self.keep_rows(torch.tensor(kept, dtype=torch.int64, device=self.device))
+
+    @torch.no_grad()
+    def extend(self, handles: Sequence[int], ids: Sequence[Tensor]) -> None:
+        """Append tokens, `ids[i]` int64 [n_i], to each of the rows: n_i >= 0 of them."""
+        rows = self.rows_of(handles)
+        if len(ids) != len(handles):
+            raise ValueError(f"ids has the tokens of {len(ids)} rows for {len(handles)} handles")
+        tokens = [self._as_row("ids", i, row, 0) for i, row in enumerate(ids)]
+        if not any(len(row) for row in tokens):
+            return
+        self._changed(handles)
+        counts = torch.tensor([len(row) for row in tokens], dtype=torch.int64, device=self.device)
+        self._extend(pad_sequence(tokens, batch_first=True), counts, rows)
+
+    @torch.no_grad()
+    def crop(self, handles: Sequence[int], lengths: Sequence[int] | Tensor) -> None:
+        """Keep the first `lengths[i]` tokens, prompt and all, of each of the rows: at least 1, and
+        no more than it has. A tensor of them on a GPU is not checked, which would mean waiting."""
+        rows = self.rows_of(handles)
+        if not isinstance(lengths, Tensor):
+            lengths = torch.tensor(list(lengths), dtype=torch.int64)
+        if lengths.shape != (len(handles),):
+            raise ValueError(f"lengths has shape {list(lengths.shape)} for {len(handles)} handles")
+        if lengths.device.type == "cpu" and len(handles):
+            there = self._tokens().cpu()
+            there = there if rows is None else there[rows.cpu()]
+            if not ((lengths >= 1) & (lengths <= there)).all():
+                raise ValueError(
+                    f"lengths={lengths.tolist()} for rows of {there.tolist()} tokens; pass at "
+                    "least 1, and no more than there are"
+                )
+        if len(handles):
+            self._changed(handles)
+            self._crop(lengths.to(self.device), rows)
+
+    def rows_of(self, handles: Sequence[int] | None) -> Tensor | None:
+        """The numbers int64 [n] of the rows; None where they are all of them, in order."""
+        if handles is None or handles is self.handles or list(handles) == self.handles:
+            return None
+        wanted = list(handles)
+        unknown = [handle for handle in wanted if handle not in self.handles]
+        if unknown or len(set(wanted)) != len(wanted):
+            what = f"{unknown} are none of" if unknown else f"{wanted} name a row twice among"
+            raise ValueError(f"handles: {what} the {len(self.handles)} rows {self.handles}")
+        index = [self.handles.index(handle) for handle in wanted]
+        return torch.tensor(index, dtype=torch.int64, device=self.device)
+
+    def scored_rows(
+        self, handles: Sequence[int] | None, slot: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The rows that a commit of `slot` [n] is for, and their places among those last scored;
+        None each for all, in order."""
+        wanted = self.scored if handles is None else list(handles)
+        if len(slot) != len(wanted):
+            raise ValueError(f"slot has {len(slot)} rows, and {len(wanted)} are to be committed")
+        if wanted is self.scored and wanted == self.handles:
+            return None, None
+        stale = [handle for handle in wanted if handle is None or handle not in self.scored]
+        if stale or not wanted:
+            raise ValueError(f"rows {wanted or handles} are committed; last scored: {self.scored}")
+        at = [self.scored.index(handle) for handle in wanted]
+        return self.rows_of(wanted), torch.tensor(at, dtype=torch.int64, device=self.device)  # type: ignore[arg-type]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with rows `rows` int64 [n] alone, in that order: the others leave."""
+        self.handles = [self.handles[row] for row in rows.tolist()]
+        self._keep_rows(rows.to(self.device))
+
+    def _changed(self, handles: Sequence[int]) -> None:
+        changed = set(handles)
+        self.scored = [None if handle in changed else handle for handle in self.scored]
+
+    def _as_row(self, name: str, i: int, ids: Tensor, least: int = 1) -> Tensor:
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) < least:
+            got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"{name}[{i}] must be token ids int64 [n], n >= {least}; got {got}")
+        return ids.to(self.device, torch.int64)
+
+    @abstractmethod
+    def _join(self, prompts: list[Tensor]) -> None:
+        """The rows come in; the first ones begin a call."""
+
+    @abstractmethod
+    def _extend(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> None:
+        """Append `counts` [n] tokens of `ids` [n, m], padded on the right, to rows [n]."""
+
+    @abstractmethod
+    def _crop(self, lengths: Tensor, rows: Tensor | None) -> None:
+        """Keep the first `lengths` [n] tokens of rows [n]."""
+
+    @abstractmethod
+    def _tokens(self) -> Tensor:
+        """How many tokens each row has, int64 [B]."""
+
+    @abstractmethod
+    def _keep_rows(self, rows: Tensor) -> None:
+        """Drop the other rows."""
+
+
+class Texts:
+    """The tokens of rows: `ids` int64 [B, n], of which the first `counts` [B] are a row's."""
+
+    def __init__(self, ids: Tensor, mask: Tensor) -> None:
+        order = (mask == 0).byte().argsort(dim=1, stable=True)
+        self.ids, self.counts = ids.gather(1, order), mask.long().sum(1)
+        self.longest = ids.shape[1]  # no row is longer
+
+    def join(self, ids: Tensor, mask: Tensor) -> None:
+        new = Texts(ids, mask)
+        self._reserve(new.longest - self.longest)
+        new._reserve(self.ids.shape[1] - new.longest)
+        self.ids = torch.cat([self.ids, new.ids[:, : self.ids.shape[1]]])
+        self.counts = torch.cat([self.counts, new.counts])
+        self.longest = max(self.longest, new.longest)
+
+    def extend(self, ids: Tensor, counts: Tensor | int, rows: Tensor | None) -> None:
+        """Append the first `counts` [n] of `ids` [n, m] to rows [n]."""
+        self._reserve(ids.shape[1])
+        own = slice(None) if rows is None else rows
+        at = self.counts[own][:, None] + torch.arange(ids.shape[1], device=ids.device)
+        if rows is None:
+            self.ids.scatter_(1, at, ids)
+            self.counts += counts
+        else:
+            self.ids[rows[:, None], at] = ids
+            self.counts[rows] += counts
+        self.longest += ids.shape[1]
+
+    def crop(self, lengths: Tensor, rows: Tensor | None) -> Tensor:
+        """Keep the first `lengths` [n] tokens of rows [n] but for the last, and return that [n]."""
+        own = slice(None) if rows is None else rows
+        last = self.ids[own].gather(1, lengths[:, None] - 1)[:, 0]
+        self.counts[own] = lengths - 1
+        return last
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.ids, self.counts = self.ids[rows], self.counts[rows]
+
+    def _reserve(self, tokens: int) -> None:
+        missing = self.longest + tokens - self.ids.shape[1]
+        if missing > 0:
+            self.ids = pad(self.ids, (0, max(missing, 64)))
