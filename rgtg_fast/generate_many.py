@@ -21,9 +21,9 @@ from .decode.logits import RowSource, logits_source, plain_language_model
 from .decode.plan import SCORES_ALONE, Plan, eos_ids, make_plan
 from .decode.record import Record
 from .decode.refill import COLUMNS, Entry, Refill, Row
-from .decode.warpers import trailing
+from .decode.warpers import take_temperature, trailing
 from .generate import generate, stop_strings_as_criterion
-from .guided import OneCall, take_temperature
+from .guided import OneCall
 from .models import foreign
 from .models.foreign import CACHE
 from .models.padding import left_padded
@@ -42,6 +42,7 @@ _REFUSED = {
     "reward_input_ids": "the reward model sees each prompt as it is",
     "reward_attention_mask": "the reward model sees each prompt as it is",
     "streamer": "answers come in the order they end; call generate for one",
+    "assistant_model": "its rows take one token at a time",
     "synced_gpus": "ranks would wait for each other's prompts",
     **dict.fromkeys(("output_candidates", "output_scores", "output_logits"), _OF_A_BATCH),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "compact"), _OF_A_BATCH),
@@ -100,6 +101,11 @@ def generate_many(
     for name, instead in _REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"{name}= is not an option of generate_many: {instead}")
+    if options.get("speculate", "auto") not in (False, "auto"):
+        raise ValueError(
+            f"speculate={options['speculate']!r}: rows of generate_many take one token at a time; "
+            "leave it out"
+        )
     batch_size = numbers.integer("batch_size", batch_size, 1)
     return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 

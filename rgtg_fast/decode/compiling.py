@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from ..models.compiled import CompiledSiblings
+from ..scorers.next_token import NextTokenScorer
 from ..scorers.tree import SiblingScorer
 from .call import Call
 from .capture import why_not_module
@@ -17,12 +18,14 @@ WORTH = 64  # fewest steps of a captured graph that "auto" compiles for
 def choose_compiled(asked: bool | str, call: Call) -> None:
     """Have the forwards of a call compiled: where that is `asked` for (with a warning that says why
     where it is not possible), or "auto" finds that a graph serves enough steps."""
+    if isinstance(call.scorer, SiblingScorer):
+        call.scorer.compiled = None  # of an earlier call on the same object
     if asked is False or (asked == "auto" and (call.graph is None or call.plan.steps < WORTH)):
         return
     of_source, of_scorer = _why_not_source(call.source), _why_not_scorer(call.scorer)
     if of_source is None and isinstance(call.source, CachedLogits):
         call.source.forward.compiled = CompiledSiblings(call.source.view, asked is True)
-    if of_scorer is None and isinstance(call.scorer, SiblingScorer):
+    if of_scorer is None and isinstance(call.scorer, SiblingScorer | NextTokenScorer):
         call.scorer.compiled = CompiledSiblings(call.scorer.rm, asked is True)
     for reason in (of_source, of_scorer):
         if reason is not None and asked is True:
@@ -39,10 +42,10 @@ def _why_not_source(source: Any) -> str | None:
 
 
 def _why_not_scorer(scorer: Any) -> str | None:
-    if not isinstance(scorer, SiblingScorer):
+    if not isinstance(scorer, SiblingScorer | NextTokenScorer):
         kind = getattr(scorer, "method", type(scorer).__name__)
         return f"scoring by {kind!r}: it does not run candidates as siblings over one prefix"
-    if not scorer.fused:
-        return "the reward model: its attention takes dense masks, which grow with every token"
+    if not scorer.capturable:
+        return "the reward model: it does not run on a static cache without masks"
     why = why_not_module(scorer.rm.model, scorer.rm.device)
     return None if why is None else f"the reward model: it {why}"

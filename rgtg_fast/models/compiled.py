@@ -10,6 +10,7 @@ The number of rows (from two on) and the capacity are dynamic: one compilation s
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
@@ -27,9 +28,10 @@ from .foreign import mark_dynamic
 from .parts import ModelParts, numerics
 
 MOST = 8  # forwards kept for a model
-OPTIONS: dict[str, Any] = {
-    "triton.cudagraphs": False
-}  # the step is captured as a whole (decode/graphs.py)
+# Our own capture (decode/graphs.py) is of the whole step.
+COMPILER: Callable[..., Any] = functools.partial(
+    torch.compile, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False}
+)
 
 
 class _Layer:
@@ -102,7 +104,7 @@ class Kept:
     def __init__(self) -> None:
         # A code object of its own: dynamo keeps what it compiled with the code, and frees it so.
         own = FunctionType(siblings.__code__.replace(), siblings.__globals__)
-        self.run = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
+        self.run = COMPILER(own)
         self.compiling = threading.Lock()
         self.ready = False
 

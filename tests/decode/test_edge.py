@@ -90,6 +90,7 @@ ABSURD = {
     ],
     "prune": ["yes", 1, 0, [], torch.ones(2)],
     "cuda_graph": ["yes", 1, []],
+    "compile": ["yes", 1, None, []],
     "compact": ["no", None, 1],
     "output_candidates": ["no", None, 1],
     "check_nan": ["yes", 1, []],

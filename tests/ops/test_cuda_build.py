@@ -2,13 +2,12 @@
 
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from cuda_emulated import ROOT, SIMT
+from cuda_emulated import ROOT
 from parity import IN_CUDA
+from sass import compile_kernels, resources, tool
 
 from rgtg_fast import _C
 from rgtg_fast.ops.dispatch import has_kernel
@@ -21,36 +20,17 @@ KERNELS = {
 }
 
 
-def tool(name):
-    """A tool of the CUDA toolkit or, failing that, the copy that Triton brings."""
-    found = shutil.which(name)
-    if found is None:
-        try:
-            import triton
-
-            bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-            found = str(bundled) if bundled.exists() else None
-        except ImportError:
-            pass
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
 @pytest.mark.parametrize(
     "arch",
     [arch if arch == "90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS],
 )
 def test_kernels_compile_without_spills_or_stack(arch, tmp_path):
-    command = [tool("nvcc"), "-std=c++20", "-O3", "-Xptxas", "-v", "-x", "cu", "-cubin"]
-    command += [f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "kernels.cubin")]
-    log = subprocess.run(
-        [*command, str(SIMT / "ops.cpp")], capture_output=True, text=True, check=True
-    ).stderr
+    _, log = compile_kernels(tmp_path, arch)
     assert all(kernel in log for kernel in KERNELS)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
-    assert len(frames) >= len(KERNELS)
-    assert set(frames) == {("0", "0")}
+    used = resources(log)
+    assert len(used) >= len(KERNELS)
+    for name, (_, _, spills, stack) in used.items():
+        assert spills == stack == 0, name
 
 
 def test_kernels_include_no_torch_header():

@@ -3,7 +3,7 @@
 csrc/cuda/*.cuh is compiled by g++ against tests/support/simt, once per state of the sources. Inputs
 are copied to memory with NaN around them and wherever a view has gaps; outputs and workspace begin
 as NaN. Every op runs once in memory that ends at a page nobody may touch, then, aligned as torch's
-memory is, in several orders of the threads, whose results must be the same bit for bit.
+memory is, in several orders of the blocks and threads, whose results must be the same bit for bit.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SIMT = ROOT / "tests" / "support" / "simt"
 FORWARD, REVERSE, RANDOM = 0, 1, 7
 ORDERS = (FORWARD, REVERSE, RANDOM)
+PROCESSORS = 132  # of an H200
 
 _ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _FLAGS = ["-std=c++20", "-O2", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-fdata-sections"]
@@ -47,7 +48,9 @@ def _structure(name, fields):
 
 
 _Topk = _structure(
-    "_Topk", "logits:p rows:q vocab:q row_stride:q k:i keys:p sums:p logprobs:p ids:p"
+    "_Topk",
+    "logits:p rows:q vocab:q row_stride:q k:i slices:i stripes:i workspace:p token:q logprobs:p "
+    "ids:p",
 )
 _Head = _structure(
     "_Head",
@@ -82,7 +85,7 @@ def build(csrc=ROOT / "csrc"):
         # Under a name of its own until it is whole: parallel test workers may build at once.
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             command = [os.environ.get("CXX", "g++"), *_FLAGS, f"-I{SIMT}", f"-I{csrc}"]
-            command += [str(SIMT / "simt.cpp"), str(SIMT / "ops.cpp")]
+            command += [str(SIMT / f"{name}.cpp") for name in ("simt", "memory", "ops")]
             command += [f"-Wl,-T,{SIMT / 'shared_memory.ld'}", "-o", f"{scratch}/simt.so"]
             subprocess.run(command, check=True)
             os.replace(f"{scratch}/simt.so", library)
@@ -96,9 +99,11 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         self.library.simt_error.restype = ctypes.c_char_p
         self.library.simt_allocate.restype = ctypes.c_void_p
-        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int]
+        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_bool]
         self.library.simt_free.argtypes = [ctypes.c_void_p]
-        self.library.simt_topk_slice_count.argtypes = [ctypes.c_int, ctypes.c_int64]
+        self.library.simt_topk_workspace_words.restype = ctypes.c_int64
+        self.library.simt_ordered.restype = ctypes.c_uint32
+        self.library.simt_exceeds.restype = ctypes.c_bool
         self.orders = orders
 
     def launch(self, name, *arguments):
@@ -121,22 +126,60 @@ class Emulator:
                 raise AssertionError("the result depends on the order of the threads")
         return first
 
-    def topk_logprobs(self, logits, k):
-        rows, vocab = logits.shape
+    def topk_slicing(self, dtype, rows, vocab, processors=PROCESSORS):
+        """(slices of a row, stripes of a slice) as the launch chooses them."""
+        stripes = ctypes.c_int()
+        sizes = (_ELEMENTS[dtype], ctypes.c_int64(rows), ctypes.c_int64(vocab), processors)
+        slices = self.library.simt_topk_slicing(*sizes, ctypes.byref(stripes))
+        return slices, stripes.value
+
+    def topk_logprobs(self, logits, k, slicing=None):
+        rows = len(logits)
 
         def run(buffers):
             logprobs, ids = buffers.new((rows, k), torch.float32), buffers.new((rows, k))
             if rows:
-                dense = _dense_last(logits)
-                element = _ELEMENTS[logits.dtype]
-                slices = self.library.simt_topk_slice_count(element, vocab)
-                keys, sums = buffers.new((rows * slices * k,)), buffers.new((rows * slices * 2,))
-                a = _Topk(buffers.put(dense), rows, vocab, dense.stride(0), k)
-                a.keys, a.sums, a.logprobs, a.ids = keys[0], sums[0], logprobs[0], ids[0]
-                self.launch("topk_logprobs", element, ctypes.byref(a))
+                a = self.topk_arguments(buffers, logits, k, slicing)
+                a.logprobs, a.ids = logprobs[0], ids[0]
+                self.launch("topk_logprobs", _ELEMENTS[logits.dtype], ctypes.byref(a))
             return logprobs, ids
 
         return tuple(self.in_every_order(run))
+
+    def topk_pushes(self, logits, k, slicing):
+        """(keys queued, rounds of the busiest lanes, warps that queued) of one launch."""
+        counts = (ctypes.c_uint64 * 3)()
+        next(self.topk_replays([logits], k, slicing))
+        self.library.simt_pushes(counts)
+        return tuple(counts)
+
+    def topk_replays(self, inputs, k, slicing=None):
+        """Results for each of ``inputs``, launched in turn with one workspace and one token."""
+        self.library.simt_set_order(FORWARD)
+        with _Buffers(self.library) as buffers:
+            a = self.topk_arguments(buffers, inputs[0], k, slicing)
+            for logits in inputs:
+                rows = len(logits)
+                logprobs, ids = buffers.new((rows, k), torch.float32), buffers.new((rows, k))
+                a.logits, a.logprobs, a.ids = buffers.put(logits), logprobs[0], ids[0]
+                self.launch("topk_logprobs", _ELEMENTS[logits.dtype], ctypes.byref(a))
+                yield buffers.read(logprobs), buffers.read(ids)
+
+    def ordered(self, floats):
+        return [self.library.simt_ordered(ctypes.c_float(x)) for x in floats]
+
+    def exceeds(self, floats, code):
+        code = ctypes.c_uint32(code)
+        return [self.library.simt_exceeds(ctypes.c_float(x), code) for x in floats]
+
+    def topk_arguments(self, buffers, logits, k, slicing=None):
+        dense = _dense_last(logits)
+        rows, vocab = dense.shape
+        slices, stripes = slicing or self.topk_slicing(dense.dtype, rows, vocab)
+        words = rows * slices * self.library.simt_topk_workspace_words()
+        a = _Topk(buffers.put(dense), rows, vocab, dense.stride(0), k, slices, stripes)
+        a.workspace, a.token = buffers.new((words,))[0], 0x5EED
+        return a
 
     def reward_head(self, hidden, weight, bias=None):
         def run(buffers):
@@ -229,15 +272,15 @@ class _Buffers:
         for pointer in self.held:
             self.library.simt_free(pointer)
 
-    def _allocate(self, size, offset=0):
-        pointer = self.library.simt_allocate(size, -1 if self.at_guard else offset)
+    def _allocate(self, size, offset=0, written=False):
+        pointer = self.library.simt_allocate(size, -1 if self.at_guard else offset, written)
         self.held.append(pointer)
         return pointer
 
     def new(self, shape, dtype=torch.int64):
         """An output of that shape: (pointer, shape, dtype)."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        return self._allocate(size), tuple(shape), dtype
+        return self._allocate(size, written=True), tuple(shape), dtype
 
     def read(self, output):
         pointer, shape, dtype = output
@@ -300,8 +343,8 @@ def emulator():
 
 
 def _op(name):
-    def call(*arguments):
-        return getattr(emulator(), name)(*arguments)
+    def call(*arguments, **options):
+        return getattr(emulator(), name)(*arguments, **options)
 
     return call
 
