@@ -20,7 +20,7 @@ from .decode.call import Call
 from .decode.logits import RowSource, logits_source, plain_language_model
 from .decode.plan import SCORES_ALONE, Plan, eos_ids, make_plan
 from .decode.record import Record
-from .decode.refill import Entry, Refill, Row
+from .decode.refill import COLUMNS, Entry, Refill, Row
 from .decode.warpers import take_temperature, trailing
 from .generate import generate, stop_strings_as_criterion
 from .guided import OneCall
@@ -148,6 +148,7 @@ class _Many:
         elif first.config.do_sample:
             self.seeds = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         self.split = torch.zeros(0, dtype=torch.int64)  # of an int seed, as far as needed
+        self.samples = bool(first.config.do_sample)
         self.call = self._call_of(first, FIRST_BOUND)
         self.eos = set(eos_ids(first.criteria, self.device).tolist())
 
@@ -339,7 +340,9 @@ class _Many:
         text = None
         if self.tokenizer is not None:
             text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        return Answer(row.entry.index, row.tokens, text, row.rewards, row.kl, row.error)
+        columns = zip(*row.columns, strict=True) if row.columns else [()] * len(COLUMNS)
+        lists = dict(zip(COLUMNS, map(list, columns), strict=True))
+        return Answer(row.entry.index, row.tokens, text, error=row.error, **lists)
 
     def _seed(self, index: int) -> int:
         if isinstance(self.seeds, Tensor):
@@ -382,6 +385,7 @@ class _Many:
                 tokenizer=self.tokenizer,
                 max_new_tokens=max(entry.steps for entry in batch),
                 return_dict_in_generate=True,
+                output_candidates=True,
                 **self.guiding | of_rows,
                 **kwargs,
             )
@@ -392,12 +396,26 @@ class _Many:
             for entry in batch:
                 yield from self._batch([entry])
             return
+        chosen = out.sequences[:, ids.shape[1] :]
+        columns = self._columns(out, chosen, of_rows).tolist()
         for i, entry in enumerate(batch):
-            tokens = out.sequences[i, ids.shape[1] :].tolist()[: entry.steps]
+            tokens = chosen[i].tolist()[: entry.steps]
             ends = [at + 1 for at, token in enumerate(tokens) if token in self.eos]
             n = min(ends, default=len(tokens))
-            columns = out.rewards[i, :n].tolist(), out.kl[i, :n].tolist()
-            yield self._answer(Row(entry, tokens[:n], *columns))
+            yield self._answer(Row(entry, tokens[:n], columns[i][:n]))
+
+    def _columns(self, out: Any, tokens: Tensor, of_rows: dict[str, Tensor]) -> Tensor:
+        """The `COLUMNS` [B, T, 4] of tokens [B, T] in the output of `generate`."""
+        drawn = out.candidate_ids == tokens[..., None]
+        logprobs = torch.where(drawn, out.candidate_logprobs, 0.0).sum(-1)
+        log_ratio = -logprobs
+        if self.samples:
+            names = "beta", "temperature"
+            beta, temperature = (of_rows[n].to(drawn.device)[:, None, None] for n in names)
+            scores = (out.candidate_logprobs + beta * out.candidate_rewards) / temperature
+            logq = torch.where(drawn, torch.log_softmax(scores, -1), 0.0).sum(-1)
+            log_ratio = (logq - logprobs).masked_fill(out.kl.isnan(), torch.nan)
+        return torch.stack([out.rewards, out.kl, logprobs, log_ratio], -1)
 
 
 def _of_prompt(name: str, value: Any, index: int) -> float:

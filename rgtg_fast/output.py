@@ -55,6 +55,8 @@ class Answer:
         text: of the tokens without special ones, where a tokenizer was given.
         rewards: for each token, the reward of the prompt and the answer up to it.
         kl: for each token, as in `RewardGuidedOutput`, in nats.
+        logprobs: log π of each token, under the full vocabulary.
+        log_ratio: log q − log π of each token, q being what it was drawn from, as in `kl`.
         error: why there is no answer, or none beyond `tokens`; None for an answer.
     """
 
@@ -63,4 +65,6 @@ class Answer:
     text: str | None = None
     rewards: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    log_ratio: list[float] = field(default_factory=list)
     error: str | None = None

@@ -135,17 +135,21 @@ class CachedLogits:
     ) -> None:
         self.view, self.attention_mask, self.cache = view, attention_mask, cache
         self.static = StaticForward(view, capacity, backend, eval_mode=False)
+        # [B], tokens of the prompts
+        self.counts = torch.zeros(0, dtype=torch.int64, device=view.device)
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
         device = self.view.device
         mask = self.attention_mask.to(device)
-        self.counts = mask.sum(1)  # [B], tokens of the prompts
+        self.counts = mask.sum(1)
         hidden = self.static.prefill(input_ids.to(device), mask)
         return self.static.logits(hidden).to(input_ids.device)
 
     def join(self, prompts: Sequence[Tensor]) -> Tensor:
         hidden = self.static.join([prompt.to(self.view.device) for prompt in prompts])
+        counts = self.counts.new_tensor([len(prompt) for prompt in prompts])
+        self.counts = torch.cat([self.counts, counts])
         return self.static.logits(hidden).to(prompts[0].device)
 
     def advance(self, last: Tensor) -> Tensor:

@@ -188,19 +188,15 @@ class SiblingCache(Cache):
             self.places[device] = (offsets[own][:, None] + slots).flatten()
             self.seen[device] = self.ends[device][own]
 
-    def begin_extending(self, rows: Tensor | None, counts: Tensor, tokens: int) -> None:
-        """A fused forward of the next `counts` [n] tokens of each of the rows, padded on the right
-        to `tokens`, is next: they are written behind the prefix, and each sees those before it."""
+    def begin_extending(self, rows: Tensor | None, tokens: int) -> None:
+        """A fused forward of the next `tokens` of each of the rows (or of fewer, and padding) is
+        next: they are written behind the prefix, and each sees those before it."""
         self.reserve(tokens)
         self.rows, self.places, self.seen, self.chain = rows, {}, {}, None
         for device, ends in self.ends.items():
             own = slice(None) if rows is None else rows.to(device)
             slots = torch.arange(tokens, device=device)
-            places = ends[own][:, None] + slots
-            self.seen[device] = places.flatten()
-            padding = slots >= counts.to(device)[:, None]
-            scratch = self.offsets[device][own][:, None]  # a neighbour's slots may come next
-            self.places[device] = places.where(~padding, scratch).flatten()
+            self.places[device] = self.seen[device] = (ends[own][:, None] + slots).flatten()
 
     def begin_comb(self, chain: Tensor, depths: int, siblings: int) -> None:
         """A fused forward of `siblings` candidates of every row at each of the next `depths`

@@ -136,7 +136,7 @@ class SiblingForward:
             position = self._position(rows) + torch.minimum(ahead, real[:, None] - 1)
             position = position.clamp(min=0)  # padding must not look past the positions there are
             if isinstance(self.mask, SiblingStarts):
-                self.cache.begin_extending(rows, real, tokens)
+                self.cache.begin_extending(rows, tokens)
                 hidden.append(self._forward(chunk, position, self.mask.current(rows, tokens)))
                 self.cache.advance(real, rows, tokens)
             else:
