@@ -36,6 +36,7 @@ class Call:
     epilogue: bool = False
     streamer: Any = None
     graph: Graph | None = None
+    speculation: Any = None
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with rows `rows` int64 [n] alone: the others have ended."""

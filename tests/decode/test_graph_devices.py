@@ -16,12 +16,13 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from rgtg_fast import ops
 from rgtg_fast.decode import graphs
 from rgtg_fast.decode.call import Call
-from rgtg_fast.decode.logits import CachedLogits, LanguageModel
+from rgtg_fast.decode.logits import CachedLogits
 from rgtg_fast.decode.loop import decode
 from rgtg_fast.decode.plan import SCORES_ALONE, Plan
 from rgtg_fast.decode.ratio_policy import RatioPolicy
 from rgtg_fast.decode.record import Record
 from rgtg_fast.models import attention, siblings
+from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.reward_model import RewardModel
 from rgtg_fast.ops import reference
 from rgtg_fast.scorers import tree
