@@ -44,6 +44,8 @@ def generate(
     prune: bool | None = None,
     cuda_graph: bool | None = None,
     compile: bool | str = "auto",
+    speculate: bool | str | int = "auto",
+    assistant_model: Any = None,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -107,16 +109,23 @@ def generate(
             language model, or by "reencode" anywhere; no CUDA graph) and not all rewards are asked
             for (`output_candidates`). False: all k are scored. `candidates_scored` says how many
             were; `kl` of a sampled step is NaN where one that might have won was not. A NaN reward
-            of a candidate that is not scored goes unseen. Where plain sequences are returned,
-            "reencode" does not score a row's only candidate either.
+            of a candidate that is not scored goes unseen. Where plain sequences are returned, a
+            candidate without a rival is not scored either: by "reencode" for each row, by "tree"
+            at steps where no row has a rival; it then reads those tokens in one forward later.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no
             part of a step on the host: no streamer, no own stopping criterion, no `output_scores`
             or `output_logits`, no `check_nan=True`, and of the logits processors only those that
-            see nothing but scores (`decode.plan.SCORES_ALONE`). Each call captures once after two
+            see nothing but scores (`decode.plan.SCORES_ALONE`). A call captures once after two
             steps, and again, up to log2(B) times, when half of the rows have left; a capture costs
-            the time of a few steps, so none is made for fewer than 16 steps to come.
+            the time of a few steps, so none is made for fewer than 16 steps to come. The first one
+            is kept for later calls with as many rows and the same options, whatever their lengths
+            (up to a multiple of 256 tokens): at most 8 graphs, with key/value caches of up to 4 GiB
+            in all, until one of the models goes, or `rgtg_fast.free_graphs()`. Weights changed in
+            place are seen; where they were replaced, or a model changed otherwise, it is captured
+            anew. None is kept of prompts with masked tokens in between, of a reward head that is
+            no module, or where the caller gave a cache.
         compile: run the forwards of a step, of both models, through `torch.compile`, which fuses
             the small kernels between the matrix products. True: wherever that is possible (a
             warning says why where it is not, and the call goes on without); "auto" (default):
@@ -128,6 +137,18 @@ def generate(
             models that `torch.compile` takes whole, on the cache of this package (not with
             `cache_implementation`, dense masks, hooks, weights on several devices). Steps with
             pruned candidates run without.
+        speculate: several tokens for one forward of the reward model; the same tokens as one by one
+            (in bf16 as far as a forward of several tokens rounds like several of one). The language
+            model goes ahead without rewards, the candidates of all positions are scored at once,
+            and the tokens up to the first that the rewards change are kept. "auto" (default): as
+            far ahead as pays, by what the forwards of this call take and how often rewards changed
+            a token; on a CPU, for a reward model scored by "tree" that does not share the
+            language model's forwards, without `reward_range`. An int: so many positions each time,
+            2 to 32, anywhere. False never. `speculation` in the output says what came of it.
+        assistant_model: a smaller causal language model with the same tokens, which guesses the
+            language model's continuation for it to look at several tokens in one forward too; or
+            any object with the methods of `decode.drafters.Drafter`.
+            Without one, what followed the same tokens before in the text is the guess.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -158,6 +179,8 @@ def generate(
             prune=prune,
             cuda_graph=cuda_graph,
             compile=compile,
+            speculate=speculate,
+            assistant_model=assistant_model,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(

@@ -20,10 +20,10 @@ from .decode.call import Call
 from .decode.logits import RowSource, logits_source, plain_language_model
 from .decode.plan import SCORES_ALONE, Plan, eos_ids, make_plan
 from .decode.record import Record
-from .decode.refill import Entry, Refill, Row
-from .decode.warpers import trailing
+from .decode.refill import COLUMNS, Entry, Refill, Row
+from .decode.warpers import take_temperature, trailing
 from .generate import generate, stop_strings_as_criterion
-from .guided import OneCall, take_temperature
+from .guided import OneCall
 from .models import foreign
 from .models.foreign import CACHE
 from .models.padding import left_padded
@@ -42,6 +42,7 @@ _REFUSED = {
     "reward_input_ids": "the reward model sees each prompt as it is",
     "reward_attention_mask": "the reward model sees each prompt as it is",
     "streamer": "answers come in the order they end; call generate for one",
+    "assistant_model": "its rows take one token at a time",
     "synced_gpus": "ranks would wait for each other's prompts",
     **dict.fromkeys(("output_candidates", "output_scores", "output_logits"), _OF_A_BATCH),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "compact"), _OF_A_BATCH),
@@ -100,6 +101,11 @@ def generate_many(
     for name, instead in _REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"{name}= is not an option of generate_many: {instead}")
+    if options.get("speculate", "auto") not in (False, "auto"):
+        raise ValueError(
+            f"speculate={options['speculate']!r}: rows of generate_many take one token at a time; "
+            "leave it out"
+        )
     batch_size = numbers.integer("batch_size", batch_size, 1)
     return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 
@@ -142,6 +148,7 @@ class _Many:
         elif first.config.do_sample:
             self.seeds = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         self.split = torch.zeros(0, dtype=torch.int64)  # of an int seed, as far as needed
+        self.samples = bool(first.config.do_sample)
         self.call = self._call_of(first, FIRST_BOUND)
         self.eos = set(eos_ids(first.criteria, self.device).tolist())
 
@@ -333,7 +340,9 @@ class _Many:
         text = None
         if self.tokenizer is not None:
             text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        return Answer(row.entry.index, row.tokens, text, row.rewards, row.kl, row.error)
+        columns = zip(*row.columns, strict=True) if row.columns else [()] * len(COLUMNS)
+        lists = dict(zip(COLUMNS, map(list, columns), strict=True))
+        return Answer(row.entry.index, row.tokens, text, error=row.error, **lists)
 
     def _seed(self, index: int) -> int:
         if isinstance(self.seeds, Tensor):
@@ -376,6 +385,7 @@ class _Many:
                 tokenizer=self.tokenizer,
                 max_new_tokens=max(entry.steps for entry in batch),
                 return_dict_in_generate=True,
+                output_candidates=True,
                 **self.guiding | of_rows,
                 **kwargs,
             )
@@ -386,12 +396,26 @@ class _Many:
             for entry in batch:
                 yield from self._batch([entry])
             return
+        chosen = out.sequences[:, ids.shape[1] :]
+        columns = self._columns(out, chosen, of_rows).tolist()
         for i, entry in enumerate(batch):
-            tokens = out.sequences[i, ids.shape[1] :].tolist()[: entry.steps]
+            tokens = chosen[i].tolist()[: entry.steps]
             ends = [at + 1 for at, token in enumerate(tokens) if token in self.eos]
             n = min(ends, default=len(tokens))
-            columns = out.rewards[i, :n].tolist(), out.kl[i, :n].tolist()
-            yield self._answer(Row(entry, tokens[:n], *columns))
+            yield self._answer(Row(entry, tokens[:n], columns[i][:n]))
+
+    def _columns(self, out: Any, tokens: Tensor, of_rows: dict[str, Tensor]) -> Tensor:
+        """The `COLUMNS` [B, T, 4] of tokens [B, T] in the output of `generate`."""
+        drawn = out.candidate_ids == tokens[..., None]
+        logprobs = torch.where(drawn, out.candidate_logprobs, 0.0).sum(-1)
+        log_ratio = -logprobs
+        if self.samples:
+            names = "beta", "temperature"
+            beta, temperature = (of_rows[n].to(drawn.device)[:, None, None] for n in names)
+            scores = (out.candidate_logprobs + beta * out.candidate_rewards) / temperature
+            logq = torch.where(drawn, torch.log_softmax(scores, -1), 0.0).sum(-1)
+            log_ratio = (logq - logprobs).masked_fill(out.kl.isnan(), torch.nan)
+        return torch.stack([out.rewards, out.kl, logprobs, log_ratio], -1)
 
 
 def _of_prompt(name: str, value: Any, index: int) -> float:

@@ -10,29 +10,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
 )
 
 from . import ops
 from . import validation as check
+from .decode.ahead import choose_speculation
 from .decode.call import Call
 from .decode.capture import choose_graph
 from .decode.compiling import choose_compiled
-from .decode.logits import HFLogits, logits_source, plain_language_model
+from .decode.drafters import AssistantDrafter, Drafter
+from .decode.logits import CachedLogits, HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
-from .decode.warpers import trailing
+from .decode.speculation import speculate
+from .decode.warpers import take_temperature, trailing
 from .models import foreign
 from .models.language_model import LanguageModel
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
 from .scorers.base import Scorer
+from .scorers.causal import language_model
 from .scorers.factory import is_scorer, make_scorer
 from .scorers.next_token import NextTokenScorer
 from .scorers.tree import SiblingScorer
@@ -87,6 +91,8 @@ class RewardGuided:
     prune: bool | None = None
     cuda_graph: bool | None = None
     compile: bool | str = "auto"
+    speculate: bool | str | int = "auto"
+    assistant_model: Any = None
 
     def __post_init__(self) -> None:
         check.check_options(self)
@@ -135,7 +141,7 @@ class RewardGuided:
             if own_streamer is not None:  # Hugging Face has not put the prompt into this one
                 own_streamer.put(input_ids.cpu())
             try:
-                result = decode(call, input_ids)
+                result = (speculate if call.speculation else decode)(call, input_ids)
             finally:
                 if hasattr(call.scorer, "finish"):
                     call.scorer.finish()
@@ -169,7 +175,7 @@ class RewardGuided:
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
-        policy.lone = getattr(scorer, "commits_unscored", False) and not record.on
+        policy.lone = None if record.on else getattr(scorer, "commits_unscored", None)
         given_cache, keep_cache = keep_cache, keep_cache or record.on
         plan = make_plan(
             new_tokens,
@@ -207,7 +213,27 @@ class RewardGuided:
             policy.prune = False  # a captured step asks for the same rewards each time
         if record.scores is None:
             call.processors, policy.warpers = trailing(processors, self.k, vocab_size, look)
+        assistant = self._assistant(mask, config.max_length, vocab_size)
+        call.speculation = choose_speculation(self.speculate, call, assistant)
         return call
+
+    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> Drafter | None:
+        if self.assistant_model is None or isinstance(self.assistant_model, Drafter):
+            return self.assistant_model
+        name = type(self.assistant_model).__name__
+        if not hasattr(self.assistant_model, "get_output_embeddings"):
+            raise ValueError(
+                f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM), or an object "
+                "with the methods of decode.drafters.Drafter"
+            )
+        found = language_model(self.assistant_model, max_length, self.backend)
+        if found is None or found[1] != "fused":
+            raise ValueError(
+                f"assistant_model {name} does not run on the cache of this package (hooks, own "
+                "attention, or no kernel for its device); leave it out, or pass another"
+            )
+        source = CachedLogits(found[0], mask, max_length, self.backend, DynamicCache())
+        return AssistantDrafter(source, vocab_size)
 
     def check_prompts(
         self,
@@ -397,17 +423,6 @@ class OneCall(RewardGuided):
 
     def __post_init__(self) -> None:
         pass
-
-
-def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
-    """The temperature HF would put on the LM logits, and the processors without that warper."""
-    kept, temperature = LogitsProcessorList(), 1.0
-    for processor in processors:
-        if isinstance(processor, TemperatureLogitsWarper):
-            temperature = float(processor.temperature)
-        else:
-            kept.append(processor)
-    return temperature, kept
 
 
 @contextmanager

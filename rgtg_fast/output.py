@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -29,6 +30,10 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
         candidate_logprobs: fp32 [B, T, k], log π of the candidates.
         candidate_rewards: fp32 [B, T, k], rewards of prefix + candidate, NaN if not scored.
             After a row's end its candidates mean nothing.
+        speculation: where several tokens were taken at once (`speculate=`), a dict: forwards of
+            the two models (`reward_forwards`, `lm_forwards`; without the prompts), `tokens` of all
+            rows, and `acceptance`, the share of the language model's drafts that the rewards left
+            as they were, or None where none was drafted.
     """
 
     rewards: Tensor | None = None
@@ -37,6 +42,7 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
     candidate_ids: Tensor | None = None
     candidate_logprobs: Tensor | None = None
     candidate_rewards: Tensor | None = None
+    speculation: dict[str, Any] | None = None
 
 
 @dataclass
@@ -49,6 +55,8 @@ class Answer:
         text: of the tokens without special ones, where a tokenizer was given.
         rewards: for each token, the reward of the prompt and the answer up to it.
         kl: for each token, as in `RewardGuidedOutput`, in nats.
+        logprobs: log π of each token, under the full vocabulary.
+        log_ratio: log q − log π of each token, q being what it was drawn from, as in `kl`.
         error: why there is no answer, or none beyond `tokens`; None for an answer.
     """
 
@@ -57,4 +65,6 @@ class Answer:
     text: str | None = None
     rewards: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    log_ratio: list[float] = field(default_factory=list)
     error: str | None = None

@@ -38,6 +38,7 @@ class Call:
     streamer: Any = None
     graph: Graph | None = None
     keeps_graph: bool = False
+    speculation: Any = None
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with rows `rows` int64 [n] alone: the others have ended."""

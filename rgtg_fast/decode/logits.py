@@ -136,15 +136,21 @@ class CachedLogits:
     ) -> None:
         self.view, self.attention_mask, self.cache = view, attention_mask, cache
         self.static = StaticForward(view, capacity, backend, eval_mode=False)
+        # [B], tokens of the prompts
+        self.counts = torch.zeros(0, dtype=torch.int64, device=view.device)
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
         device = self.view.device
-        hidden = self.static.prefill(input_ids.to(device), self.attention_mask.to(device))
+        mask = self.attention_mask.to(device)
+        self.counts = mask.sum(1)
+        hidden = self.static.prefill(input_ids.to(device), mask)
         return self.static.logits(hidden).to(input_ids.device)
 
     def join(self, prompts: Sequence[Tensor]) -> Tensor:
         hidden = self.static.join([prompt.to(self.view.device) for prompt in prompts])
+        counts = self.counts.new_tensor([len(prompt) for prompt in prompts])
+        self.counts = torch.cat([self.counts, counts])
         return self.static.logits(hidden).to(prompts[0].device)
 
     def advance(self, last: Tensor) -> Tensor:
@@ -152,14 +158,32 @@ class CachedLogits:
         return self.static.logits(hidden).to(last.device)
 
     def step(self, rows: Rows) -> Tensor:
-        hidden = self.static.step(rows.last().to(self.view.device))
-        return self.static.logits(hidden).to(rows.ids.device)
+        return self.feed(rows.last())
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after one more token int64 [B, 1]."""
+        hidden = self.static.step(tokens.to(self.view.device))
+        return self.static.logits(hidden).to(tokens.device)
+
+    def extend(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Logits [B, n, V] after each of the next tokens int64 [B, n], of which a row has the first
+        `counts` [B] (behind them, anything)."""
+        device = self.view.device
+        hidden = self.forward.extend(tokens.to(device), counts.to(device))
+        logits = self.static.logits(hidden.flatten(0, 1))
+        return logits.view(*tokens.shape, -1).to(tokens.device)
+
+    def crop(self, answers: Tensor) -> None:
+        """Forget all but the prompts and the first `answers` - 1 tokens behind them, [B]."""
+        self.forward.crop(self.counts + answers.to(self.view.device) - 1)
 
     def can_keep_rows(self) -> bool:
         return True
 
     def keep_rows(self, rows: Tensor) -> None:
-        self.static.keep_rows(rows.to(self.view.device))
+        rows = rows.to(self.view.device)
+        self.static.keep_rows(rows)
+        self.counts = self.counts[rows]
 
     @property
     def forward(self) -> SiblingForward:

@@ -159,15 +159,15 @@ class ChoiceCheck:
         self.at_end = check_nan is None
         self.first_bad = torch.full_like(rows.origin, -1)
 
-    def __call__(self, choice: Choice, rows: Rows) -> Tensor:
-        """The slots int64 [B], at least 0."""
+    def __call__(self, choice: Choice, rows: Rows, active: Tensor | None = None) -> Tensor:
+        """The slots int64 [B], at least 0. Only `active` rows [B] count (None: the unfinished)."""
         slot = choice.slot
         if self.each_step and int(slot.min()) >= 0:  # the usual case, with one wait for the device
             return slot
-        bad = (slot < 0) & rows.unfinished
+        bad = (slot < 0) & (rows.unfinished if active is None else active)
         if self.each_step and bad.any():
             row = int(bad.nonzero()[0, 0])
-            where = f"row {int(rows.origin[row])}, step {rows.taken}"
+            where = f"row {int(rows.origin[row])}, step {int(rows.position[row])}"
             raise ValueError(f"{where}: {explain(choice, row)}")
         if self.at_end:
             seen = self.first_bad[rows.origin]

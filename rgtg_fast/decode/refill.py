@@ -17,6 +17,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from .call import Call
 from .loop import explain, known, weigh
 from .plan import ended
+from .ratio_policy import Choice
+
+COLUMNS = ("rewards", "kl", "logprobs", "log_ratio")  # of an answer's tokens; see `Answer`
 
 
 @dataclass
@@ -38,12 +41,11 @@ class Entry:
 
 @dataclass
 class Row:
-    """A row that runs, or has ended: the tokens of its answer, their rewards and KL."""
+    """A row that runs, or has ended: the tokens of its answer, and `COLUMNS` of each."""
 
     entry: Entry
     tokens: list[int] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
+    columns: list[tuple[float, ...]] = field(default_factory=list)
     error: str | None = None
 
     def text(self) -> Tensor:
@@ -90,13 +92,9 @@ class Refill:
             new = self.rows[first:]
             self._set(torch.cat([self.live.position, self.last.new_zeros(len(new))]), new)
         left = min(row.entry.steps - len(row.tokens) for row in self.rows)
-        columns = [
-            self._step(first if i == 0 else len(self.rows)) for i in range(self._looks(left))
-        ]
-        slots, tokens, rewards, kl = (
-            torch.stack(c, 1).tolist() for c in zip(*columns, strict=True)
-        )
-        for row, *values in zip(self.rows, slots, tokens, rewards, kl, strict=True):
+        steps = [self._step(first if i == 0 else len(self.rows)) for i in range(self._looks(left))]
+        slots, tokens, columns = (torch.stack(x, 1).tolist() for x in zip(*steps, strict=True))
+        for row, *values in zip(self.rows, slots, tokens, columns, strict=True):
             self._note(row, *values)
         done = [row.error is not None or self._has_ended(row) for row in self.rows]
         gone = [row for row, over in zip(self.rows, done, strict=True) if over]
@@ -110,9 +108,9 @@ class Refill:
         of_text = any(row.entry.processors or row.entry.criteria for row in self.rows)
         return 1 if of_text else min(self.sync_every, left)
 
-    def _step(self, old: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _step(self, old: int) -> tuple[Tensor, Tensor, Tensor]:
         """One token in each row, the first `old` of which have one to go on from: slots (−1 where
-        there was no choice), tokens, rewards and KL [B]."""
+        there was no choice), tokens [B], and the `COLUMNS` [B, 4]."""
         call, live = self.call, self.live
         parts = [call.source.advance(self.last[:old])] if old else []  # type: ignore[attr-defined]
         if self.joined is not None:
@@ -125,11 +123,21 @@ class Refill:
         if self.sync_every == 1 and call.policy.check_nan is not False:
             self._blame(choice)
         call.scorer.commit(slot)
-        columns = call.record.of_step(live.unfinished, choice._replace(slot=slot))
+        columns = self._columns(choice._replace(slot=slot))
         self.last = ids.gather(1, slot[:, None])
         live.position += 1
         bad = choice.slot if call.policy.check_nan is not False else slot
-        return bad, self.last[:, 0], columns["rewards"], columns["kl"]
+        return bad, self.last[:, 0], columns
+
+    def _columns(self, choice: Choice) -> Tensor:
+        of_step = self.call.record.of_step(self.live.unfinished, choice)
+        chosen = choice.slot[:, None]
+        logprobs = choice.logprobs.gather(1, chosen)[:, 0]
+        log_ratio = -logprobs
+        if self.call.policy.do_sample:
+            log_ratio = choice.logq.gather(1, chosen)[:, 0] - logprobs
+            log_ratio = log_ratio.masked_fill(of_step["kl"].isnan(), torch.nan)
+        return torch.stack([of_step["rewards"], of_step["kl"], logprobs, log_ratio], 1)
 
     def _processed(self, logits: Tensor) -> Tensor:
         call = self.call
@@ -144,22 +152,21 @@ class Refill:
             return logits
         return call.processors(self.last, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
 
-    def _blame(self, choice: Any) -> None:
+    def _blame(self, choice: Choice) -> None:
         for i in (choice.slot < 0).nonzero()[:, 0].tolist():
             self.rows[i].error = explain(choice, i)
 
     def _note(
-        self, row: Row, slots: list[int], tokens: list[int], rewards: list[float], kl: list[float]
+        self, row: Row, slots: list[int], tokens: list[int], columns: list[tuple[float, ...]]
     ) -> None:
         """Take what a row got since the last look, as far as its end."""
-        for slot, token, reward, divergence in zip(slots, tokens, rewards, kl, strict=True):
+        for slot, token, values in zip(slots, tokens, columns, strict=True):
             if slot < 0:
                 row.error = row.error or "a NaN logit or reward, or no candidate that is possible"
                 row.error = f"step {len(row.tokens)}: {row.error}"
                 return
             row.tokens.append(token)
-            row.rewards.append(reward)
-            row.kl.append(divergence)
+            row.columns.append(values)
             if token in self.eos and row.entry.criteria is None:
                 return
 
