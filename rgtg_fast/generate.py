@@ -117,9 +117,15 @@ def generate(
             same. It needs both models on one GPU, each run on the cache of this package, and no
             part of a step on the host: no streamer, no own stopping criterion, no `output_scores`
             or `output_logits`, no `check_nan=True`, and of the logits processors only those that
-            see nothing but scores (`decode.plan.SCORES_ALONE`). Each call captures once after two
+            see nothing but scores (`decode.plan.SCORES_ALONE`). A call captures once after two
             steps, and again, up to log2(B) times, when half of the rows have left; a capture costs
-            the time of a few steps, so none is made for fewer than 16 steps to come.
+            the time of a few steps, so none is made for fewer than 16 steps to come. The first one
+            is kept for later calls with as many rows and the same options, whatever their lengths
+            (up to a multiple of 256 tokens): at most 8 graphs, with key/value caches of up to 4 GiB
+            in all, until one of the models goes, or `rgtg_fast.free_graphs()`. Weights changed in
+            place are seen; where they were replaced, or a model changed otherwise, it is captured
+            anew. None is kept of prompts with masked tokens in between, of a reward head that is
+            no module, or where the caller gave a cache.
         compile: run the forwards of a step, of both models, through `torch.compile`, which fuses
             the small kernels between the matrix products. True: wherever that is possible (a
             warning says why where it is not, and the call goes on without); "auto" (default):

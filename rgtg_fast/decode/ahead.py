@@ -121,7 +121,7 @@ def _why_not(call: Call) -> str | None:
 
 def _why_not_by_itself(call: Call) -> str | None:
     """Why speculation is left out where nobody asks for a number of tokens."""
-    if call.policy.seeds.device.type != "cpu":
+    if call.graph is not None or call.policy.seeds.device.type != "cpu":
         return "it is not captured in a CUDA graph, and that pays more"
     if call.policy.prune and call.policy.reward_range is not None:
         return "reward_range leaves few candidates to score"
