@@ -1,7 +1,7 @@
 """Compiled forwards of siblings: the same numbers, compiled once, never those of a model that was.
 
-Most of these only trace (`backend="eager"`): what is kept, for which calls, and what is noticed does
-not depend on what is made of the graph. tests/decode/test_compile.py runs inductor.
+Most of these only trace (`backend="eager"`): what is kept, for which calls, and what is noticed
+does not depend on what is made of the graph. tests/decode/test_compile.py runs inductor.
 """
 
 import functools
