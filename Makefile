@@ -68,7 +68,8 @@ clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info rgtg_fast/_C*.so demo_output
 
 # Installing builds the extension, so the build stamp is set with it; later changes of the sources
-# rebuild what changed and nothing else.
+# rebuild what changed and nothing else. In the run that installs, make has looked for the stamp
+# before, and would build all of it again.
 $(DEPS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install "$(TORCH)" "setuptools>=77" "pybind11>=2.13" ninja
@@ -76,7 +77,7 @@ $(DEPS): pyproject.toml
 	touch $@ $(BUILT)
 
 $(BUILT): $(SOURCES) | $(DEPS)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	! find $^ -newer $@ 2>&1 | grep -q . || $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 # Older than 23.3, pip downloads a wheel that it is only asked about.

@@ -1,11 +1,13 @@
 // The Python face: what was built, and hooks for tests. The only file that knows pybind11.
 #include "cpu/dispatch.h"
+#include "draft_index.h"
 #include "gumbel.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
 #include <string>
 
 namespace {
@@ -33,6 +35,15 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint3
   return {out.word[0], out.word[1], out.word[2], out.word[3]};
 }
 
+rgtg::DraftIndex* draft_index(int64_t order, int64_t capacity) {
+  if (order < 1 || order > 64 || capacity < 1) {
+    throw std::invalid_argument("order=" + std::to_string(order) +
+                                ", capacity=" + std::to_string(capacity) +
+                                "; pass an order from 1 to 64 and a capacity >= 1");
+  }
+  return new rgtg::DraftIndex(order, capacity);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -43,4 +54,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_level", &rgtg::simd_level_name, "Instruction set in use.");
   m.def("simd_levels", &rgtg::simd_levels, "Instruction sets this machine can run.");
   m.def("set_simd_level", &rgtg::set_simd_level, "Use a lower instruction set, for tests.");
+
+  namespace py = pybind11;
+  using rgtg::DraftIndex;
+  py::class_<DraftIndex>(m, "DraftIndex",
+                         "Guesses next tokens from what followed the same tokens before.")
+      .def(py::init(&draft_index), py::arg("order") = 4, py::arg("capacity") = 1 << 18,
+           "order: longest suffix counted; capacity: suffixes kept")
+      .def("extend", &DraftIndex::extend, py::arg("row"), py::arg("ids"),
+           "Tokens that follow in text `row`; its first call starts it.")
+      .def("leave", &DraftIndex::leave, py::arg("row"), "Text `row` has ended.")
+      .def("draft", &DraftIndex::draft, py::arg("row"), py::arg("n"), py::arg("position"),
+           py::arg("seed"), py::arg("do_sample"),
+           "Up to n guesses for what follows in text `row`, from `position` of its answer on.")
+      .def("__len__", &DraftIndex::size, "Suffixes known.");
 }

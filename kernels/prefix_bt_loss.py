@@ -50,7 +50,7 @@ def _log1p(t, TERMS: tl.constexpr):
 @triton.jit
 def _store_own(grad, here, width, last, defined, value):
     """The gradients before the last token and the zeros after it; NaN if not ``defined``."""
-    inside = (here < width) & ((here != last) | (defined == 0))
+    inside = (here < width) & (here != tl.where(defined, last, -1))
     value = tl.where(defined, tl.where(here < last, value, 0.0), float("nan"))
     tl.store(grad + here, value, mask=inside)
 
@@ -66,11 +66,14 @@ def _prefix_bt_loss(
     last_chosen, last_rejected = tl.load(len_chosen + pair) - 1, tl.load(len_rejected + pair) - 1
     end = tl.maximum(last_chosen, last_rejected) + 1
     defined = (tl.minimum(last_chosen, last_rejected) >= 0) & (end <= width) & (end >= first)
+    # `& defined` in the blocks' masks would do, but the interpreter of Triton 3.9 makes integers of
+    # a block's condition and a scalar one, and takes no such mask.
+    stop = tl.where(defined, end, 0)
     columns = tl.arange(0, BLOCK).to(tl.int64)
     weight_sum = tl.zeros([BLOCK], tl.float64)
     for block in range(BLOCKS):
         here = block * BLOCK + columns
-        live = (here >= first - 1) & (here < end) & defined
+        live = (here >= first - 1) & (here < stop)
         weight_sum += tl.load(weights + here * weights_col, mask=live, other=0.0).to(tl.float64)
     scale = (1.0 / tl.sum(weight_sum, axis=0)).to(ACC)
 
@@ -84,7 +87,7 @@ def _prefix_bt_loss(
     held_rejected = tl.zeros([BLOCK], tl.float64)
     for block in range(BLOCKS):
         here = block * BLOCK + columns
-        live = (here >= first - 1) & (here < end) & defined
+        live = (here >= first - 1) & (here < stop)
         at_chosen, at_rejected = tl.minimum(here, last_chosen), tl.minimum(here, last_rejected)
         x = tl.load(chosen + at_chosen * chosen_col, mask=live, other=0.0).to(ACC)
         y = tl.load(rejected + at_rejected * rejected_col, mask=live, other=0.0).to(ACC)

@@ -7,10 +7,12 @@ tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
+from .decode.kept import free_graphs
 from .generate import RewardGuided, generate
+from .generate_many import generate_many
 from .models.on_base import RewardAdapter, RewardHead
 from .ops.installation import show_config
-from .output import RewardGuidedOutput
+from .output import Answer, RewardGuidedOutput
 
 try:
     __version__ = version("rgtg_fast")
@@ -18,11 +20,14 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Answer",
     "RewardAdapter",
     "RewardGuided",
     "RewardGuidedOutput",
     "RewardHead",
+    "free_graphs",
     "generate",
+    "generate_many",
     "ops",
     "show_config",
 ]

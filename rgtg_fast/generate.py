@@ -44,6 +44,8 @@ def generate(
     prune: bool | None = None,
     cuda_graph: bool | None = None,
     compile: bool | str = "auto",
+    speculate: bool | str | int = "auto",
+    assistant_model: Any = None,
     **kwargs: Any,
 ) -> RewardGuidedOutput | Tensor:
     """`model.generate`, guided by `reward_model`: y_t ~ softmax((log π + β r)/T) over k candidates.
@@ -97,15 +99,19 @@ def generate(
             `model.generate(custom_generate=...)` and read afterwards.
         reward_range: (lo, hi), two finite numbers: rewards are clamped to it, as RAD does
             (arXiv 2310.09520).
-        prune: do not score candidates that cannot win even at the best reward of `reward_range`
-            against another at the worst; the noise of a draw is known beforehand. The tokens are
-            the same, as far as the reward model gives the same numbers in smaller batches.
-            Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
-            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever
-            `reward_range` is given and it saves something (a reward model on a CPU scored by
-            "tree", or by "reencode" anywhere) and not all rewards are asked for
-            (`output_candidates`). `candidates_scored` says how many were, `kl` of a sampled step
-            with unscored ones is NaN. A NaN reward of a candidate that is not scored goes unseen.
+        prune: do not score candidates that cannot win: those that the logits processors (top-p and
+            the like) have put to -inf, and with `reward_range` those that lose even at its best
+            reward against another at the worst; the noise of a draw is known beforehand. The
+            tokens are the same, as far as the reward model gives the same numbers in smaller
+            batches. Exactly: with a_v = log π_v / T + g_v, v goes unscored where its largest
+            a_v + β r / T, r in {lo, hi}, is below another's smallest. None: wherever it saves
+            something (a reward model on a CPU scored by "tree", or as a head or an adapter on the
+            language model, or by "reencode" anywhere; no CUDA graph) and not all rewards are asked
+            for (`output_candidates`). False: all k are scored. `candidates_scored` says how many
+            were; `kl` of a sampled step is NaN where one that might have won was not. A NaN reward
+            of a candidate that is not scored goes unseen. Where plain sequences are returned, a
+            candidate without a rival is not scored either: by "reencode" for each row, by "tree"
+            at steps where no row has a rival; it then reads those tokens in one forward later.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no
@@ -125,6 +131,18 @@ def generate(
             models that `torch.compile` takes whole, on the cache of this package (not with
             `cache_implementation`, dense masks, hooks, weights on several devices). Steps with
             pruned candidates run without.
+        speculate: several tokens for one forward of the reward model; the same tokens as one by one
+            (in bf16 as far as a forward of several tokens rounds like several of one). The language
+            model goes ahead without rewards, the candidates of all positions are scored at once,
+            and the tokens up to the first that the rewards change are kept. "auto" (default): as
+            far ahead as pays, by what the forwards of this call take and how often rewards changed
+            a token; on a CPU, for a reward model scored by "tree" that does not share the
+            language model's forwards, without `reward_range`. An int: so many positions each time,
+            2 to 32, anywhere. False never. `speculation` in the output says what came of it.
+        assistant_model: a smaller causal language model with the same tokens, which guesses the
+            language model's continuation for it to look at several tokens in one forward too; or
+            any object with the methods of `decode.drafters.Drafter`.
+            Without one, what followed the same tokens before in the text is the guess.
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -155,6 +173,8 @@ def generate(
             prune=prune,
             cuda_graph=cuda_graph,
             compile=compile,
+            speculate=speculate,
+            assistant_model=assistant_model,
         )
         # transformers hands neither of these to a custom_generate callable: bound here.
         bound = functools.partial(

@@ -5,36 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
 )
 
 from . import ops
 from . import validation as check
+from .decode.ahead import choose_speculation
 from .decode.call import Call
 from .decode.capture import choose_graph
 from .decode.compiling import choose_compiled
-from .decode.logits import HFLogits, LanguageModel, logits_source, plain_language_model
+from .decode.drafters import AssistantDrafter, Drafter
+from .decode.logits import CachedLogits, HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
-from .decode.warpers import trailing
+from .decode.speculation import speculate
+from .decode.warpers import take_temperature, trailing
 from .models import foreign
+from .models.language_model import LanguageModel
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
 from .scorers.base import Scorer
+from .scorers.causal import language_model
 from .scorers.factory import is_scorer, make_scorer
+from .scorers.next_token import NextTokenScorer
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
+
+
+class CheckedPrompts(NamedTuple):
+    """Prompts of a call: the language model's vocabulary, their mask [B, P], ids and mask as the
+    reward model sees them, the tokens an answer may have, whether the reward model reads text."""
+
+    vocab_size: int
+    mask: Tensor
+    reward_prompt: tuple[Tensor, Tensor]
+    new_tokens: int
+    as_text: bool
 
 
 @check.names_checked
@@ -74,12 +91,14 @@ class RewardGuided:
     prune: bool | None = None
     cuda_graph: bool | None = None
     compile: bool | str = "auto"
+    speculate: bool | str | int = "auto"
+    assistant_model: Any = None
 
     def __post_init__(self) -> None:
         check.check_options(self)
-        self._taken_apart()
+        self.taken_apart()
 
-    def _taken_apart(self) -> RewardModel | None:
+    def taken_apart(self) -> RewardModel | None:
         """The reward model as it is now: its head or modules may be others at the next call."""
         if is_scorer(self.reward_model):
             return None
@@ -122,7 +141,7 @@ class RewardGuided:
             if own_streamer is not None:  # Hugging Face has not put the prompt into this one
                 own_streamer.put(input_ids.cpu())
             try:
-                result = decode(call, input_ids)
+                result = (speculate if call.speculation else decode)(call, input_ids)
             finally:
                 if hasattr(call.scorer, "finish"):
                     call.scorer.finish()
@@ -143,26 +162,21 @@ class RewardGuided:
     ) -> Call:
         """Everything that the run will be made of, after every check that can be made before it."""
         check.check_options(self)  # again: they may have been set since
-        rm = self._taken_apart()
+        rm = self.taken_apart()
         batch = max(input_ids.shape[0], 1)
         copies = config.num_return_sequences or 1
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        check.check_config(model, config, self.k, vocab_size)
-        mask = self._lm_mask(model, input_ids, config, model_kwargs, vocab_size)
-        reward_prompt = self._reward_prompt(rm, input_ids, mask, copies)
-        new_tokens = config.max_length - input_ids.shape[1]
-        as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
-        check.check_families(model, rm, self.reward_tokenizer)
+        checked = self.check_prompts(rm, model, input_ids, config, model_kwargs)
+        vocab_size, mask, reward_prompt, new_tokens, as_text = checked
         temperature, processors = take_temperature(logits_processor)
-        policy = self._ratio_policy(batch, copies, input_ids.device, config, temperature)
+        policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
-        scorer = self._make_scorer(rm, as_text, max_length, config, vocab_size, found)
+        scorer = self.make_scorer(rm, as_text, max_length, config, vocab_size, found)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
-        policy.lone = getattr(scorer, "commits_unscored", False) and not record.on
-        keep_cache = keep_cache or record.on
+        policy.lone = None if record.on else getattr(scorer, "commits_unscored", None)
+        given_cache, keep_cache = keep_cache, keep_cache or record.on
         plan = make_plan(
             new_tokens,
             input_ids,
@@ -191,15 +205,55 @@ class RewardGuided:
             and scorer.is_linear(input_ids.device),
         )
         call.graph = choose_graph(self.cuda_graph, call)
+        # A cache of the caller's is filled with views of the call's own.
+        call.keeps_graph = not given_cache
         choose_compiled(self.compile, call)
         look = call.graph is None and input_ids.device.type == "cpu"
         if call.graph is not None:
             policy.prune = False  # a captured step asks for the same rewards each time
         if record.scores is None:
             call.processors, policy.warpers = trailing(processors, self.k, vocab_size, look)
+        assistant = self._assistant(mask, config.max_length, vocab_size)
+        call.speculation = choose_speculation(self.speculate, call, assistant)
         return call
 
-    def _ratio_policy(
+    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> Drafter | None:
+        if self.assistant_model is None or isinstance(self.assistant_model, Drafter):
+            return self.assistant_model
+        name = type(self.assistant_model).__name__
+        if not hasattr(self.assistant_model, "get_output_embeddings"):
+            raise ValueError(
+                f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM), or an object "
+                "with the methods of decode.drafters.Drafter"
+            )
+        found = language_model(self.assistant_model, max_length, self.backend)
+        if found is None or found[1] != "fused":
+            raise ValueError(
+                f"assistant_model {name} does not run on the cache of this package (hooks, own "
+                "attention, or no kernel for its device); leave it out, or pass another"
+            )
+        source = CachedLogits(found[0], mask, max_length, self.backend, DynamicCache())
+        return AssistantDrafter(source, vocab_size)
+
+    def check_prompts(
+        self,
+        rm: RewardModel | None,
+        model: Any,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> CheckedPrompts:
+        """What is known of a call's prompts after every check of them."""
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        check.check_config(model, config, self.k, vocab_size)
+        mask = self._lm_mask(model, input_ids, config, model_kwargs, vocab_size)
+        reward_prompt = self._reward_prompt(rm, input_ids, mask, config.num_return_sequences or 1)
+        new_tokens = config.max_length - input_ids.shape[1]
+        as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
+        check.check_families(model, rm, self.reward_tokenizer)
+        return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, as_text)
+
+    def ratio_policy(
         self,
         batch: int,
         copies: int,
@@ -307,7 +361,7 @@ class RewardGuided:
             check.check_length(name, "reward_model", mask, new_tokens, limit)
         return as_text
 
-    def _make_scorer(
+    def make_scorer(
         self,
         rm: RewardModel | None,
         as_text: bool,
@@ -317,6 +371,8 @@ class RewardGuided:
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
         if rm is None:
+            if isinstance(self.reward_model, NextTokenScorer):
+                self.reward_model.capacity = self.reward_model.reserved = max_length
             return self.reward_model
         own_prompt = self.reward_input_ids is not None
         joint = (
@@ -367,17 +423,6 @@ class OneCall(RewardGuided):
 
     def __post_init__(self) -> None:
         pass
-
-
-def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
-    """The temperature HF would put on the LM logits, and the processors without that warper."""
-    kept, temperature = LogitsProcessorList(), 1.0
-    for processor in processors:
-        if isinstance(processor, TemperatureLogitsWarper):
-            temperature = float(processor.temperature)
-        else:
-            kept.append(processor)
-    return temperature, kept
 
 
 @contextmanager

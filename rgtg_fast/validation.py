@@ -26,7 +26,6 @@ T = TypeVar("T")
 
 _INSTEAD = {
     "generator": "seed= (an int, or int64 [B] with one seed per row)",
-    "assistant_model": "nothing: guided decoding has no assistant model",
     "custom_generate": "model.generate(custom_generate=rgtg_fast.RewardGuided(...))",
     "w": "beta=",
     "weight": "beta=",
@@ -66,6 +65,7 @@ def check_options(guide: Any) -> None:
     options.flags({n: getattr(guide, n) for n in ("output_candidates", "compact")})
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
     options.auto_or_flag("compile", guide.compile)
+    guide.speculate = options.speculate(guide.speculate, guide.assistant_model)
     options.choices(vars(guide), CHOICES)
     check_streamers(None, guide.streamer)
 
@@ -129,8 +129,6 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
             "cache_implementation='paged' hands the batch to another decoding loop; leave it out, "
             "or pass 'static' or 'dynamic'"
         )
-    if kwargs.get("assistant_model") is not None:
-        raise ValueError("assistant_model is not supported by guided decoding; leave it out")
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     if ids is None:
         if kwargs.get("inputs_embeds") is None:

@@ -1,235 +1,291 @@
-// topk_logprobs on the device, in two launches and one read of the vocabulary.
+// topk_logprobs on the device, in one launch and one read of the vocabulary.
 //
-//   topk_slices: a block reads one slice of one row, a tile at a time in registers, and leaves its
-//                k best keys and its part of the log-sum-exp.
-//   topk_merge:  a block selects among the keys of one row's slices.
-//
-// Keys make the order total, so the result does not depend on the slicing.
+// A block reads one slice of one row, a tile at a time. The first tile gives a threshold that k of
+// its items reach; then what exceeds the threshold is queued and all else costs a maximum and an
+// exponential. The block of a row that finishes last selects among what its slices left. Keys make
+// the order total, so the ids do not depend on the slicing.
 #pragma once
 
-#include "cuda/element.cuh"
+#include "cuda/last_block.cuh"
 #include "cuda/launch.h"
-#include "cuda/select.cuh"
-#include "log_sum.h"
+#include "cuda/topk_tile.cuh"
 
 #include <algorithm>
-#include <cmath>
 
 namespace rgtg::cuda {
 
-constexpr int kVectors = 4;      // 16-byte loads in flight per thread
-constexpr int kSliceBlocks = 3;  // per multiprocessor: a fourth would make registers spill
-constexpr int kMaxSlices = 64;   // so that the keys of a row's slices fit in the queue of the merge
-
-static_assert(kMaxSlices * kMaxCandidates <= kQueue, "the merge queues every key");
-
 template <class T>
-constexpr int kTileItems = kThreads * kVectors * Vector<T>::kWidth;
+constexpr int kTopkBlocks = sizeof(T) == 8 ? 3 : 4;  // per multiprocessor, as registers allow
+constexpr int kMaxSlices = 128;                      // of a row
+constexpr int64_t kMaxVocab = int64_t{1} << 30;      // positions in a slice are ints
+constexpr int kSegmentGrowth = 4;
+constexpr int kSliceKeys = 192;  // left by a slice: to cut them to k costs more than to merge them
+constexpr int kBatch = 5;        // 16-byte loads in flight per thread of the merge
 
-__device__ inline float exp_near(float x) {
-  constexpr float kLog2E = 1.44269504088896341f;
-#ifdef __CUDA_ARCH__
-  float y;  // two ulps, and a few instructions fewer than exp2f: subnormal results become zero
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
-  return y;
-#else
-  return exp2f(x * kLog2E);
-#endif
-}
+static_assert(kSliceKeys <= kThreads && kMostCandidates <= kSliceKeys);
 
-__device__ inline double exp_near(double x) { return exp(x); }
-
-// What one thread holds of a row: kVectors vectors, kThreads vectors apart, aligned in memory.
-// Items outside the row are -inf and have ids outside 0 .. vocab - 1.
-template <class T>
-struct Tile {
-  static constexpr int kWidth = Vector<T>::kWidth;
-  static constexpr int kItems = kVectors * kWidth;
-  Vector<T> vector[kVectors];
-  int64_t first;  // id of item 0
-
-  __device__ Tile(const T* row, int64_t vocab, int64_t tile) {
-    const int head = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
-    first = tile * kTileItems<T> + threadIdx.x * kWidth - head;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t id = first + v * kThreads * kWidth;
-      if (id >= 0 && id + kWidth <= vocab) {
-        vector[v] = load_vector(row + id);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          const bool inside = id + e >= 0 && id + e < vocab;
-          vector[v].item[e] = inside ? row[id + e] : minus_infinity<T>();
-        }
-      }
-    }
-  }
-
-  __device__ int64_t id(int item) const {
-    return first + item / kWidth * (kThreads * kWidth) + item % kWidth;
-  }
-  __device__ Accumulator<T> logit(int item) const {
-    return widen(vector[item / kWidth].item[item % kWidth]);
-  }
+// What a slice leaves beside its keys.
+struct SliceSummary {
+  LogSum<double> sum;
+  int32_t count;     // of keys
+  uint32_t largest;  // high word of the largest key
 };
 
-// Part of the log-sum-exp of one thread's items, relative to their maximum.
-template <class T>
-__device__ LogSum<Accumulator<T>> tile_sum(const Tile<T>& tile, Accumulator<T> largest) {
-  using Acc = Accumulator<T>;
-  // -inf minus -inf would be NaN.
-  const Acc reference = largest == -kInf<Acc> ? Acc(0) : largest;
-  LogSum<Acc> sum = {largest, 0};
-#pragma unroll
-  for (int i = 0; i < Tile<T>::kItems; ++i) sum.total += exp_near(tile.logit(i) - reference);
-  return sum;
-}
-
-// The largest key of one thread's items, and their part of the log-sum-exp added to `sum`.
-template <class T>
-__device__ uint64_t scan_tile(const Tile<T>& tile, int64_t vocab, LogSum<Accumulator<T>>& sum) {
-  using Acc = Accumulator<T>;
-  Acc largest = -kInf<Acc>;
-  float top = -kInf<float>;
-  int at = 0;
-#pragma unroll
-  for (int i = 0; i < Tile<T>::kItems; ++i) {
-    const Acc logit = tile.logit(i);
-    const float rounded = static_cast<float>(logit);
-    if (rounded > top) {
-      top = rounded;
-      at = i;
-    }
-    if (logit > largest) largest = logit;
-  }
-  const LogSum<Acc> part = tile_sum(tile, largest);
-  sum.merge(part);
-  if (part.total == part.total) {
-    // In a tile of -inf alone `at` is still item 0, which may lie before the row.
-    const int64_t id = tile.id(at) < 0 ? 0 : tile.id(at);
-    return id < vocab ? pack_key(top, static_cast<uint32_t>(id)) : kNoKey;
-  }
-  uint64_t best = kNoKey;  // the tile holds a NaN, which the loop above overlooks, or +inf
-#pragma unroll
-  for (int i = 0; i < Tile<T>::kItems; ++i) {
-    const int64_t id = tile.id(i);
-    if (id < 0 || id >= vocab) continue;
-    best = Larger()(best, pack_key(static_cast<float>(tile.logit(i)), static_cast<uint32_t>(id)));
-  }
-  return best;
-}
-
-template <class T>
-__device__ void push_tile(const Tile<T>& tile, int64_t vocab, uint64_t threshold,
-                          Selection& shared) {
-  const float least = key_logit(threshold);  // NaN for kNoKey: nothing is skipped
-#pragma unroll
-  for (int i = 0; i < Tile<T>::kItems; ++i) {
-    const float logit = static_cast<float>(tile.logit(i));
-    if (logit < least) continue;
-    const int64_t id = tile.id(i);
-    if (id < 0 || id >= vocab) continue;
-    const uint64_t key = pack_key(logit, static_cast<uint32_t>(id));
-    if (key >= threshold) shared.push(key);
-  }
-}
-
-// Grid: rows * slices blocks. Writes keys [rows, slices, k] in descending order and sums [rows,
-// slices].
-template <class T>
-__global__ void __launch_bounds__(kThreads, kSliceBlocks)
-    topk_slices(const T* logits, int64_t row_stride, int64_t vocab, int slices, int64_t tiles,
-                int k, uint64_t* keys, LogSum<double>* sums) {
-  using Acc = Accumulator<T>;
-  __shared__ Selection selection;
-  __shared__ Acc warp_largest[kWarps];
-  __shared__ double warp_total[kWarps];
-  const int thread = threadIdx.x;
-  const T* row = logits + static_cast<int64_t>(blockIdx.x / slices) * row_stride;
-  const int64_t first_tile = blockIdx.x % slices * tiles;
-
-  LogSum<Acc> sum;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const Tile<T> tile(row, vocab, first_tile + t);
-    const uint64_t thread_best = scan_tile(tile, vocab, sum);
-    set_threshold(selection, thread_best, k);
-    const uint64_t kept = t == 0 ? kNoKey : selection.best[k - 1];
-    const uint64_t threshold = Larger()(selection.threshold, kept);
-    if (t > 0 && thread < k && selection.best[thread] != kNoKey) {
-      selection.push(selection.best[thread]);
-    }
-    if (thread_best != kNoKey && thread_best >= threshold) {
-      push_tile(tile, vocab, threshold, selection);
-    }
-    __syncthreads();
-    select_best(selection, k);
-  }
-  if (thread < k) keys[static_cast<int64_t>(blockIdx.x) * k + thread] = selection.best[thread];
-
-  const Acc largest = block_reduce(sum.reference, Larger(), warp_largest);
-  sum.rebase(largest);
-  const double total = block_reduce(static_cast<double>(sum.total), Sum(), warp_total);
-  if (thread == 0) sums[blockIdx.x] = {largest, total};
-}
-
-// Grid: rows blocks.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    topk_merge(const T* logits, int64_t row_stride, int slices, int k, const uint64_t* keys,
-               const LogSum<double>* sums, float* logprobs, int64_t* ids) {
-  __shared__ Selection selection;
-  __shared__ double warp_largest[kWarps];
-  __shared__ double warp_total[kWarps];
-  const int thread = threadIdx.x;
-  const int64_t row = blockIdx.x;
-  const uint64_t* row_keys = keys + row * slices * k;
-  for (int i = thread; i < slices * k; i += kThreads) selection.queue[i] = row_keys[i];
-  if (thread == 0) selection.count = slices * k;
-
-  LogSum<double> part;
-  if (thread < slices) part = sums[row * slices + thread];
-  const double largest = block_reduce(part.reference, Larger(), warp_largest);
-  part.rebase(largest);
-  const LogSum<double> sum = {largest, block_reduce(part.total, Sum(), warp_total)};
-
-  select_best(selection, k);
-  if (thread >= k) return;
-  const uint64_t key = selection.best[thread];
-  const int64_t id = key_id(key);
-  double logit = key_logit(key);
-  if constexpr (std::is_same_v<T, double>) logit = logits[row * row_stride + id];
-  ids[row * k + thread] = id;
-  logprobs[row * k + thread] = static_cast<float>(sum.logprob(logit));
-}
-
-// How a row is cut: `slices` blocks of `tiles` tiles.
-struct Slicing {
-  int slices;
-  int64_t tiles;
-};
-
-template <class T>
-Slicing slicing(int64_t vocab) {
-  // A row that begins unaligned reaches up to a vector further.
-  const int64_t all = (vocab + Vector<T>::kWidth - 1 + kTileItems<T> - 1) / kTileItems<T>;
-  const int64_t tiles = (all + kMaxSlices - 1) / kMaxSlices;
-  return {static_cast<int>((all + tiles - 1) / tiles), tiles};
-}
+constexpr int64_t kWorkspaceWords = kSliceKeys + sizeof(SliceSummary) / 8 + 1;  // per slice
 
 struct TopkArguments {
   const void* logits;  // [rows, vocab], dense rows
   int64_t rows, vocab, row_stride;
   int k;
-  uint64_t* keys;        // [rows, slices, k]
-  LogSum<double>* sums;  // [rows, slices]
-  float* logprobs;       // [rows, k]
-  int64_t* ids;          // [rows, k]
+  int slices, stripes;  // a row is cut into `slices` blocks of `stripes` stripes
+  uint64_t* workspace;  // [rows, slices, kWorkspaceWords], aligned to 16 bytes
+  uint64_t token;       // nonzero and different for every launch
+  float* logprobs;      // [rows, k]
+  int64_t* ids;         // [rows, k]
 };
 
-inline int topk_slice_count(Element element, int64_t vocab) {
+// The parts of the workspace; the last two are [rows, slices].
+struct Workspace {
+  uint64_t* keys;  // [rows, kSliceKeys / 2, slices, 2]: see key_place
+  SliceSummary* summary;
+  uint64_t* done;
+
+  __device__ Workspace(uint64_t* words, int64_t blocks)
+      : keys(words),
+        summary(reinterpret_cast<SliceSummary*>(words + blocks * kSliceKeys)),
+        done(words + blocks * (kWorkspaceWords - 1)) {}
+
+  __device__ Workspace of(int64_t block) const {
+    Workspace part = *this;
+    part.keys += block * kSliceKeys, part.summary += block, part.done += block;
+    return part;
+  }
+};
+
+template <class Acc>
+struct TopkShared {
+  Queue queue;
+  Rounds::Memory rounds;
+  Acc warp_reference[kWarps];
+  double warp_total[kWarps];
+  double merge_reference[kWarps], merge_total[kWarps];
+  int slice_count[kMaxSlices];
+  int last;
+};
+
+// Queues the stripes from `first` on one by one, where more items passed the threshold than the
+// queue holds: many are equal, or ascend. Candidates exceed `floor`.
+template <class T>
+__device__ void queue_stripes(const Slice<T>& slice, int first, int last, int k, Queue& queue,
+                              Rounds& rounds, int& count, uint32_t& floor) {
+  for (int stripe = first; stripe < last; ++stripe) {
+    const int position = stripe * kStripeItems<T> + threadIdx.x * Vector<T>::kWidth;
+    const Vector<T> vector[1] = {slice.load(position)};
+    push_items(slice, position, items_above(vector, bound_of(floor)), queue);
+    count = queue.settle();
+    if (count > kQueue - kStripeItems<T>) shrink(queue, k, rounds, count, floor);
+  }
+}
+
+// Leaves in the queue at most kSliceKeys keys, all of the slice's k largest among them. Sets
+// `count` to their number; returns this thread's part of the log-sum-exp.
+template <class T>
+__device__ LogSum<Accumulator<T>> scan_slice(const Slice<T>& slice, int stripes, int k,
+                                             Queue& queue, Rounds& rounds, int& count) {
+  using Acc = Accumulator<T>;
+  const int tiles = (stripes + kVectors - 1) / kVectors;
+  const int thread_position = static_cast<int>(threadIdx.x) * Vector<T>::kWidth;
+  Vector<T> tile[kVectors];
+  load_tile(slice, thread_position, tile);
+
+  LogSum<Acc> sum;
+  const uint32_t code = ordered(static_cast<float>(largest_item(tile)));
+  if (threadIdx.x == 0) queue.count = 0;
+  // Candidates exceed `floor`. Of equal items in the first tile any may have the smaller id.
+  uint32_t floor = cut(1, [&](int) { return code; }, k, most_of(k), rounds).value - 1;
+  count = 0;
+  for (int first = 0, last = 1; first < tiles;) {
+    const float above = bound_of(floor);
+    for (int t = first; t < last; ++t) {
+      const int position = t * kTileItems<T> + thread_position;
+      const Acc largest = largest_item(tile);
+      if (__any_sync(kWholeWarp, !(largest <= above))) {
+        push_items(slice, position, items_above(tile, above), queue);
+        forget_widened(tile);
+      }
+      add_tile(tile, largest, sum);
+      const bool whole = slice.holds_tile((t + 1) * kTileItems<T>);
+      const T* next = slice.data + position + kTileItems<T>;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (whole) tile[v] = load_vector(next + v * kStripeItems<T>);
+      }
+      if (!whole && t + 1 < tiles) load_tile(slice, position + kTileItems<T>, tile);
+    }
+    const int before = count;
+    count = queue.settle();
+    if (count > kQueue) {
+      if (threadIdx.x == 0) queue.count = before;
+      __syncthreads();
+      const int end = Smaller()(last * kVectors, stripes);
+      queue_stripes(slice, first * kVectors, end, k, queue, rounds, count, floor);
+    } else if (first == 0) {
+      floor += 1;
+    }
+    if (count > (last < tiles ? 2 * most_of(k) : kSliceKeys)) {
+      shrink(queue, k, rounds, count, floor);
+    }
+    first = last;
+    last = Smaller()(last * kSegmentGrowth, tiles);
+  }
+  return sum;
+}
+
+// Where in a row's part of the workspace the key `at` of a slice is: pairs of keys, those of all
+// slices side by side, so that the merge reads what is there and not what is left free.
+__device__ inline int key_place(int slices, int slice, int at) {
+  return (at / 2 * slices + slice) * 2 + at % 2;
+}
+
+// Queues the keys of slices first .. last - 1 whose high word reaches `least`. No slice has more
+// than `longest` keys.
+__device__ inline void queue_slices(const uint64_t* keys, const int (&counts)[kMaxSlices],
+                                    int slices, int longest, int first, int last, uint32_t least,
+                                    Queue& queue) {
+  const auto* pairs = reinterpret_cast<const uint4*>(keys);
+  const int total = (longest + 1) / 2 * slices;
+  int slice = static_cast<int>(threadIdx.x) % slices,
+      at = static_cast<int>(threadIdx.x) / slices * 2;
+  for (int start = static_cast<int>(threadIdx.x); start < total; start += kBatch * kThreads) {
+    uint4 batch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int count = slice >= first && slice < last ? counts[slice] : 0;
+      batch[i] = at < count ? pairs[start + i * kThreads] : uint4{0, 0, 0, 0};
+      if (at + 1 == count) batch[i].w = 0;
+      slice += kThreads % slices;
+      at += kThreads / slices * 2;
+      if (slice >= slices) slice -= slices, at += 2;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const uint4& pair = batch[i];
+      if (pair.y >= least && pair.y != 0) {
+        queue.push(static_cast<uint64_t>(pair.y) << 32 | pair.x);
+      }
+      if (pair.w >= least && pair.w != 0) {
+        queue.push(static_cast<uint64_t>(pair.w) << 32 | pair.z);
+      }
+    }
+  }
+}
+
+// Leaves in the queue candidates of a row whose slices have all been scanned, the k largest keys
+// among them; sets `count` to their number and returns the row's log-sum-exp.
+template <class Acc>
+__device__ LogSum<double> merge_slices(const Workspace& row, int slices, int k,
+                                       TopkShared<Acc>& shared, Rounds& rounds, int& count) {
+  constexpr int kFitting = (kQueue - kMostCandidates) / kSliceKeys;
+  const int thread = static_cast<int>(threadIdx.x);
+  Queue& queue = shared.queue;
+  SliceSummary summary = {};
+  if (thread < slices) {
+    summary = row.summary[thread];
+    shared.slice_count[thread] = summary.count;
+  }
+  if (thread == 0) queue.count = 0;
+  LogSum<double> part = thread < slices ? summary.sum : LogSum<double>();
+  const double largest = block_reduce(part.reference, Larger(), shared.merge_reference);
+  part.rebase(largest);
+  const LogSum<double> sum = {largest, block_reduce(part.total, Sum(), shared.merge_total)};
+
+  uint32_t shortest, longest;
+  const auto count_of = [&](int) { return static_cast<uint32_t>(summary.count); };
+  rounds.range(1, count_of, shortest, longest);
+  // k slices have a key that reaches the k-th of their largest keys.
+  const auto first_code = [&](int) { return summary.largest; };
+  uint32_t least = slices >= k ? cut(1, first_code, k, most_of(k), rounds).value : 0;
+  const auto queue_some = [&](int first, int last) {
+    queue_slices(row.keys, shared.slice_count, slices, static_cast<int>(longest), first, last,
+                 least, queue);
+    count = queue.settle();
+  };
+  queue_some(0, slices);
+  if (count > kQueue) {
+    if (thread == 0) queue.count = 0;
+    __syncthreads();
+    for (int first = 0; first < slices; first += kFitting) {
+      queue_some(first, first + kFitting);
+      if (count > kMostCandidates) shrink(queue, k, rounds, count, least);
+    }
+  }
+  return sum;
+}
+
+// Grid: rows * slices blocks.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kTopkBlocks<T>) topk_kernel(TopkArguments a) {
+  using Acc = Accumulator<T>;
+  __shared__ TopkShared<Acc> shared;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t row = blockIdx.x / a.slices;
+  const int index = static_cast<int>(blockIdx.x % a.slices);
+  const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
+  Rounds rounds(shared.rounds);
+
+  int count;
+  LogSum<Acc> part = scan_slice(Slice<T>(logits, a.vocab, index * a.stripes, a.stripes), a.stripes,
+                                a.k, shared.queue, rounds, count);
+  const Acc reference = block_reduce(part.reference, Larger(), shared.warp_reference);
+  part.rebase(reference);
+  LogSum<double> sum = {reference,
+                        block_reduce(static_cast<double>(part.total), Sum(), shared.warp_total)};
+
+  if (a.slices > 1) {
+    const Workspace all(a.workspace, a.rows * a.slices);
+    const Workspace slices = all.of(row * a.slices);
+    const uint64_t key = thread < count ? shared.queue.key[thread] : kNoKey;
+    if (thread < count) slices.keys[key_place(a.slices, index, thread)] = key;
+    uint32_t least, largest;  // synchronises between the keys and the token
+    rounds.range(1, [&](int) { return static_cast<uint32_t>(key >> 32); }, least, largest);
+    if (thread == 0) slices.summary[index] = {sum, count, largest};
+    if (!finishes_group(slices.done, a.slices, index, a.token, shared.last)) return;
+    sum = merge_slices(slices, a.slices, a.k, shared, rounds, count);
+    if (thread < a.slices) slices.done[thread] = 0;
+  }
+
+  uint32_t unused = 0;
+  if (count > most_of(a.k)) shrink(shared.queue, a.k, rounds, count, unused);
+  rank_queue(shared.queue, count, a.k, [&](int rank, uint64_t key) {
+    const int64_t id = key_id(key);
+    double logit = key_logit(key);
+    if constexpr (std::is_same_v<T, double>) logit = logits[id];
+    a.ids[row * a.k + rank] = id;
+    a.logprobs[row * a.k + rank] = static_cast<float>(sum.logprob(logit));
+  });
+}
+
+// How a row is cut: `slices` blocks of `stripes` stripes. All blocks run at once where there are
+// not too many rows; a row has at least two, or the last rows would leave multiprocessors idle.
+struct Slicing {
+  int slices, stripes;
+};
+
+template <class T>
+Slicing slicing(int64_t rows, int64_t vocab, int processors) {
+  // A row that begins unaligned reaches up to a vector further.
+  const int64_t reach = vocab + Vector<T>::kWidth - 1;
+  const int64_t all = (reach + kStripeItems<T> - 1) / kStripeItems<T>;
+  const int64_t wanted = std::max<int64_t>(2, kTopkBlocks<T> * processors / rows);
+  const int64_t slices = std::min({wanted, all, int64_t{kMaxSlices}});
+  const int64_t stripes = (all + slices - 1) / slices;
+  return {static_cast<int>((all + stripes - 1) / stripes), static_cast<int>(stripes)};
+}
+
+inline Slicing topk_slicing(Element element, int64_t rows, int64_t vocab, int processors) {
   return dispatch_element(element, [&](auto type) {
-    return slicing<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(vocab).slices;
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return slicing<T>(rows, vocab, processors);
   });
 }
 
@@ -237,14 +293,8 @@ inline cudaError_t launch_topk_logprobs(Element element, const TopkArguments& a,
                                         cudaStream_t stream) {
   return dispatch_element(element, [&](auto type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const auto* logits = static_cast<const T*>(a.logits);
-    const auto [slices, tiles] = slicing<T>(a.vocab);
-    const cudaError_t status =
-        launch(topk_slices<T>, dim3(static_cast<unsigned>(a.rows * slices)), kThreads, stream,
-               logits, a.row_stride, a.vocab, slices, tiles, a.k, a.keys, a.sums);
-    if (status != cudaSuccess) return status;
-    return launch(topk_merge<T>, dim3(static_cast<unsigned>(a.rows)), kThreads, stream, logits,
-                  a.row_stride, slices, a.k, a.keys, a.sums, a.logprobs, a.ids);
+    return launch(topk_kernel<T>, dim3(static_cast<unsigned>(a.rows * a.slices)), kThreads, stream,
+                  a);
   });
 }
 

@@ -69,7 +69,7 @@ def _why_not_models(source: Any, scorer: Any, device: torch.device) -> str | Non
         kind = getattr(scorer, "method", type(scorer).__name__)
         return f"scoring by {kind!r} does not keep its state in place on the device"
     rm = getattr(scorer, "rm", None)
-    of_reward = () if rm is None else (rm.model, rm.head)
+    of_reward = () if rm is None else (rm.model, getattr(rm, "head", None))
     for what, modules in (("language", (source.view.model,)), ("reward", of_reward)):
         for part in modules:
             why = why_not_module(part, device) if isinstance(part, nn.Module) else None

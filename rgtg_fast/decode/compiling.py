@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from ..models.compiled import CompiledSiblings
+from ..scorers.next_token import NextTokenScorer
 from ..scorers.tree import SiblingScorer
 from .call import Call
 from .capture import why_not_module
@@ -24,7 +25,7 @@ def choose_compiled(asked: bool | str, call: Call) -> None:
     of_source, of_scorer = _why_not_source(call.source), _why_not_scorer(call.scorer)
     if of_source is None and isinstance(call.source, CachedLogits):
         call.source.forward.compiled = CompiledSiblings(call.source.view, asked is True)
-    if of_scorer is None and isinstance(call.scorer, SiblingScorer):
+    if of_scorer is None and isinstance(call.scorer, SiblingScorer | NextTokenScorer):
         call.scorer.compiled = CompiledSiblings(call.scorer.rm, asked is True)
     for reason in (of_source, of_scorer):
         if reason is not None and asked is True:
@@ -41,10 +42,10 @@ def _why_not_source(source: Any) -> str | None:
 
 
 def _why_not_scorer(scorer: Any) -> str | None:
-    if not isinstance(scorer, SiblingScorer):
+    if not isinstance(scorer, SiblingScorer | NextTokenScorer):
         kind = getattr(scorer, "method", type(scorer).__name__)
         return f"scoring by {kind!r}: it does not run candidates as siblings over one prefix"
-    if not scorer.fused:
-        return "the reward model: its attention takes dense masks, which grow with every token"
+    if not scorer.capturable:
+        return "the reward model: it does not run on a static cache without masks"
     why = why_not_module(scorer.rm.model, scorer.rm.device)
     return None if why is None else f"the reward model: it {why}"

@@ -8,13 +8,12 @@ It is taken where a numerical probe finds it right for the model.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from .. import ops
@@ -23,11 +22,9 @@ from ..models.cache import SiblingCache
 from ..models.foreign import CACHE
 from ..models.language_model import LanguageModel
 from ..models.padding import has_holes, positions_of
-from ..models.parts import computing_dtype, numerics
 from ..models.siblings import SiblingForward, fill_cache
-from ..models.twin import Twins
+from ..scorers.causal import StaticForward, language_model
 from ..scorers.joint import JointScorer
-from ..scorers.probe import TOLERANCE, probe
 from .rows import Rows
 
 
@@ -37,6 +34,7 @@ class LogitsSource(Protocol):
     attentions: Any  # of the last forward, where the generation configuration asks for them
     hidden_states: Any
     capturable: bool  # as a scorer's
+    owns_cache: bool  # a `SiblingCache`, that of its `forward`
 
     @property
     def caches(self) -> Sequence[SiblingCache]:
@@ -58,10 +56,22 @@ class LogitsSource(Protocol):
         """The key/value cache to return after `steps` tokens were chosen, the last not fed."""
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """What a source has more whose rows come and go by themselves, in the order of the scorer's."""
+
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Rows with these prompts (int64 [P] each) come in behind the others, and have come in to
+        the scorer; logits [n, V] of their next tokens."""
+
+    def advance(self, last: Tensor) -> Tensor:
+        """Logits [n, V] of the first n rows, after the tokens `last` [n, 1]."""
+
+
 class HFLogits:
     """`model.forward` with what `model.generate` prepared; any cache, embeddings, no cache."""
 
-    capturable = False
+    capturable = owns_cache = False
     caches: Sequence[SiblingCache] = ()
 
     def __init__(
@@ -114,7 +124,7 @@ class CachedLogits:
     """The language model on a `SiblingCache` of width 1; `cache` is the one to give back filled."""
 
     attentions = hidden_states = None
-    capturable = True
+    capturable = owns_cache = True
 
     def __init__(
         self,
@@ -125,45 +135,75 @@ class CachedLogits:
         cache: DynamicCache,
     ) -> None:
         self.view, self.attention_mask, self.cache = view, attention_mask, cache
-        self.forward = SiblingForward(view.twin(eval_mode=False), 1, capacity, True, backend)
-        self.rest = view.rest()
+        self.static = StaticForward(view, capacity, backend, eval_mode=False)
+        # [B], tokens of the prompts
+        self.counts = torch.zeros(0, dtype=torch.int64, device=view.device)
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
         device = self.view.device
         mask = self.attention_mask.to(device)
-        hidden = self.forward.prefill(input_ids.to(device), mask)
-        logits = self.rest.logits(hidden[:, -1], self.forward.output_type)
-        self.slot = torch.zeros(len(mask), dtype=torch.int64, device=device)
-        return logits.to(input_ids.device)
+        self.counts = mask.sum(1)
+        hidden = self.static.prefill(input_ids.to(device), mask)
+        return self.static.logits(hidden).to(input_ids.device)
+
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        hidden = self.static.join([prompt.to(self.view.device) for prompt in prompts])
+        counts = self.counts.new_tensor([len(prompt) for prompt in prompts])
+        self.counts = torch.cat([self.counts, counts])
+        return self.static.logits(hidden).to(prompts[0].device)
+
+    def advance(self, last: Tensor) -> Tensor:
+        hidden = self.static.step(last.to(self.view.device))
+        return self.static.logits(hidden).to(last.device)
 
     def step(self, rows: Rows) -> Tensor:
-        hidden = self.forward.siblings(rows.last().to(self.view.device))
-        self.forward.commit(self.slot)
-        logits = self.rest.logits(hidden[:, 0], self.forward.output_type)
-        return logits.to(rows.ids.device)
+        return self.feed(rows.last())
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after one more token int64 [B, 1]."""
+        hidden = self.static.step(tokens.to(self.view.device))
+        return self.static.logits(hidden).to(tokens.device)
+
+    def extend(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Logits [B, n, V] after each of the next tokens int64 [B, n], of which a row has the first
+        `counts` [B] (behind them, anything)."""
+        device = self.view.device
+        hidden = self.forward.extend(tokens.to(device), counts.to(device))
+        logits = self.static.logits(hidden.flatten(0, 1))
+        return logits.view(*tokens.shape, -1).to(tokens.device)
+
+    def crop(self, answers: Tensor) -> None:
+        """Forget all but the prompts and the first `answers` - 1 tokens behind them, [B]."""
+        self.forward.crop(self.counts + answers.to(self.view.device) - 1)
 
     def can_keep_rows(self) -> bool:
         return True
 
     def keep_rows(self, rows: Tensor) -> None:
         rows = rows.to(self.view.device)
-        self.forward.keep_rows(rows)
-        self.slot = self.slot[rows]
+        self.static.keep_rows(rows)
+        self.counts = self.counts[rows]
+
+    @property
+    def forward(self) -> SiblingForward:
+        """The language model's, of one sibling."""
+        return self.static.forward
 
     @property
     def caches(self) -> Sequence[SiblingCache]:
         return (self.forward.cache,)
 
     def finish(self, steps: int) -> Any:
-        return fill_cache(self.cache, self.forward.cache, self.prompt + steps - 1, len(self.slot))
+        (own,) = self.caches
+        return fill_cache(self.cache, own, self.prompt + steps - 1, len(self.static.slot))
 
 
 class JointLogits:
     """The logits of a `JointScorer`'s winners; it has no forward of its own."""
 
     attentions = hidden_states = None
-    capturable = True
+    capturable, owns_cache = True, False
     caches: Sequence[SiblingCache] = ()  # the scorer's
 
     def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:
@@ -177,8 +217,15 @@ class JointLogits:
     def step(self, rows: Rows) -> Tensor:
         return self._logits().to(rows.ids.device)
 
-    def _logits(self) -> Tensor:
-        return self.rest.logits(self.scorer.next_hidden, self.scorer.forward.output_type)
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        return self._logits(slice(-len(prompts), None)).to(prompts[0].device)
+
+    def advance(self, last: Tensor) -> Tensor:
+        return self._logits(slice(len(last))).to(last.device)
+
+    def _logits(self, rows: slice = slice(None)) -> Tensor:
+        hidden = self.scorer.next_hidden[rows]
+        return self.rest.logits(hidden, self.scorer.forward.output_type)
 
     def can_keep_rows(self) -> bool:
         return True
@@ -255,50 +302,3 @@ def _is_plain_call(
 def _keys_and_values_alone(cache: Any) -> bool:
     """No recurrent state, and nothing static or quantised."""
     return type(cache) is DynamicCache and all(isinstance(x, DynamicLayer) for x in cache.layers)
-
-
-_head_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple, bool]] = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
-def language_model(
-    model: Any, max_length: int, backend: ops.Backend
-) -> tuple[LanguageModel, str] | None:
-    """`model` taken apart, and the way its siblings run ("fused" or "masked", see `scorers.probe`).
-
-    None where neither is right, or where the user has put something on the model that running its
-    parts would pass by (hooks, a compiled or replaced forward, prompt tuning).
-    """
-    if (
-        type(model).prepare_inputs_for_generation
-        is not GenerationMixin.prepare_inputs_for_generation
-        or "prepare_inputs_for_generation" in model.__dict__
-    ):
-        return None
-    view = LanguageModel(model)
-    if view.base is model:
-        return None
-    if not foreign.untouched(model, view.base):
-        return None
-    way = probe(view, max_length, ("tree",), backend).way("tree")
-    if way is None or not _head_is_right(view):
-        return None
-    return view, way
-
-
-def _head_is_right(view: LanguageModel) -> bool:
-    """Whether `view.logits` of the base's hidden state are what the whole model gives."""
-    known = _head_verdicts.setdefault(view.model, {})
-    key = (view.dtype, str(view.device), numerics(view.device))
-    if key not in known:
-        ids = torch.arange(1, 4, device=view.device)[None] % view.vocab_size
-        twins = Twins([view.model], eval_mode=True)  # kept: its copies are emptied when it is freed
-        whole = twins[view.model]
-        want = whole(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1]
-        hidden, out = view.twin().forward_base(ids, use_cache=False)
-        got = view.rest(eval_mode=True).logits(hidden[:, -1], type(out))
-        spread = want.float().std()
-        error = (got.float() - want.float()).abs().max()
-        allowed = TOLERANCE[computing_dtype(view)] * spread
-        known[key] = bool(error <= allowed) or bool(want.isnan().any())
-    return known[key]

@@ -41,6 +41,21 @@ def auto_or_flag(name: str, value: Any) -> None:
         raise ValueError(f'{name}={value!r}; pass True, False or "auto"')
 
 
+def speculate(value: Any, assistant: Any) -> Any:
+    """ "auto", False or a number of tokens, 2 to 32; with an `assistant`, not False."""
+    if value is False or (isinstance(value, str) and value == "auto"):
+        if value is False and assistant is not None:
+            raise ValueError(
+                "assistant_model drafts for speculation, and speculate=False; leave one of them out"
+            )
+        return value
+    if isinstance(value, (str, bool)):
+        raise ValueError(
+            f'speculate={value!r}; pass "auto", False, or the tokens of a round, an int >= 2'
+        )
+    return integer("speculate", value, 2, 32)
+
+
 def choices(values: dict[str, Any], allowed: Mapping[str, Iterable[str]]) -> None:
     """Each of the values by name must be one of the strings `allowed` for that name."""
     for name, strings in allowed.items():

@@ -41,8 +41,9 @@ class RatioPolicy:
 
     `beta` and `temperature` are fp32 [B], `seeds` int64 [B], on the device of the ids; `check_nan`
     True reads a flag at every step, None once at the end, False never. Rewards are clamped to
-    `reward_range`, and with `prune` those that cannot decide a step are not asked for; with `lone`
-    neither is that of a candidate which has no rival. `warpers` make π of the scores.
+    `reward_range`, and with `prune` those that cannot decide a step are not asked for. Neither is
+    that of a candidate without a rival where `lone` is "row"; where it is "step", if no row has
+    any. `warpers` make π of the scores.
     """
 
     k: int
@@ -54,7 +55,7 @@ class RatioPolicy:
     backend: ops.Backend
     reward_range: tuple[float, float] | None = None
     prune: bool = False
-    lone: bool = False
+    lone: str | None = None
     warpers: Last | None = None
 
     @functools.cached_property
@@ -102,11 +103,21 @@ class RatioPolicy:
             per_row = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
             may_win = self._keep(logprobs, ids, *per_row, *self.reward_range)
         scored = may_win & rows.unfinished[:, None]
-        if self.lone:
-            scored &= may_win.sum(1, keepdim=True) > 1
-        else:
-            scored[:1, 0] |= ~scored.any()
+        settled = torch.zeros_like(rows.unfinished)
+        if self.lone is not None:
+            settled = ~rows.unfinished | (may_win.sum(1) == 1)
+            if known is not None:  # what is no token must be found to have no reward
+                settled &= ~rows.unfinished | (known | ~may_win).all(1)
+            if self.lone == "step":
+                settled &= settled.all()
+        scored &= ~settled[:, None]
+        scored[:1, 0] |= ~(scored.any() | settled.all())
         return None if scored.all() else Contest(may_win, scored)
+
+    def alone(self, logprobs: Tensor, ids: Tensor, position: Tensor, reach: float) -> Tensor:
+        """Whether, bool [B], one candidate wins whatever the rewards between -reach and reach."""
+        per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
+        return self._keep(logprobs, ids, *per_row, -reach, reach).sum(1) == 1
 
     def bounded(self, rewards: Tensor) -> Tensor:
         """Rewards clamped to the range; -inf (an id that is no token) and NaN are left."""

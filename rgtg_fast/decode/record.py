@@ -44,7 +44,7 @@ class Record:
         for name, value in self.of_step(rows.unfinished, choice).items():
             buffer = self.columns.get(name)
             if buffer is None:
-                room = rows.ids.shape[1] - rows.prompt
+                room = rows.room
                 buffer = value.new_zeros((value.shape[0], room, *value.shape[1:]))
             elif buffer.shape[1] <= rows.taken:
                 buffer = with_room(buffer, rows.taken)
@@ -57,6 +57,20 @@ class Record:
             self.attentions += (source.attentions,)
         if self.hidden_states is not None:
             self.hidden_states += (source.hidden_states,)
+
+    def write_ragged(self, rows: Rows, choice: Choice, active: Tensor) -> None:
+        """Keep the results of a step of the `active` rows [B] alone, each at its own position."""
+        if not self.on:
+            return
+        room = rows.ids.shape[1] - rows.prompt
+        for name, value in self.of_step(active, choice).items():
+            buffer = self.columns.get(name, value[:, None][:, :0])
+            if buffer.shape[1] < room:
+                # A row that has ended is never written to again.
+                blank = torch.nan if name in ("rewards", "kl") else 0
+                blanks = buffer.new_full((), blank)
+                buffer = self.columns[name] = with_room(buffer, room - buffer.shape[1], blanks)
+            buffer[active, rows.position[active]] = value[active]
 
     def of_step(self, unfinished: Tensor, choice: Choice) -> dict[str, Tensor]:
         """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where

@@ -29,9 +29,12 @@ class Rows:
         self.pad, self.eos = plan.pad, plan.eos
         self.batch, self.prompt = input_ids.shape
         self.ids = with_room(input_ids.long(), room, self.pad)  # [B, P + room]
+        self.room = room  # steps that a record is made for at first
         self.origin = torch.arange(self.batch, device=input_ids.device)
         self.unfinished = torch.ones_like(self.origin, dtype=torch.bool)
         self.position = torch.zeros_like(self.origin)  # [B], tokens of the answer so far
+        # [1], the column of the next token. A number would be part of a captured step.
+        self.end = torch.full_like(self.origin[:1], self.prompt)
         self.steps = self.position.new_zeros(())  # steps taken while a row was unfinished
         self.taken = 0
         self.left: list[tuple[Tensor, Tensor]] = []
@@ -48,7 +51,7 @@ class Rows:
 
     def last(self) -> Tensor:
         """The newest tokens [B, 1]."""
-        return self.ids.index_select(1, self.position[:1] + (self.prompt - 1))
+        return self.ids.index_select(1, self.end - 1)
 
     def append(self, ids: Tensor, slot: Tensor) -> None:
         """Put the chosen tokens (padding where a row has ended) behind the rows."""
@@ -56,8 +59,9 @@ class Rows:
         if self.pad is not None:
             tokens = torch.where(self.unfinished[:, None], tokens, self.pad)
         self.steps += self.unfinished.any()
-        self.ids.index_copy_(1, self.position[:1] + self.prompt, tokens)
+        self.ids.index_copy_(1, self.end, tokens)
         self.position += 1
+        self.end += 1
         if len(self.eos):
             self.unfinished &= (tokens != self.eos).all(1)
 
@@ -79,3 +83,41 @@ class Rows:
             width = min(length, ids.shape[1])
             out[origin, :width] = ids[:, :width]
         return out
+
+
+class RaggedRows(Rows):
+    """Rows of which each has its own number of tokens, `position`; ended ones stand still."""
+
+    def __init__(self, input_ids: Tensor, plan: Plan) -> None:
+        super().__init__(input_ids, plan, min(plan.steps, ROOM))
+        self.limit = plan.steps
+        self.longest = 0  # tokens of the longest answer, of rows that have left too
+
+    def last(self) -> Tensor:
+        return self.ids.gather(1, (self.position + self.prompt - 1)[:, None])
+
+    def make_room(self, tokens: int) -> None:
+        """Room for `tokens` more in every row."""
+        if self.prompt + self.longest + tokens > self.ids.shape[1]:
+            self.reserve(self.ids.shape[1] - self.prompt)
+
+    def remaining(self) -> int:
+        """Tokens that every unfinished row may still get."""
+        return int((self.limit - self.position)[self.unfinished].min())
+
+    def put(self, ids: Tensor, slot: Tensor, active: Tensor) -> None:
+        """Put the chosen tokens behind the `active` rows [B]."""
+        tokens = ids.gather(1, slot[:, None])
+        at = (self.position + self.prompt)[:, None]
+        self.ids.scatter_(1, at, tokens.where(active[:, None], self.ids.gather(1, at)))
+        self.position += active
+        self.longest = max(self.longest, int(self.position.max()))
+        over = self.position >= self.limit
+        if len(self.eos):
+            over |= (tokens == self.eos).any(1)
+        self.unfinished &= ~(active & over)
+
+    def text(self, row: int, more: Tensor | None = None) -> Tensor:
+        """A row's prompt and answer int64 [1, n], with the tokens `more` [m] behind them."""
+        own = self.ids[row, : self.prompt + int(self.position[row])]
+        return (own if more is None else torch.cat([own, more]))[None]

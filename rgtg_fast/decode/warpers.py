@@ -32,6 +32,17 @@ Topk = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 Last = Callable[[Tensor, int, Topk], tuple[Tensor, Tensor]]
 
 
+def take_temperature(processors: LogitsProcessorList) -> tuple[float, LogitsProcessorList]:
+    """The temperature HF would put on the LM logits, and the processors without that warper."""
+    kept, temperature = LogitsProcessorList(), 1.0
+    for processor in processors:
+        if isinstance(processor, tf.TemperatureLogitsWarper):
+            temperature = float(processor.temperature)
+        else:
+            kept.append(processor)
+    return temperature, kept
+
+
 def trailing(
     processors: LogitsProcessorList, k: int, vocab_size: int, look: bool
 ) -> tuple[LogitsProcessorList, Last | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,47 @@ class Answerer:
         eos = lm.generation_config.eos_token_id
         self.eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
 
-    def batch(self, prompts: Sequence[Prompt], numbers: Sequence[int], seed: int) -> list[dict]:
-        """A row for each of the prompts, whose places in the file are `numbers`."""
+    def batches(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], seed: int, size: int
+    ) -> Iterator[list[dict]]:
+        """Rows for the prompts, whose places in the file are `numbers`, in their order, `size` at a
+        time."""
+        groups = [range(at, min(at + size, len(prompts))) for at in range(0, len(prompts), size)]
+        repeated = [p for p in prompts for _ in range(self.run.best_of)]
+        copies = [i * self.run.best_of + j for i in numbers for j in range(self.run.best_of)]
+        if self.guide is None:
+            answers: Iterator[list[Answer]] = (
+                self._unguided(repeated[own], copies[own], seed) for own in self._copies_of(groups)
+            )
+        else:
+            answers = self._in_order(repeated, copies, seed, self._copies_of(groups))
+        for group, own in zip(groups, answers, strict=True):
+            yield self.batch([prompts[i] for i in group], [numbers[i] for i in group], own)
+
+    def _copies_of(self, groups: Sequence[range]) -> list[slice]:
         n = self.run.best_of
-        repeated = [p for p in prompts for _ in range(n)]
-        copies = [i * n + j for i in numbers for j in range(n)]
-        answers = self._answer(repeated, copies, seed)
+        return [slice(group.start * n, group.stop * n) for group in groups]
+
+    def _in_order(
+        self, prompts: list[Prompt], copies: list[int], seed: int, groups: Sequence[slice]
+    ) -> Iterator[list[Answer]]:
+        """Guided answers to the prompts of each group, as soon as all of it have one."""
+        done: dict[int, Answer] = {}
+        answers = self._guided(prompts, copies, seed, groups[0].stop if groups else 1)
+        for group in groups:
+            wanted = range(group.start, group.stop)
+            while not all(i in done for i in wanted):
+                index, answer = next(answers)
+                done[index] = answer
+            yield [done.pop(i) for i in wanted]
+
+    def batch(self, prompts: list[Prompt], numbers: list[int], answers: list[Answer]) -> list[dict]:
+        """The rows of `answers` to the prompts, `best_of` for each."""
+        n = self.run.best_of
         if n == 1:
             return [{"i": i, **vars(a)} for i, a in zip(numbers, answers, strict=True)]
         assert self.selector is not None
+        repeated = [p for p in prompts for _ in range(n)]
         scores = self.selector.score(repeated, [vars(a) for a in answers])
         rows = []
         for at, i in enumerate(numbers):
@@ -107,12 +139,26 @@ class Answerer:
 
     def rehearse(self, prompt: Prompt) -> None:
         """The first token of an answer, with everything that all of it would need."""
-        answers = self._answer([prompt], [0], 0, StoppingCriteriaList([_AtOnce()]))
+        stop = StoppingCriteriaList([_AtOnce()])
+        if self.guide is None:
+            answers = self._unguided([prompt], [0], 0, stop)
+        else:
+            answers = [answer for _, answer in self._guided([prompt], [0], 0, 1, stop)]
         if self.selector is not None:
             self.selector.score([prompt], [vars(a) for a in answers])
 
+    def _options(self, stop: StoppingCriteriaList | None) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "do_sample": self.run.do_sample,
+            "max_new_tokens": self.max_new_tokens,
+            "stopping_criteria": stop,
+        }
+        if self.run.do_sample:  # None would mean 50, the configuration class's default
+            options["top_k"] = 0
+        return options
+
     @torch.no_grad()
-    def _answer(
+    def _unguided(
         self,
         prompts: list[Prompt],
         copies: list[int],
@@ -122,48 +168,26 @@ class Answerer:
         inputs = self.tokenizer.pad(
             {"input_ids": [p.ids for p in prompts]}, padding_side="left", return_tensors="pt"
         ).to(self.lm.device)
-        options: dict[str, Any] = {
-            **{name: inputs[name] for name in ("input_ids", "attention_mask")},
-            "do_sample": self.run.do_sample,
-            "max_new_tokens": self.max_new_tokens,
-            "return_dict_in_generate": True,
-            "stopping_criteria": stop,
-        }
-        if self.run.do_sample:  # None would mean 50, the configuration class's default
-            options["top_k"] = 0
-        if self.guide is None:
-            out = self._sample(options, copies[0], seed)
-        else:
-            out = self._guided(options, copies, seed)
-        start = inputs["input_ids"].shape[1]
-        new = out.sequences[:, start:]
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        options = {**given, **self._options(stop), "return_dict_in_generate": True}
+        out = self._sample(options, copies[0], seed)
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
         live = self._live(new)
-        if self.guide is None:
-            steps = [self._step(*step) for step in zip(out.logits, new.T, strict=True)]
-            logp, kl, ratio = (torch.stack(values, 1) for values in zip(*steps, strict=True))
-        else:
-            logp, kl, ratio = self._guided_steps(out, new)
-        rewards = getattr(out, "rewards", None)
+        steps = [self._step(*step) for step in zip(out.logits, new.T, strict=True)]
+        columns = [torch.stack(values, 1).double() for values in zip(*steps, strict=True)]
         answers = []
         for row in range(len(prompts)):
             n = int(live[row].sum())
-            ids = new[row, :n].tolist()
-            end = ids.pop() if ids[-1] in self.eos else None
-            answers.append(
-                Answer(
-                    text=self.tokenizer.decode(ids, skip_special_tokens=True),
-                    ids=ids,
-                    end=end,
-                    logp=float(logp[row, :n].double().sum()),
-                    kl=float(kl[row, :n].double().sum()),
-                    log_ratio=float(ratio[row, :n].double().sum()),
-                    proxy=None if rewards is None else self._proxy(rewards[row, :n]),
-                )
-            )
+            sums = [float(column[row, :n].sum()) for column in columns]
+            answers.append(self._answer(new[row, :n].tolist(), sums))
         return answers
 
-    def _proxy(self, rewards: Tensor) -> float:
-        return float(rewards.sum() if KINDS[self.run.kind].per_token else rewards[-1])
+    def _answer(self, ids: list[int], sums: Sequence[float], proxy: float | None = None) -> Answer:
+        """An answer of these tokens, with the `sums` log p, KL and log q - log p."""
+        end = ids.pop() if ids[-1] in self.eos else None
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        logp, kl, log_ratio = sums
+        return Answer(text, ids, end, logp, kl, log_ratio, proxy)
 
     def _sample(self, options: dict[str, Any], first: int, seed: int) -> Any:
         run = self.run
@@ -178,24 +202,40 @@ class Answerer:
             torch.manual_seed(int(ops.split_seed(seed, first + 1)[first]))
             return self.lm.generate(**options, output_logits=True)
 
-    def _guided(self, options: dict[str, Any], copies: list[int], seed: int) -> Any:
+    def _guided(
+        self,
+        prompts: list[Prompt],
+        copies: list[int],
+        seed: int,
+        batch_size: int,
+        stop: StoppingCriteriaList | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers in the order they end, each with the place of its prompt."""
         run = self.run
         tokenizers = {}
         if self.reward_tokenizer is not None:
             tokenizers = {"tokenizer": self.tokenizer, "reward_tokenizer": self.reward_tokenizer}
-        return rgtg_fast.generate(
+        many = rgtg_fast.generate_many(
             self.lm,
+            [p.ids for p in prompts],
             reward_model=self.guide,
+            batch_size=batch_size,
             k=run.k,
             beta=run.beta,
             temperature=run.temperature,
             seed=ops.split_seed(seed, max(copies) + 1)[copies],
             eos_reward=run.eos_reward,
             reward_method=run.reward_method,
-            output_candidates=True,
             **tokenizers,
-            **options,
+            **self._options(stop),
         )
+        for got in many:
+            if got.error is not None:
+                raise ValueError(f"prompt {copies[got.index] // run.best_of}: {got.error}")
+            sums = [math.fsum(column) for column in (got.logprobs, got.kl, got.log_ratio)]
+            per_token = KINDS[run.kind].per_token
+            proxy = math.fsum(got.rewards) if per_token else got.rewards[-1]
+            yield got.index, self._answer(got.tokens, sums, proxy)
 
     def _live(self, new: Tensor) -> Tensor:
         """Which new tokens [B, T] belong to the answer: those up to and with the first EOS."""
@@ -214,17 +254,6 @@ class Answerer:
         logq = torch.log_softmax(self._warp(logits).double(), -1)
         kl = torch.where(logq > -torch.inf, logq.exp() * (logq - base), 0.0).sum(-1)
         return logp, kl, logq.gather(1, token[:, None])[:, 0] - logp
-
-    def _guided_steps(self, out: Any, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, [B, T], of the tokens `new` [B, T] that a guide chose among its candidates."""
-        run, drawn = self.run, out.candidate_ids == new[..., None]
-        candidates = out.candidate_logprobs.double()
-        logp = torch.where(drawn, candidates, 0.0).sum(-1)
-        if not run.do_sample:
-            return logp, out.kl, -logp
-        scores = candidates + run.beta * out.candidate_rewards.double()
-        logq = torch.log_softmax(scores / run.temperature, -1)
-        return logp, out.kl, torch.where(drawn, logq - candidates, 0.0).sum(-1)
 
     def _is_base(self) -> bool:
         run = self.run

@@ -93,10 +93,12 @@ def _generate(evaluation: Evaluation, spec: Run, lm: Any, files: dict[int, Rows]
         if len(file.rows) < len(prompts):
             file.cut(len(file.rows) // step * step)
         evaluation.progress.advance(bar, len(file.rows))
-        for at in range(len(file.rows), len(prompts), step):
-            numbers = range(at, min(at + step, len(prompts)))
-            file.add(answerer.batch([prompts[i] for i in numbers], numbers, seed))
-            evaluation.progress.advance(bar, len(numbers))
+        numbers = range(len(file.rows), len(prompts))
+        if not numbers:
+            continue
+        for rows in answerer.batches([prompts[i] for i in numbers], numbers, seed, step):
+            file.add(rows)
+            evaluation.progress.advance(bar, len(rows))
 
 
 def _loaded_as(spec: Run) -> tuple[Any, ...]:

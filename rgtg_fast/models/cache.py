@@ -58,6 +58,9 @@ class SiblingLayer(CacheLayerMixin):
             for pool, states in ((self.key_pool, key_states), (self.value_pool, value_states)):
                 flat = states.transpose(0, 1).flatten(1, 2).to(pool.dtype)
                 pool.index_copy_(1, cache.places[pool.device], flat)
+                if cache.chain is not None:
+                    nodes, slots = cache.chain[pool.device]
+                    pool.index_copy_(1, slots, flat.index_select(1, nodes))
         if cache.fused:
             cache.current = self
             return key_states, value_states
@@ -129,6 +132,8 @@ class SiblingCache(Cache):
         self.rows: Tensor | None = None
         self.places: ByDevice | None = None
         self.seen: ByDevice | None = None
+        # Of a comb: which of its tokens are written behind the prefixes too, and where.
+        self.chain: dict[torch.device, tuple[Tensor, Tensor]] | None = None
         # Of a compiled forward, for each store: the siblings' keys or values [n, B, Hkv, k, D],
         # which it gives instead of writing them into the scratch slots.
         self.fresh: list[Tensor] | None = None
@@ -169,7 +174,7 @@ class SiblingCache(Cache):
 
     def begin(self, rows: Tensor | None, siblings: int) -> None:
         """A forward of `siblings` candidates of each of `rows` int64 [n] (None: all) is next."""
-        self.rows = rows
+        self.rows, self.chain = rows, None
         if self.loose:
             self._lay_out([extent.size for extent in self.extents])
             self._placed(self._taken())
@@ -183,19 +188,41 @@ class SiblingCache(Cache):
             self.places[device] = (offsets[own][:, None] + slots).flatten()
             self.seen[device] = self.ends[device][own]
 
-    def begin_extending(self, rows: Tensor | None, counts: Tensor, tokens: int) -> None:
-        """A fused forward of the next `counts` [n] tokens of each of the rows, padded on the right
-        to `tokens`, is next: they are written behind the prefix, and each sees those before it."""
+    def begin_extending(self, rows: Tensor | None, tokens: int) -> None:
+        """A fused forward of the next `tokens` of each of the rows (or of fewer, and padding) is
+        next: they are written behind the prefix, and each sees those before it."""
         self.reserve(tokens)
-        self.rows, self.places, self.seen = rows, {}, {}
+        self.rows, self.places, self.seen, self.chain = rows, {}, {}, None
         for device, ends in self.ends.items():
             own = slice(None) if rows is None else rows.to(device)
             slots = torch.arange(tokens, device=device)
-            places = ends[own][:, None] + slots
-            self.seen[device] = places.flatten()
-            padding = slots >= counts.to(device)[:, None]
-            scratch = self.offsets[device][own][:, None]  # a neighbour's slots may come next
-            self.places[device] = places.where(~padding, scratch).flatten()
+            self.places[device] = self.seen[device] = (ends[own][:, None] + slots).flatten()
+
+    def begin_comb(self, chain: Tensor, depths: int, siblings: int) -> None:
+        """A fused forward of `siblings` candidates of every row at each of the next `depths`
+        positions is next, depths * siblings <= width: those at a position see the prefix and the
+        candidates `chain` [B, depths - 1] at the positions before it."""
+        self.reserve(depths)
+        self.rows, self.places, self.seen, self.chain = None, {}, {}, {}
+        for device, ends in self.ends.items():
+            ahead = torch.arange(depths, device=device)
+            slots = torch.arange(depths * siblings, device=device)
+            self.places[device] = (self.offsets[device][:, None] + slots).flatten()
+            at = ends[:, None] + ahead
+            self.seen[device] = at.flatten()
+            row = torch.arange(len(ends), device=device)[:, None]
+            nodes = (row * depths + ahead[:-1]) * siblings + chain.to(device)
+            self.chain[device] = nodes.flatten(), at[:, :-1].flatten()
+
+    def commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
+        """Append the first `counts` [B] <= depths tokens of the last comb's chain to the prefixes,
+        with candidate `slot` [B] in the place of the last of them."""
+        for store in self.stores:
+            device = store.device
+            last = (counts.to(device) - 1).clamp(min=0)
+            node = self.offsets[device] + last * siblings + slot.to(device)
+            store.index_copy_(2, self.ends[device] + last, store.index_select(2, node))
+        self.advance(counts, None, depths)
 
     def commit(self, slot: Tensor, rows: Tensor | None = None) -> None:
         """Append sibling `slot` [n] to the prefix of each of `rows` int64 [n] (None: of all), in
@@ -273,6 +300,26 @@ class SiblingCache(Cache):
                 self.stores[i] = kept.flatten(2, 3)
             self.extents = in_order([self.width + self.capacity] * len(rows))
         self._placed(self._taken())
+
+    def in_place(self) -> list[Tensor]:
+        """What a step changes, and reads to do so."""
+        counts = (self.lengths, self.offsets, self.ends)
+        return [*self.stores, *(by_device[d] for by_device in counts for d in by_device)]
+
+    def move_into(self, tensors: list[Tensor]) -> None:
+        """Go on in tensors that are `in_place` in another cache, of as many rows and no less
+        capacity; with extents of one size."""
+        own, counts = self.by_row, iter(tensors[len(self.stores) :])
+        before = self.lengths, self.offsets, self.ends
+        self.stores = tensors[: len(self.stores)]
+        self.capacity = self.stores[0].shape[2] // self.batch - self.width
+        self.extents = in_order([self.width + self.capacity] * self.batch)
+        self._placed([self.length] * self.batch)
+        for ours, theirs in zip(own, self.by_row, strict=True):
+            theirs[:, :, :, : ours.shape[3]].copy_(ours)
+        for by_device in before:
+            for device, count in by_device.items():
+                by_device[device] = next(counts).copy_(count)
 
     def join(self, prompts: SiblingCache, lengths: Sequence[int]) -> None:
         """Take in rows behind the others: their prompts, of `lengths` slots each, are as the layers
@@ -407,7 +454,7 @@ class SiblingCache(Cache):
         """Follow a change of extents, of the rows or of the stores; `taken` are the lengths."""
         for device, lengths in self.lengths.items():
             starts = [extent.start for extent in self.extents]
-            self.offsets[device] = lengths.new_tensor(starts)
+            self.offsets[device] = torch.tensor(starts, dtype=torch.int64, device="cpu").to(device)
             self.ends[device] = self.offsets[device] + self.width + lengths
         rooms = [e.size - self.width - n for e, n in zip(self.extents, taken, strict=True)]
         self.length = max(taken, default=0)

@@ -42,6 +42,10 @@ class AfterBase:
         self._fresh: Tensor
         self._ids: Tensor
 
+    def output_embeddings(self) -> Any:
+        """The twin's head."""
+        return self._model.get_output_embeddings()
+
     def logits(self, hidden: Tensor, output_type: Any) -> Tensor:
         """Logits [B, V] of hidden states [B, H], by the model's own code after its base (heads,
         caps, scales). `output_type` is the class of what the base returns."""

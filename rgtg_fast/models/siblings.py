@@ -45,6 +45,8 @@ class SiblingForward:
             raise Unsupported(f"no compiled kernel of candidate_attention runs on {parts.device}")
         self.attention = [(config, attention_of(config)) for config in parts.twins.configs]
         self.position: Tensor | None = None  # [B, 1], real tokens so far
+        # [B, 1], the last position a row may have; rows that have ended are run behind it too.
+        self.furthest: Tensor | None = None
 
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor, copies: Tensor | None = None
@@ -97,7 +99,10 @@ class SiblingForward:
             hidden = None if self.cache.ragged else self.compiled(self, ids)
             if hidden is not None:
                 return hidden
-        position = self._position(rows).expand(-1, ids.shape[1])
+        position = self._position(rows)
+        if self.furthest is not None:
+            position = torch.minimum(position, self.furthest)
+        position = position.expand(-1, ids.shape[1])
         if selection is not None:
             ids, position = selection.take(ids), selection.take(position)
         self.cache.selection, self.cache.fresh = selection, None
@@ -131,7 +136,7 @@ class SiblingForward:
             position = self._position(rows) + torch.minimum(ahead, real[:, None] - 1)
             position = position.clamp(min=0)  # padding must not look past the positions there are
             if isinstance(self.mask, SiblingStarts):
-                self.cache.begin_extending(rows, real, tokens)
+                self.cache.begin_extending(rows, tokens)
                 hidden.append(self._forward(chunk, position, self.mask.current(rows, tokens)))
                 self.cache.advance(real, rows, tokens)
             else:
@@ -144,6 +149,28 @@ class SiblingForward:
                 self.position[rows] += real[:, None]  # type: ignore[index]
             self._follow()
         return torch.cat(hidden, dim=1)
+
+    def comb(self, ids: Tensor, chain: Tensor) -> Tensor:
+        """Hidden states [B, m, k, H] of `ids` [B, m, k], k siblings at each of the next m positions
+        (m * k <= width; by fused attention alone). Those at a position are behind the siblings
+        `chain` [B, m - 1] at the positions before it."""
+        batch, depths, siblings = ids.shape
+        self.cache.selection = self.cache.fresh = None
+        self.cache.begin_comb(chain, depths, siblings)
+        position = self._position(None) + torch.arange(depths, device=ids.device)
+        if self.furthest is not None:
+            position = torch.minimum(position, self.furthest)
+        position = position.reshape(-1, 1).expand(-1, siblings)
+        assert isinstance(self.mask, SiblingStarts)
+        hidden = self._forward(ids.flatten(0, 1), position, self.mask.current(None, depths))
+        return hidden.view(batch, depths, siblings, -1)
+
+    def commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
+        """The first `counts` [B] tokens of the last comb's chain join the prefixes, with sibling
+        `slot` [B] for the last of them."""
+        self.cache.commit_comb(counts, slot, depths, siblings)
+        self._position(None).add_(counts[:, None])
+        self._follow()
 
     def crop(self, lengths: Tensor, rows: Tensor | None = None) -> None:
         """Keep the first `lengths` [n] tokens of each of the rows; `ValueError` for fewer than
@@ -162,6 +189,7 @@ class SiblingForward:
     def keep_rows(self, rows: Tensor) -> None:
         self.cache.keep_rows(rows)
         self.position = self._position(rows)
+        self.furthest = None if self.furthest is None else self.furthest[rows]
         self.mask.keep_rows(rows)
 
     def attend_as_before(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.foreign import cache_argument, cache_of
+from .causal import StaticForward
 from .next_token import NextTokenScorer
 
 
@@ -30,6 +31,9 @@ class AutoregressiveScorer(NextTokenScorer):
         parameters = inspect.signature(inner.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._cache_argument = cache_argument(inner.forward)
+
+    def _of_hidden(self, static: StaticForward, hidden: Tensor) -> Tensor:
+        return static.logits(hidden).float()
 
     def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         kwargs[self._cache_argument] = cache

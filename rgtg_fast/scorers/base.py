@@ -22,8 +22,9 @@ class Scorer(Protocol):
     A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone). Without it,
     rows that have ended are carried along until all have. One whose `can_skip` is true takes
     `score(ids, keep)` too: bool [B, k], only these candidates need a reward (at least one does);
-    the others get NaN and are not committed. With `commits_unscored` it may be none, and a row's
-    only candidate is committed without. One that says `capturable = True` only changes
+    the others get NaN and are not committed. Its `commits_unscored` is "row" where a row of which
+    none does can be committed all the same, "step" where that holds if it is so for all rows of a
+    step. One that says `capturable = True` only changes
     tensors in place in `score` and `commit`, never waits for the device there, and keeps nothing on
     the host but the lengths of its `caches`, the `SiblingCache`s it has after `prefill` (replaying
     a graph advances the counts on the device alone, so whoever replays one sets these).

@@ -46,9 +46,9 @@ class ReencodeScorer(RewardModelScorer):
         self.pad = pad if pad is not None and 0 <= pad < rm.vocab_size else 0
 
     @property
-    def commits_unscored(self) -> bool:
+    def commits_unscored(self) -> str | None:
         """Nothing but the ids is kept of a step; with EOS "previous", the prefix's reward too."""
-        return self.eos_ids is None
+        return "row" if self.eos_ids is None else None
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.prompts: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class SiblingScorer(RewardModelScorer):
 
     forward: SiblingForward  # for one call
     selection: Selection | None = None  # of the candidates last scored; None: all
+    ahead = 1  # positions that `score_comb` of a call has room for
     state = (*RewardModelScorer.state, "forward", "selection")
 
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
@@ -66,7 +68,8 @@ class SiblingScorer(RewardModelScorer):
 
     def _forward(self, parts: Any) -> SiblingForward:
         """The forward of a call."""
-        forward = SiblingForward(parts, self.k, self.capacity, self.fused, self.backend)
+        width = self.k * self.ahead
+        forward = SiblingForward(parts, width, self.capacity, self.fused, self.backend)
         forward.compiled = self.compiled
         return forward
 
@@ -82,11 +85,60 @@ class TreeScorer(SiblingScorer):
     """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
 
     method = "tree"
+    chain: Tensor  # int64 [B, m - 1], of the last comb
+    # Ids [B, k] of a step of which nothing was scored, until it is committed; and the winners
+    # [B, 1] of such steps, which are read in one forward when a reward is next asked for.
+    unscored: Tensor | None = None
+    unread: list[Tensor]
+    state = (*SiblingScorer.state, "unscored", "chain")
 
     def __init__(self, rm: RewardModel, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
         # On a GPU skipping saves next to nothing, and changing shapes would rule out a graph.
         self.can_skip = rm.device.type == "cpu"
+        self.commits_unscored = "step" if self.can_skip else None
+
+    def begin(self, rows: int) -> None:
+        super().begin(rows)
+        self.unread = []
+
+    def score(
+        self, ids: Tensor, keep: Tensor | None = None, handles: Sequence[int] | None = None
+    ) -> Tensor:
+        if keep is not None and handles is None and not keep.any():
+            known = self.known(ids)
+            self.unscored = ids if known is None else ids.where(known, 0)
+            return torch.full(ids.shape, torch.nan, dtype=torch.float32, device=ids.device)
+        self._read()
+        return super().score(ids, keep, handles)
+
+    def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
+        if self.unscored is None:
+            super().commit(slot, handles)
+            return
+        self.unread.append(self.unscored.gather(1, slot[:, None]).to(self.device))
+        self.unscored = None
+
+    def extend(self, handles: Sequence[int], ids: Sequence[Tensor]) -> None:
+        self._read()
+        super().extend(handles, ids)
+
+    def crop(self, handles: Sequence[int], lengths: Sequence[int] | Tensor) -> None:
+        self._read()
+        super().crop(handles, lengths)
+
+    def join(self, prompts: Sequence[Tensor]) -> list[int]:
+        self._read()
+        return super().join(prompts)
+
+    def linear(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        self._read()
+        return super().linear(ids)
+
+    def _read(self) -> None:
+        if self.unread:
+            tokens, self.unread = torch.cat(self.unread, dim=1), []
+            super().extend(self.handles, list(tokens))
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         ids, mask, copies = without_copies(input_ids, attention_mask)
@@ -116,6 +168,43 @@ class TreeScorer(SiblingScorer):
             slot = self.selection.places_of(slot, at)
         self.forward.commit(slot, rows)
 
+    @torch.no_grad()
+    def score_comb(self, ids: Tensor, chain: Tensor) -> Tensor:
+        """Rewards fp32 [B, m, k] of candidates `ids` int64 [B, m, k] at the next m <= `ahead`
+        positions, each behind the prefix and the candidates `chain` [B, m - 1] before it."""
+        here, chain = ids.to(self.device), chain.to(self.device)
+        known = self.known(here)
+        if known is not None:
+            here = here.where(known, 0)
+        hidden = self.forward.comb(here, chain)
+        rewards = self.parts.rewards(hidden.flatten(0, 1), self.backend).view(ids.shape)
+        rewards = rewards.to(self.device)
+        if known is not None:
+            rewards = rewards.masked_fill(~known, -torch.inf)
+        if self.eos_ids is not None:
+            of_chain = rewards[:, :-1].gather(2, chain[..., None])[..., 0]
+            before = torch.cat([self.last_reward[:, None], of_chain], dim=1)
+            is_eos = (here[..., None] == self.eos_ids).any(-1)
+            rewards = torch.where(is_eos, before[..., None], rewards)
+        self.ids, self.rewards, self.chain, self.scored = here, rewards, chain, []
+        return rewards.to(ids.device)
+
+    @torch.no_grad()
+    def commit_comb(self, counts: Tensor, slot: Tensor) -> None:
+        """Append the first `counts` [B] tokens of the last `score_comb`'s chain to the rows, with
+        candidate `slot` [B] for the last of them."""
+        counts, slot = counts.to(self.device), slot.to(self.device)
+        depths, siblings = self.ids.shape[1:]
+        if self.eos_ids is not None:
+            last = (counts - 1).clamp(min=0)
+            of_row = self.rewards[torch.arange(len(counts), device=self.device), last, slot]
+            self.last_reward.copy_(of_row.where(counts > 0, self.last_reward))
+        if self.texts is not None:
+            slots = torch.cat([self.chain, slot[:, None]], dim=1)
+            slots = slots.scatter(1, (counts - 1).clamp(min=0)[:, None], slot[:, None])
+            self.texts.extend(self.ids.gather(2, slots[..., None])[..., 0], counts, None)
+        self.forward.commit_comb(counts, slot, depths, siblings)
+
     def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:
         hidden = self.forward.extend(ids, counts, rows)
         last = at_counts(hidden, counts)
@@ -125,4 +214,5 @@ class TreeScorer(SiblingScorer):
         self.forward.crop(lengths, rows)
 
     def _keep(self, rows: Tensor) -> None:
+        self.unread = [tokens[rows] for tokens in self.unread]
         self.forward.keep_rows(rows)

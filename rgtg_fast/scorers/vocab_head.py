@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.foreign import cache_of
+from .causal import StaticForward
 from .next_token import NextTokenScorer
 
 
@@ -22,8 +23,10 @@ class VocabRewardScorer(NextTokenScorer):
     """
 
     def __init__(self, model: nn.Module, backend: ops.Backend = "auto") -> None:
-        super().__init__(model)
-        self.backend = backend
+        super().__init__(model, backend)
+
+    def _of_hidden(self, static: StaticForward, hidden: Tensor) -> Tensor:
+        return hidden.contiguous()
 
     def _forward(self, ids: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         hidden, out = self.parts.forward_base(ids, cache=cache, **kwargs)
@@ -34,5 +37,6 @@ class VocabRewardScorer(NextTokenScorer):
         hidden = self.state.to(head.weight.device)
         if type(head) is not nn.Linear:  # an adapter on the head: there are no plain rows to gather
             return head(hidden.to(head.weight.dtype)).gather(1, ids).float()
-        rewards = ops.vocab_reward(hidden, head.weight, ids, backend=self.backend)
+        kernel = ops.kernel("vocab_reward", self.backend, hidden.device, len(hidden))
+        rewards = kernel(hidden, head.weight, ids)
         return rewards if head.bias is None else rewards + head.bias[ids].float()

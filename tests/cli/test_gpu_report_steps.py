@@ -50,27 +50,24 @@ def test_nothing_stops_at_a_failure_and_every_step_has_its_record(out, capsys):
     assert said[1].startswith("[2/2] good") and said[1].endswith("ok")
 
 
+CHILD = """import subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])
+open(folder + '/pid', 'w').write(str(child.pid))"""
+
+
 def test_a_step_beyond_its_limit_is_killed_with_its_children_and_the_next_runs(out):
-    code = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
-        "open(folder + '/pid', 'w').write(str(child.pid)); time.sleep(60)"
-    )
+    code = f"{CHILD}; time.sleep(20); open(folder + '/slept', 'w')"
     run_all([step("family", code, limit=3.0), GOOD], out)
     found = record(out, "family")
     assert found["status"] == "timed out" and found["why"] == "killed after 3 s"
     assert "rc" not in found
+    assert not (out / "steps" / "family" / "slept").exists()
     assert not alive(int((out / "steps" / "family" / "pid").read_text()))
     assert record(out, "good")["status"] == "ok"
 
 
 def test_what_a_finished_step_left_running_is_killed(out):
-    code = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
-        "open(folder + '/pid', 'w').write(str(child.pid))"
-    )
-    run_all([step("parent", code)], out)
+    run_all([step("parent", CHILD)], out)
     pid = int((out / "steps" / "parent" / "pid").read_text())
     for _ in range(100):
         if not alive(pid):
@@ -121,7 +118,7 @@ def test_what_does_not_fit_the_budget_is_skipped_and_said(out, capsys):
 
 
 def test_no_step_runs_beyond_the_budget(out):
-    slow = step("slow", "import time; time.sleep(60)", limit=60.0, expected=0.5)
+    slow = step("slow", "import time; time.sleep(15)", limit=60.0, expected=0.5)
     run_all([slow, GOOD], out, deadline=time.monotonic() + 1.5)
     assert record(out, "slow")["status"] == "timed out"
     assert record(out, "good")["status"] == "skipped"

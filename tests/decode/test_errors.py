@@ -211,12 +211,6 @@ def test_continuous_batching(rm, monkeypatch):
         guided(lm, rm, cache_implementation="paged")
 
 
-def test_assistant_model(lm, rm):
-    helper = tiny.llama_lm(seed=9)
-    with refused(["assistant_model"], lm, rm, helper):
-        guided(lm, rm, assistant_model=helper)
-
-
 def test_text_streamer_takes_one_row(lm, rm):
     with refused(["batch", "1"], lm, rm):
         guided(lm, rm, streamer=TextStreamer(tiny.tokenizer()))

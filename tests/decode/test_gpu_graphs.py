@@ -13,6 +13,7 @@ from graph_cases import BATCH, LMS, PROCESSORS, RMS, WIDTH, OddNorm
 
 import rgtg_fast
 from rgtg_fast.decode import graphs
+from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -79,6 +80,13 @@ def test_every_fused_model(made, lm, rm):
     eos = int(free.sequences[0, WIDTH + 8])
     options = {"do_sample": True, "eos_token_id": eos, "eos_reward": "previous"}
     assert_same_with_graph(made, lm, rm, **options)
+
+
+@pytest.mark.parametrize("kind", [AutoregressiveScorer, VocabRewardScorer])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_rewards_of_every_next_token(made, kind, family):
+    scorer = kind(moved(zoo.build_lm(family, seed=3)))
+    assert_same_with_graph(made, moved(zoo.lm("llama")), scorer, do_sample=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*(CUDA graph|cuda_graph):UserWarning")

@@ -16,15 +16,16 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from rgtg_fast import ops
 from rgtg_fast.decode import graphs
 from rgtg_fast.decode.call import Call
-from rgtg_fast.decode.logits import CachedLogits, LanguageModel
+from rgtg_fast.decode.logits import CachedLogits
 from rgtg_fast.decode.loop import decode
 from rgtg_fast.decode.plan import SCORES_ALONE, Plan
 from rgtg_fast.decode.ratio_policy import RatioPolicy
 from rgtg_fast.decode.record import Record
 from rgtg_fast.models import attention, siblings
+from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.reward_model import RewardModel
 from rgtg_fast.ops import reference
-from rgtg_fast.scorers import tree
+from rgtg_fast.scorers import causal, tree
 
 GPU, OTHER = "cpu:1", "cpu:2"  # devices to fake tensors, and any torch knows what to do on them
 B, P, K, STEPS = 3, 6, 4, 5
@@ -90,6 +91,8 @@ class Watched:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(attention, "has_holes", lambda mask: False)
+    for module in (causal, tree):
+        monkeypatch.setattr(module, "without_copies", lambda *given: (*given, None))
     for module in (siblings, tree):
         monkeypatch.setattr(module, "attention_kernel", lambda *_: reference.candidate_attention)
     monkeypatch.setattr(ops, "kernel", lambda op, *_: getattr(reference, op))

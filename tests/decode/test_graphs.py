@@ -23,6 +23,7 @@ from transformers import StoppingCriteria
 import rgtg_fast
 from rgtg_fast.decode import graphs
 from rgtg_fast.models.cache import SiblingCache
+from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
 
 STEPS, K = 14, 4
 COLUMNS = ("rewards", "kl", "candidate_ids", "candidate_logprobs", "candidate_rewards")
@@ -69,10 +70,32 @@ def test_rewards_from_the_language_model_itself(cuda, lm, do_sample):
     assert_same_with_graph(cuda, lm, rgtg_fast.RewardHead(lm, weight), do_sample=do_sample)
 
 
+@pytest.mark.parametrize("kind", [AutoregressiveScorer, VocabRewardScorer])
+@pytest.mark.parametrize(("lm", "rm"), [("llama", "gpt2"), ("gemma3", "mistral")])
+def test_rewards_of_every_next_token(cuda, kind, lm, rm):
+    eos = an_eos(lm, kind(zoo.lm(rm)), do_sample=True)
+    options = {"do_sample": True, "eos_token_id": eos, "sync_every": 3}
+    assert_same_with_graph(cuda, zoo.lm(lm), kind(zoo.lm(rm)), **options)
+    cuda.log.clear()
+    options |= {"return_dict_in_generate": False, "input_ids": BATCH["input_ids"][[0, 1, 2, 1]]}
+    options["attention_mask"] = BATCH["attention_mask"][[0, 1, 2, 1]]
+    want = guided(zoo.lm(lm), kind(zoo.lm(rm)), cuda_graph=False, **options)
+    assert torch.equal(guided(zoo.lm(lm), kind(zoo.lm(rm)), **options), want)
+
+
+@pytest.mark.parametrize("kind", [AutoregressiveScorer, VocabRewardScorer])
+def test_next_token_rewards_on_hugging_faces_cache_are_a_reason(cuda, kind):
+    scorer = kind(zoo.lm("bloom"))
+    options = {**BATCH, "max_new_tokens": 4, "check_nan": False, "cuda_graph": True}
+    with pytest.warns(UserWarning, match="no effect: scoring by 'next_token'"):
+        rgtg_fast.generate(zoo.lm("llama"), reward_model=scorer, **options)
+
+
 def an_eos(lm="llama", rm="llama", rows=slice(None), **options):
     """A token that ends one of `rows` some steps before the last, and no row before its sixth
     step: when steps are replayed."""
-    out = guided(zoo.lm(lm), zoo.rm(rm), cuda_graph=False, **options)
+    rm = zoo.rm(rm) if isinstance(rm, str) else rm
+    out = guided(zoo.lm(lm), rm, cuda_graph=False, **options)
     early, later = out.sequences[:, WIDTH : WIDTH + 5], out.sequences[rows, WIDTH + 5 : -3]
     return next(int(t) for t in later.flatten() if t not in early)
 

@@ -96,8 +96,8 @@ def test_the_models_see_what_may_win(kind, tmp_path, monkeypatch):
     """In one row of tokens; with an adapter, whose rows double, in the width of the fullest row."""
     seen, siblings = [], SiblingForward.siblings
 
-    def counted(self, ids, selection=None):
-        hidden = siblings(self, ids, selection)
+    def counted(self, *arguments, **options):
+        hidden = siblings(self, *arguments, **options)
         if self.width == K:
             seen.append(hidden.shape[0] * hidden.shape[1])
         return hidden
@@ -165,9 +165,9 @@ def texts(monkeypatch):
     """How many texts each scoring encoded."""
     seen, kept = [], ReencodeScorer._score_kept
 
-    def counted(self, ids, keep):
+    def counted(self, ids, keep, *rest):
         seen.append(int(keep.sum()))
-        return kept(self, ids, keep)
+        return kept(self, ids, keep, *rest)
 
     monkeypatch.setattr(ReencodeScorer, "_score_kept", counted)
     return seen
@@ -235,3 +235,69 @@ def test_states_of_the_winner_are_found(packs):
     assert held.shape[:2] == tokens.shape
     got = chosen.states_of(torch.tensor([2, 0, 1]), held)
     assert torch.equal(got[[0, 2]], torch.stack([states[0, 2], states[2, 1]]))
+
+
+ONE = zoo.left_pad(zoo.prompts()[:1])
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Tokens of a row in each forward of a tree scorer: candidates, and winners read later."""
+    seen = {"siblings": [], "extend": []}
+
+    def count(name):
+        own = getattr(SiblingForward, name)
+
+        def counted(self, ids, *rest, **options):
+            if self.width == K:
+                seen[name].append(ids.shape[1])
+            return own(self, ids, *rest, **options)
+
+        monkeypatch.setattr(SiblingForward, name, counted)
+
+    for name in seen:
+        count(name)
+    return seen
+
+
+@over("family", [f for f in zoo.RMS if f not in zoo.NO_TREE])
+def test_candidates_without_rivals_are_read_when_a_reward_is_asked_for(family, forwards):
+    lm, rm = peaked(zoo.build_lm("llama"), 3.0), zoo.rm(family)
+    options = {**ONE, "max_new_tokens": 30, "reward_method": "tree"}
+    recorded = guided(lm, rm, **options)
+    counts = recorded.candidates_scored[0]
+    forwards["siblings"].clear()
+    forwards["extend"].clear()
+    got = guided(lm, rm, return_dict_in_generate=False, **options)
+    assert torch.equal(got, recorded.sequences)
+    rivals = (counts > 1).nonzero()[:, 0].tolist()
+    assert 3 < len(rivals) < 25 and len(forwards["siblings"]) == len(rivals)
+    gaps = [b - a - 1 for a, b in zip([-1, *rivals[:-1]], rivals, strict=True)]
+    assert sum(forwards["extend"]) == sum(gaps) and max(gaps) > 1
+    assert len(forwards["extend"]) == sum(gap > 0 for gap in gaps)
+
+
+@over("way", ["fused", "masked"])
+def test_rows_end_and_leave_with_candidates_unread(way, forwards, monkeypatch):
+    if way == "masked":
+        for module in ("models.attention", "scorers.probe", "models.siblings"):
+            monkeypatch.setattr(f"rgtg_fast.{module}.attention_kernel", lambda *_: None)
+    lm, rm = peaked(zoo.build_lm("llama"), 9.0), zoo.rm("llama")
+    options = {**zoo.left_pad(zoo.prompts() * 2), **MODES["rows end"], "max_new_tokens": 20}
+    options["return_dict_in_generate"] = False
+    want = guided(lm, rm, prune=False, **options)
+    forwards["extend"].clear()
+    assert torch.equal(guided(lm, rm, **options), want)
+    assert forwards["extend"]
+    eos = options | {"eos_reward": "previous"}
+    assert torch.equal(guided(lm, rm, **eos), guided(lm, rm, prune=False, **eos))
+
+
+@over("kind", ["llama", "bert"])
+def test_a_lone_candidate_that_is_no_token_of_the_reward_models_is_not_taken(kind):
+    lm = peaked(zoo.build_lm("llama", vocab_size=zoo.VOCAB + 8))
+    options = {**ONE, "suppress_tokens": list(range(zoo.VOCAB)), "top_p": 1e-6, "k": 3}
+    tok = {"tokenizer": tiny.tokenizer(), "reward_tokenizer": tiny.tokenizer()}
+    for recorded in (True, False):
+        with pytest.raises(ValueError, match="no candidate has a finite score"):
+            guided(lm, zoo.rm(kind), return_dict_in_generate=recorded, **options, **tok)

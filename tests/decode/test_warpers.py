@@ -161,6 +161,12 @@ def test_most_rows_of_a_peaked_model_are_proved(name, monkeypatch):
         ("tied at the cut", [tf.TopPLogitsWarper(0.6)], [2.0, 1.0, 1.0, *[-20.0] * 97]),
         ("at the threshold", [tf.TopPLogitsWarper(0.5)], [0.6931472, 0.0, -0.0001, *[-20.0] * 97]),
         ("at the threshold", [tf.MinPLogitsWarper(0.5)], [0.6931472, 0.0, *[-20.0] * 98]),
+        # Of p = .5, .3, .2 the second is the most typical, and with the first has .8 of the mass.
+        (
+            "at the threshold",
+            [tf.TopKLogitsWarper(3), tf.TypicalLogitsWarper(0.8)],
+            [math.log(0.5), math.log(0.3), math.log(0.2), *[-20.0] * 97],
+        ),
         ("beyond reach", [tf.TopKLogitsWarper(70)], torch.arange(100) / 10),
         ("a NaN", [tf.TopPLogitsWarper(0.5)], [float("nan"), 0.0, *[-20.0] * 98]),
         ("no token", [tf.TopPLogitsWarper(0.5)], [-INF] * 100),
@@ -168,7 +174,7 @@ def test_most_rows_of_a_peaked_model_are_proved(name, monkeypatch):
 )
 def test_a_row_in_doubt_is_done_in_hugging_faces_way(what, chain, scores, monkeypatch):
     seen = proofs(monkeypatch)
-    sure = torch.tensor([4.0, 0.0, *[-20.0] * 98])
+    sure = torch.tensor([4.0, 0.0, -15.0, *[-20.0] * 97])
     doubtful = torch.as_tensor(scores)
     if len(doubtful) > 100:
         sure = torch.cat([sure, torch.full((len(doubtful) - 100,), -30.0)])

@@ -239,14 +239,14 @@ def test_a_run_goes_on_where_it_was_killed(copied, monkeypatch):
     batches = []
     batch = answers.Answerer.batch
 
-    def counted(self, prompts, numbers, seed):
-        batches.append((self.run.name, list(numbers), seed))
-        return batch(self, prompts, numbers, seed)
+    def counted(self, prompts, numbers, of_prompts):
+        batches.append((self.run.name, list(numbers)))
+        return batch(self, prompts, numbers, of_prompts)
 
     monkeypatch.setattr(answers.Answerer, "batch", counted)
     with pytest.warns(UserWarning, match="cut short"):
         main(["eval", "--config", config(copied)])
-    assert batches == [("pargs beta=2.0", [5, 6, 7], 0)]
+    assert batches == [("pargs beta=2.0", [5, 6, 7])]
     after = rows(copied, "pargs_beta=2.0.0.answers")[1]
     assert [row["ids"] for row in after] == [row["ids"] for row in before]
 
@@ -535,11 +535,11 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path, monkeypatc
     path = config(tmp_path, runs=RUNS[:1], seeds=1, win_judge=None, plots=False)
     batch, numbers = answers.Answerer.batch, []
 
-    def interrupted(self, prompts, own, seed):
+    def interrupted(self, prompts, own, of_prompts):
         numbers.append(list(own))
         if len(numbers) == 2:
             raise KeyboardInterrupt
-        return batch(self, prompts, own, seed)
+        return batch(self, prompts, own, of_prompts)
 
     monkeypatch.setattr(answers.Answerer, "batch", interrupted)
     with pytest.raises(SystemExit) as stop:

@@ -2,55 +2,48 @@
 
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from cuda_emulated import ROOT, SIMT
 from parity import IN_CUDA
+from sass import compile_kernels, resources, tool
 
 from rgtg_fast import _C
 from rgtg_fast.ops.dispatch import has_kernel
 
 ARCHS = ("80", "90", "100", "120")  # WHEEL_ARCHS of the Makefile
+
+
+def kernels_in(*paths):
+    text = "".join(path.read_text() for path in paths)
+    return set(re.findall(r"__global__ void[^;{]*?(\w+)\(\w+ \w", text))
+
+
+ATTENTION = kernels_in(ROOT / "csrc/cuda/attention_kernels.cuh")
 KERNELS = {
-    name
-    for path in ROOT.glob("csrc/cuda/*.cuh")
-    for name in re.findall(r"__global__ void[^;{]*?(\w+)\(\w+ \w", path.read_text())
+    "ops.cpp": kernels_in(*ROOT.glob("csrc/cuda/*.cuh")) - ATTENTION,
+    "attention.cpp": ATTENTION,
 }
 
 
-def tool(name):
-    """A tool of the CUDA toolkit or, failing that, the copy that Triton brings."""
-    found = shutil.which(name)
-    if found is None:
-        try:
-            import triton
-
-            bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-            found = str(bundled) if bundled.exists() else None
-        except ImportError:
-            pass
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
 @pytest.mark.parametrize(
-    "arch",
-    [arch if arch == "90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS],
+    ("source", "arch"),
+    [
+        (source, arch)
+        if (source, arch) == ("ops.cpp", "90")
+        else pytest.param(source, arch, marks=pytest.mark.slow)
+        for source in KERNELS
+        for arch in ARCHS
+    ],
 )
-def test_kernels_compile_without_spills_or_stack(arch, tmp_path):
-    command = [tool("nvcc"), "-std=c++20", "-O3", "-Xptxas", "-v", "-x", "cu", "-cubin"]
-    command += [f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "kernels.cubin")]
-    log = subprocess.run(
-        [*command, str(SIMT / "ops.cpp")], capture_output=True, text=True, check=True
-    ).stderr
-    assert all(kernel in log for kernel in KERNELS)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
-    assert len(frames) >= len(KERNELS)
-    assert set(frames) == {("0", "0")}
+def test_kernels_compile_without_spills_or_stack(source, arch, tmp_path):
+    _, log = compile_kernels(tmp_path, arch, source=SIMT / source)
+    assert KERNELS[source] and all(kernel in log for kernel in KERNELS[source])
+    used = resources(log)
+    assert len(used) >= len(KERNELS[source])
+    for name, (_, _, spills, stack) in used.items():
+        assert spills == stack == 0, name
 
 
 def test_kernels_include_no_torch_header():

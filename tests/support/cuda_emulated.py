@@ -3,7 +3,7 @@
 csrc/cuda/*.cuh is compiled by g++ against tests/support/simt, once per state of the sources. Inputs
 are copied to memory with NaN around them and wherever a view has gaps; outputs and workspace begin
 as NaN. Every op runs once in memory that ends at a page nobody may touch, then, aligned as torch's
-memory is, in several orders of the threads, whose results must be the same bit for bit.
+memory is, in several orders of the blocks and threads, whose results must be the same bit for bit.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SIMT = ROOT / "tests" / "support" / "simt"
 FORWARD, REVERSE, RANDOM = 0, 1, 7
 ORDERS = (FORWARD, REVERSE, RANDOM)
+PROCESSORS = 132  # of an H200
 
 _ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _FLAGS = ["-std=c++20", "-O2", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-fdata-sections"]
@@ -33,7 +34,7 @@ class _Operand(ctypes.Structure):
 
 
 def _structure(name, fields):
-    """A ctypes twin of a struct; p pointer, o Operand, q int64, i int, b bool, d double."""
+    """A ctypes twin: p pointer, o Operand, q int64, i int, b bool, d double, f float."""
     kinds = {
         "p": ctypes.c_void_p,
         "o": _Operand,
@@ -41,13 +42,16 @@ def _structure(name, fields):
         "i": ctypes.c_int,
         "b": ctypes.c_bool,
         "d": ctypes.c_double,
+        "f": ctypes.c_float,
     }
     pairs = [field.split(":") for field in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": [(n, kinds[k]) for n, k in pairs]})
 
 
 _Topk = _structure(
-    "_Topk", "logits:p rows:q vocab:q row_stride:q k:i keys:p sums:p logprobs:p ids:p"
+    "_Topk",
+    "logits:p rows:q vocab:q row_stride:q k:i slices:i stripes:i workspace:p token:q logprobs:p "
+    "ids:p",
 )
 _Head = _structure(
     "_Head",
@@ -68,12 +72,21 @@ _Pair = _structure(
     "len_rejected:p weights:p margin:p smoothing:d centering:d first:q loss:p grad_chosen:p "
     "grad_rejected:p",
 )
+_Attention = _structure(
+    "_Attention",
+    "q:p k_prefix:p v_prefix:p k_self:p v_self:p start:p length:p rows:p "
+    "q_row:q q_slot:q q_head:q k_row:q k_head:q k_step:q v_row:q v_head:q v_step:q "
+    "own_k_row:q own_k_slot:q own_k_head:q own_v_row:q own_v_slot:q own_v_head:q "
+    "stores:q prefix:q window:q batch:i k:i heads:i group:i width:i splits:i scale:f softcap:f "
+    "aligned:b partials:p peaks:p sums:p out:p",
+)
 
 
 def build(csrc=ROOT / "csrc"):
     """Compiles the kernels under ``csrc`` unless that was done before; returns the library."""
     sources = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("cuda/*.h")])
-    text = b"".join(p.name.encode() + p.read_bytes() for p in [*sources, *sorted(SIMT.iterdir())])
+    sources += sorted(p for p in SIMT.rglob("*") if p.is_file())
+    text = b"".join(p.name.encode() + p.read_bytes() for p in sources)
     key = hashlib.sha256(text + " ".join(_FLAGS).encode()).hexdigest()[:16]
     cache = ROOT / "build" / "simt"
     library = cache / f"{key}.so"
@@ -82,7 +95,7 @@ def build(csrc=ROOT / "csrc"):
         # Under a name of its own until it is whole: parallel test workers may build at once.
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             command = [os.environ.get("CXX", "g++"), *_FLAGS, f"-I{SIMT}", f"-I{csrc}"]
-            command += [str(SIMT / "simt.cpp"), str(SIMT / "ops.cpp")]
+            command += [str(source) for source in sorted(SIMT.glob("*.cpp"))]
             command += [f"-Wl,-T,{SIMT / 'shared_memory.ld'}", "-o", f"{scratch}/simt.so"]
             subprocess.run(command, check=True)
             os.replace(f"{scratch}/simt.so", library)
@@ -96,10 +109,14 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         self.library.simt_error.restype = ctypes.c_char_p
         self.library.simt_allocate.restype = ctypes.c_void_p
-        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int]
+        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_bool]
         self.library.simt_free.argtypes = [ctypes.c_void_p]
-        self.library.simt_topk_slice_count.argtypes = [ctypes.c_int, ctypes.c_int64]
+        self.library.simt_attention_splits.argtypes = [ctypes.c_int64] * 3
+        self.library.simt_topk_workspace_words.restype = ctypes.c_int64
+        self.library.simt_ordered.restype = ctypes.c_uint32
+        self.library.simt_exceeds.restype = ctypes.c_bool
         self.orders = orders
+        self.processors = PROCESSORS
 
     def launch(self, name, *arguments):
         if getattr(self.library, f"simt_{name}")(*arguments) != 0:
@@ -121,22 +138,60 @@ class Emulator:
                 raise AssertionError("the result depends on the order of the threads")
         return first
 
-    def topk_logprobs(self, logits, k):
-        rows, vocab = logits.shape
+    def topk_slicing(self, dtype, rows, vocab, processors=PROCESSORS):
+        """(slices of a row, stripes of a slice) as the launch chooses them."""
+        stripes = ctypes.c_int()
+        sizes = (_ELEMENTS[dtype], ctypes.c_int64(rows), ctypes.c_int64(vocab), processors)
+        slices = self.library.simt_topk_slicing(*sizes, ctypes.byref(stripes))
+        return slices, stripes.value
+
+    def topk_logprobs(self, logits, k, slicing=None):
+        rows = len(logits)
 
         def run(buffers):
             logprobs, ids = buffers.new((rows, k), torch.float32), buffers.new((rows, k))
             if rows:
-                dense = _dense_last(logits)
-                element = _ELEMENTS[logits.dtype]
-                slices = self.library.simt_topk_slice_count(element, vocab)
-                keys, sums = buffers.new((rows * slices * k,)), buffers.new((rows * slices * 2,))
-                a = _Topk(buffers.put(dense), rows, vocab, dense.stride(0), k)
-                a.keys, a.sums, a.logprobs, a.ids = keys[0], sums[0], logprobs[0], ids[0]
-                self.launch("topk_logprobs", element, ctypes.byref(a))
+                a = self.topk_arguments(buffers, logits, k, slicing)
+                a.logprobs, a.ids = logprobs[0], ids[0]
+                self.launch("topk_logprobs", _ELEMENTS[logits.dtype], ctypes.byref(a))
             return logprobs, ids
 
         return tuple(self.in_every_order(run))
+
+    def topk_pushes(self, logits, k, slicing):
+        """(keys queued, rounds of the busiest lanes, warps that queued) of one launch."""
+        counts = (ctypes.c_uint64 * 3)()
+        next(self.topk_replays([logits], k, slicing))
+        self.library.simt_pushes(counts)
+        return tuple(counts)
+
+    def topk_replays(self, inputs, k, slicing=None):
+        """Results for each of ``inputs``, launched in turn with one workspace and one token."""
+        self.library.simt_set_order(FORWARD)
+        with _Buffers(self.library) as buffers:
+            a = self.topk_arguments(buffers, inputs[0], k, slicing)
+            for logits in inputs:
+                rows = len(logits)
+                logprobs, ids = buffers.new((rows, k), torch.float32), buffers.new((rows, k))
+                a.logits, a.logprobs, a.ids = buffers.put(logits), logprobs[0], ids[0]
+                self.launch("topk_logprobs", _ELEMENTS[logits.dtype], ctypes.byref(a))
+                yield buffers.read(logprobs), buffers.read(ids)
+
+    def ordered(self, floats):
+        return [self.library.simt_ordered(ctypes.c_float(x)) for x in floats]
+
+    def exceeds(self, floats, code):
+        code = ctypes.c_uint32(code)
+        return [self.library.simt_exceeds(ctypes.c_float(x), code) for x in floats]
+
+    def topk_arguments(self, buffers, logits, k, slicing=None):
+        dense = _dense_last(logits)
+        rows, vocab = dense.shape
+        slices, stripes = slicing or self.topk_slicing(dense.dtype, rows, vocab)
+        words = rows * slices * self.library.simt_topk_workspace_words()
+        a = _Topk(buffers.put(dense), rows, vocab, dense.stride(0), k, slices, stripes)
+        a.workspace, a.token = buffers.new((words,))[0], 0x5EED
+        return a
 
     def reward_head(self, hidden, weight, bias=None):
         def run(buffers):
@@ -194,6 +249,60 @@ class Emulator:
 
         return tuple(self.in_every_order(run))
 
+    def candidate_attention(
+        self, q, keys, values, own_key, own_value, start, length, scale, window=None, softcap=None,
+        rows=None,
+    ):  # fmt: skip
+        tensors = [_dense_last(t) for t in (q, keys, values, own_key, own_value)]
+        batch, k, query_heads, width = q.shape
+        stores, heads, prefix, _ = keys.shape
+        group = query_heads // heads
+        per = 16 // q.element_size()
+        aligned = not any(
+            width % per or t.storage_offset() % per or any(s % per for s in t.stride()[:3])
+            for t in tensors
+        )
+
+        def run(buffers):
+            out = buffers.new(q.shape, q.dtype)
+            if not q.numel():
+                return (out,)
+            programs = batch * heads * -(-k * group // 64)
+            splits = self.library.simt_attention_splits(programs, prefix, self.processors)
+            bounds = [
+                None if t is None else buffers.put(t.contiguous()) for t in (start, length, rows)
+            ]
+            a = _Attention(*(buffers.put(t) for t in tensors), *bounds)
+            a.q_row, a.q_slot, a.q_head = tensors[0].stride()[:3]
+            a.k_row, a.k_head, a.k_step = tensors[1].stride()[:3]
+            a.v_row, a.v_head, a.v_step = tensors[2].stride()[:3]
+            a.own_k_row, a.own_k_slot, a.own_k_head = tensors[3].stride()[:3]
+            a.own_v_row, a.own_v_slot, a.own_v_head = tensors[4].stride()[:3]
+            a.batch, a.k, a.heads, a.group, a.width, a.stores = (
+                batch,
+                k,
+                heads,
+                group,
+                width,
+                stores,
+            )
+            a.prefix, a.window, a.splits = prefix, window or 0, splits
+            a.scale, a.softcap, a.aligned, a.out = scale, softcap or 0.0, aligned, out[0]
+            states = (batch * heads, k * group, splits if splits > 1 else 0)
+            padded = 64 if width <= 64 else 128 if width <= 128 else 256
+            a.partials = buffers.new((*states, padded), torch.float32)[0]
+            a.peaks, a.sums = (buffers.new(states, torch.float32)[0] for _ in range(2))
+            self.launch("candidate_attention", _ELEMENTS[q.dtype], ctypes.byref(a))
+            return (out,)
+
+        return self.in_every_order(run)[0]
+
+    def attention_tile(self, few):
+        """Facts of the tile of candidate_attention in bf16 of width 128; ``few`` queries."""
+        facts = [ctypes.c_int() for _ in range(3)]
+        self.library.simt_attention_tile(ctypes.c_bool(few), *map(ctypes.byref, facts))
+        return dict(zip(("keys", "stages", "bytes"), (f.value for f in facts), strict=True))
+
     def prefix_bt_loss(self, chosen, rejected, *rest):
         *vectors, smoothing, centering, first = rest
         dtype = torch.promote_types(chosen.dtype, torch.float32)
@@ -229,15 +338,15 @@ class _Buffers:
         for pointer in self.held:
             self.library.simt_free(pointer)
 
-    def _allocate(self, size, offset=0):
-        pointer = self.library.simt_allocate(size, -1 if self.at_guard else offset)
+    def _allocate(self, size, offset=0, written=False):
+        pointer = self.library.simt_allocate(size, -1 if self.at_guard else offset, written)
         self.held.append(pointer)
         return pointer
 
     def new(self, shape, dtype=torch.int64):
         """An output of that shape: (pointer, shape, dtype)."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        return self._allocate(size), tuple(shape), dtype
+        return self._allocate(size, written=True), tuple(shape), dtype
 
     def read(self, output):
         pointer, shape, dtype = output
@@ -300,8 +409,8 @@ def emulator():
 
 
 def _op(name):
-    def call(*arguments):
-        return getattr(emulator(), name)(*arguments)
+    def call(*arguments, **options):
+        return getattr(emulator(), name)(*arguments, **options)
 
     return call
 

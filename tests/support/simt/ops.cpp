@@ -10,9 +10,14 @@ using namespace rgtg::cuda;
 #pragma GCC visibility push(default)
 extern "C" {
 
-int simt_topk_slice_count(int element, int64_t vocab) {
-  return topk_slice_count(static_cast<Element>(element), vocab);
+int64_t simt_topk_slicing(int element, int64_t rows, int64_t vocab, int processors, int* stripes) {
+  const Slicing cut = topk_slicing(static_cast<Element>(element), rows, vocab, processors);
+  *stripes = cut.stripes;
+  return cut.slices;
 }
+uint32_t simt_ordered(float x) { return rgtg::ordered(x); }
+bool simt_exceeds(float x, uint32_t code) { return !(x <= bound_of(code)); }
+int64_t simt_topk_workspace_words() { return kWorkspaceWords; }
 
 int simt_topk_logprobs(int element, const TopkArguments* a) {
   return launch_topk_logprobs(static_cast<Element>(element), *a, nullptr);

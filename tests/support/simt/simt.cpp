@@ -1,3 +1,5 @@
+#include "memory.h"
+
 #include <cuda_runtime.h>
 
 #include <sys/mman.h>
@@ -31,13 +33,21 @@ constexpr int kWarp = 32;
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 enum class Order { forward, reverse, random };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t start;
   jmp_buf context;
   bool started = false;
   State state = State::ready;
-  int exchanges = 0;
+  int exchanges = 0, pushes = 0;
+  std::vector<Copy> copies;  // that have not arrived
+  int group = 0;             // of the copies to come
 };
 
 // The lanes that wait in one warp. Two rounds of values, because a lane may enter the next round
@@ -58,6 +68,7 @@ struct Machine {
   Order policy = Order::forward;
   std::mt19937 random;
   std::map<void*, std::pair<void*, size_t>> mapped;
+  uint64_t pushes[3];
 };
 
 Machine& machine = *new Machine;
@@ -121,7 +132,9 @@ void prepare_block(int threads) {
     Fiber& fiber = machine.fibers[t];
     fiber.started = false;
     fiber.state = State::ready;
-    fiber.exchanges = 0;
+    fiber.exchanges = fiber.pushes = 0;
+    fiber.copies.clear();
+    fiber.group = 0;
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
     fiber.start.uc_stack.ss_size = kStack;
@@ -207,12 +220,50 @@ class SignalGuard {
 
 }  // namespace
 
+int thread() { return machine.current; }
 int lane() { return machine.current % kWarp; }
+
+void count_push() { ++current_fiber().pushes; }
 
 void block_barrier() {
   current_fiber().state = State::at_block_barrier;
   ++machine.waiting;
   yield_fiber();
+}
+
+namespace {
+
+void arrive(const Copy& copy) {
+  memcpy(copy.to, copy.from, copy.bytes);
+  memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+}
+
+}  // namespace
+
+void copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    fail("a copy of 16 bytes that are not aligned");
+  }
+  const Copy copy = {to, from, bytes, current_fiber().group};
+  const bool at_once =
+      machine.policy == Order::reverse || (machine.policy == Order::random && machine.random() % 2);
+  if (at_once) return arrive(copy);
+  current_fiber().copies.push_back(copy);
+}
+
+void commit_copies() { ++current_fiber().group; }
+
+void wait_copies(int left) {
+  Fiber& fiber = current_fiber();
+  std::vector<Copy> later;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group < fiber.group - left) {
+      arrive(copy);
+    } else {
+      later.push_back(copy);
+    }
+  }
+  fiber.copies.swap(later);
 }
 
 const uint64_t* exchange(uint32_t mask, uint64_t value) {
@@ -228,9 +279,16 @@ const uint64_t* exchange(uint32_t mask, uint64_t value) {
   if (warp.arrived == mask) {
     warp.arrived = 0;
     const int first = machine.current - me;
+    int rounds = 0;
     for (int i = 0; i < kWarp; ++i) {
-      if (mask >> i & 1) machine.fibers[first + i].state = State::ready;
+      if (!(mask >> i & 1)) continue;
+      Fiber& fiber = machine.fibers[first + i];
+      fiber.state = State::ready;
+      machine.pushes[0] += fiber.pushes;
+      rounds = std::max(rounds, std::exchange(fiber.pushes, 0));
     }
+    machine.pushes[1] += rounds;
+    machine.pushes[2] += rounds != 0;
   }
   yield_fiber();
   return values;
@@ -243,16 +301,25 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   machine.error.clear();
   blockDim = block;
   gridDim = grid;
+  std::fill(std::begin(machine.pushes), std::end(machine.pushes), 0);
+  std::vector<unsigned> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  if (machine.policy == Order::reverse) std::reverse(blocks.begin(), blocks.end());
+  if (machine.policy == Order::random) std::shuffle(blocks.begin(), blocks.end(), machine.random);
+  const Exchange exchange = machine.policy == Order::forward   ? Exchange::at_once
+                            : machine.policy == Order::reverse ? Exchange::at_fence
+                                                               : Exchange::either;
   const SignalGuard guard;
   if (sigsetjmp(machine.fault, 1) == 0) {
-    for (unsigned z = 0; z < grid.z; ++z) {
-      for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; ++x) {
-          blockIdx = dim3(x, y, z);
-          run_block(threads);
-        }
-      }
+    begin_launch();
+    for (const unsigned block : blocks) {
+      blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
+      begin_block(exchange, machine.random());
+      run_block(threads);
+      end_block();
     }
+    end_launch();
+    if (blocks_disagree()) fail("two blocks write different values to one place");
   }
   return machine.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
@@ -269,24 +336,33 @@ void simt_set_order(unsigned order) {
   simt::machine.random.seed(order);
 }
 
+// Atomic additions of the last launch: how many, how many by the busiest lane of each warp between
+// two warp primitives, and how often a warp had any.
+void simt_pushes(uint64_t* counts) {
+  std::copy(std::begin(simt::machine.pushes), std::end(simt::machine.pushes), counts);
+}
+
 const char* simt_error() { return simt::machine.error.c_str(); }
 
-// Memory between pages nobody may touch, filled with 0xFF, which is NaN in every float type. It ends
-// at such a page or, with an offset that is not negative, begins that far from an aligned address.
-void* simt_allocate(size_t bytes, int offset) {
+// Memory between pages nobody may touch, filled with 0xFF, which is NaN in every float type. It
+// ends at such a page or, with an offset that is not negative, begins that far from an aligned
+// address.
+void* simt_allocate(size_t bytes, int offset, bool written) {
   const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + 3 * page - 1) / page * page;
-  char* base = static_cast<char*>(mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* base = static_cast<char*>(
+      mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   memset(base, 0xFF, body + page);
   mprotect(base, page, PROT_NONE);
   mprotect(base + page + body, page, PROT_NONE);
   char* memory = offset < 0 ? base + page + body - bytes : base + 2 * page + offset;
   simt::machine.mapped[memory] = {base, body + 2 * page};
+  if (written) simt::add_buffer(memory, bytes);
   return memory;
 }
 
 void simt_free(void* memory) {
   const auto found = simt::machine.mapped.find(memory);
+  simt::remove_buffer(memory);
   munmap(found->second.first, found->second.second);
   simt::machine.mapped.erase(found);
 }

@@ -1,0 +1,76 @@
+"""Guided by a GenARM or FaRMA reward model, against plain generation with the language model.
+
+    python bench/bench_next_token.py
+    python bench/bench_next_token.py --shape llama --dtype bfloat16 --prompt 512 --json out.json
+
+Both models have the same shape, and random weights. "own cache" is the same scorer on Hugging
+Face's cache and forward (a hook on the model asks for that). Whole calls in turns, greedy, nothing
+stops early; the least of all times is shown, in milliseconds a token, and its ratio to plain.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from generate_models import build_models
+
+import rgtg_fast
+from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
+
+
+def contenders(lm, rewards, prompt, new, k):
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+    options |= {"max_new_tokens": new, "min_new_tokens": new}
+
+    def guided(kind, model):
+        scorer = kind(model)
+        return lambda: rgtg_fast.generate(lm, prompt, reward_model=scorer, k=k, **options)
+
+    found = {"plain": lambda: lm.generate(prompt, **options)}
+    for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer)):
+        found[name] = guided(kind, rewards["static"])
+        found[f"{name}, own cache"] = guided(kind, rewards["own"])
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--shape", choices=["gpt2", "llama", "llama-8b"], default="llama")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--device", default="cpu")
+    add("--batch", type=int, default=1)
+    add("--prompt", type=int, default=128)
+    add("--new", type=int, default=64)
+    add("--k", type=int, default=10)
+    add("--repeats", type=int, default=7)
+    add("--small", type=int, help="a tiny vocabulary and model instead, to see that it runs")
+    add("--json", type=Path)
+    args = parser.parse_args()
+    dtype, size = getattr(torch, args.dtype), args.prompt + args.new
+    lm, reward, own = (
+        build_models(args.shape, size, dtype, args.device, args.small)[0] for _ in range(3)
+    )
+    own.register_forward_hook(lambda *_: None)
+    ids = torch.randint(3, lm.config.vocab_size, (args.batch, args.prompt), device=args.device)
+    calls = contenders(lm, {"static": reward, "own": own}, ids, args.new, args.k)
+    taken = {name: [] for name in calls}
+    for turn in range(args.repeats + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            if turn:  # the first warms up
+                taken[name].append(1e3 * (time.perf_counter() - begin) / args.new)
+    least = {name: min(times) for name, times in taken.items()}
+    for name, best in least.items():
+        print(f"{name:20} {best:8.3f} ms/token   {best / least['plain']:.2f} x plain")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"options": vars(args) | {"json": None}, "ms": taken}))
+
+
+if __name__ == "__main__":
+    main()

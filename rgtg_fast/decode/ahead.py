@@ -1,0 +1,129 @@
+"""What a call speculates with (speculation.py), and why not where it does not."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
+
+from ..scorers.tree import TreeScorer
+from .call import Call
+from .drafters import Drafter, SuffixDrafter
+from .logits import CachedLogits
+from .pace import Costs, Survival
+from .plan import ROW_BY_ROW, SCORES_ALONE
+
+LONGEST = 8  # tokens of a round, at most, where their number is chosen here
+# Stopping criteria that look at each row by itself.
+OF_EACH_ROW = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
+
+
+@dataclass
+class Speculation:
+    """What a call drafts with, and what it came to.
+
+    `most` tokens are taken in a round, always (`fixed`) or where they pay.
+    """
+
+    most: int
+    fixed: bool
+    costs: Costs
+    drafter: Drafter | None = None
+    survival: Survival = field(default_factory=Survival)
+    lm_forwards: int = 0
+    reward_forwards: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    kept: int = 0
+
+    def guesses(self, most: int) -> int:
+        """How many tokens the drafter is to guess, at most `most`."""
+        if self.drafter is None:
+            return 0
+        return most if self.fixed else self.survival.worth_guessing(most, self.costs)
+
+    def report(self) -> dict[str, Any]:
+        """Forwards of both models, tokens of all rows, and the share of drafts that were kept, of
+        those that the reward model looked at (None without any)."""
+        return {
+            "reward_forwards": self.reward_forwards,
+            "lm_forwards": self.lm_forwards,
+            "tokens": self.tokens,
+            "acceptance": self.kept / self.drafted if self.drafted else None,
+        }
+
+
+_costs: weakref.WeakKeyDictionary[Any, dict[tuple, Costs]] = weakref.WeakKeyDictionary()
+
+
+def costs_of(model: Any, key: tuple) -> Costs:
+    """The costs seen so far with a reward model, kept over calls; `key` is what they depend on."""
+    return _costs.setdefault(model, {}).setdefault(key, Costs())
+
+
+def choose_speculation(
+    asked: int | str | bool, call: Call, drafter: Drafter | None
+) -> Speculation | None:
+    """What a call speculates with; None where it is not asked for, or not possible (with a warning
+    that says why, where a number of tokens or a drafter was given)."""
+    fixed = not isinstance(asked, str)
+    if asked is False or asked == 1:
+        return None
+    reason = _why_not(call)
+    if reason is not None:
+        if fixed or drafter is not None:
+            warnings.warn(f"no speculation: {reason}", stacklevel=4)
+        return None
+    if not fixed and (why := _why_not_by_itself(call)) is not None:
+        if drafter is not None:
+            warnings.warn(f"no speculation: {why}; pass speculate=4 to have it", stacklevel=4)
+        return None
+    call.graph = None
+    call.scorer.ahead = most = LONGEST if asked == "auto" else int(asked)  # type: ignore[attr-defined]
+    rm = call.scorer.rm  # type: ignore[attr-defined]
+    batch, k = len(call.policy.seeds), call.policy.k
+    key = type(rm), batch, k, rm.dtype, torch.get_num_threads(), id(type(call.source.view.model))  # type: ignore[attr-defined]
+    if drafter is None and not fixed:
+        drafter = SuffixDrafter()
+    return Speculation(most, fixed, costs_of(rm.model, key), drafter)
+
+
+def _why_not(call: Call) -> str | None:
+    """What in a call takes one token at a time."""
+    if not isinstance(call.source, CachedLogits):
+        return "the language model does not run on a cache of its own"
+    if type(call.scorer) is not TreeScorer or not call.scorer.fused:
+        kind = getattr(call.scorer, "method", type(call.scorer).__name__)
+        return f"rewards by {kind!r} are of one position at a time"
+    if call.record.wants_logits:
+        return "output_scores and output_logits are wanted of every step"
+    if call.plan.synced_gpus:
+        return "synced_gpus=True counts the other ranks' steps"
+    batch = len(call.policy.seeds)
+    criteria = [type(c) for c in call.criteria]
+    if call.plan.foreign and batch > 1 and not set(criteria) <= set(OF_EACH_ROW):
+        return f"the stopping criterion {call.plan.foreign} may count the rows"
+    for processor in call.processors:
+        if type(processor) not in (*ROW_BY_ROW, *SCORES_ALONE):
+            return f"the logits processor {type(processor).__name__} may look at the step"
+    return None
+
+
+def _why_not_by_itself(call: Call) -> str | None:
+    """Why speculation is left out where nobody asks for a number of tokens."""
+    if call.policy.seeds.device.type != "cpu":
+        return "it is not captured in a CUDA graph, and that pays more"
+    if call.policy.prune and call.policy.reward_range is not None:
+        return "reward_range leaves few candidates to score"
+    if call.scorer.compiled is not None:  # type: ignore[attr-defined]
+        return "compile=True compiles forwards of one position"
+    return None

@@ -1,0 +1,427 @@
+"""`rgtg_fast.generate_many`: any number of prompts through one batch that is kept full."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from . import ops
+from . import validation as check
+from .decode import options as numbers
+from .decode.call import Call
+from .decode.logits import RowSource, logits_source, plain_language_model
+from .decode.plan import SCORES_ALONE, Plan, eos_ids, make_plan
+from .decode.record import Record
+from .decode.refill import COLUMNS, Entry, Refill, Row
+from .decode.warpers import take_temperature, trailing
+from .generate import generate, stop_strings_as_criterion
+from .guided import OneCall
+from .models import foreign
+from .models.foreign import CACHE
+from .models.padding import left_padded
+from .output import Answer
+from .scorers.base import RowScorer
+from .scorers.tree import SiblingScorer
+from .scorers.turns import alone
+
+FIRST_BOUND = 1024  # tokens of prompt and answer that the models are probed for at first
+
+_OF_A_BATCH = "belongs to a batch of one call; every prompt is a row by itself here"
+_REFUSED = {
+    "num_return_sequences": "give a prompt several times for several answers",
+    "return_dict_in_generate": "an answer always has its rewards and KL",
+    "attention_mask": "prompts come without padding",
+    "reward_input_ids": "the reward model sees each prompt as it is",
+    "reward_attention_mask": "the reward model sees each prompt as it is",
+    "streamer": "answers come in the order they end; call generate for one",
+    "assistant_model": "its rows take one token at a time",
+    "synced_gpus": "ranks would wait for each other's prompts",
+    **dict.fromkeys(("output_candidates", "output_scores", "output_logits"), _OF_A_BATCH),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "compact"), _OF_A_BATCH),
+    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "position_ids"), _OF_A_BATCH),
+    **dict.fromkeys((CACHE, "cache", "past_key_values", "cache_implementation"), _OF_A_BATCH),
+}
+
+
+def generate_many(
+    model: Any,
+    prompts: Iterable[Any],
+    *,
+    reward_model: Any = None,
+    batch_size: int = 16,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Iterator[Answer]:
+    """Answers to any number of prompts, guided as by `generate`, in the order they end.
+
+    A batch is kept full: where an answer ends, its row is freed and the next prompt takes its
+    place, without padding. Each answer has the tokens that `generate` gives for its prompt alone,
+    with the prompt's own seed (near-ties, where two tokens differ by the rounding of sums in
+    another order, aside).
+
+    Args:
+        model: a causal language model, as for `generate`.
+        prompts: token ids (a list, or int64 [P]), or texts where `tokenizer` is given: any iterable
+            of them, read one at a time as there is room.
+        reward_model: as for `generate`.
+        batch_size: rows at a time.
+        tokenizer: encodes texts, as it is called with a text alone, and decodes answers.
+        options: those of `generate`, but for what is about its batch. `beta`, `temperature` and
+            `seed` may be tensors with a value for each prompt; an int `seed` is split among the
+            prompts as among the rows of a batch: prompt i has `ops.split_seed(seed, i + 1)[i]`.
+            Processors and criteria that read the text are called with one row at a time.
+
+    Returns:
+        An iterator of `Answer`s. A prompt that cannot be answered (empty, too long, ids out of
+        range, a NaN reward) gives one with `error`, and takes no other with it. Closing the
+        iterator, an exception and an interrupt free everything. A scorer given as `reward_model`
+        serves this run alone until it ends.
+
+    Raises:
+        ValueError: before the first prompt is read: an option out of range, one that cannot be
+            taken, models that do not match.
+
+    Models that need Hugging Face's own cache, and scorers whose rows cannot come and go
+    (`scorers.base.RowScorer`), run in batches of prompts in their order, padded, as `generate`
+    takes them; one warning says so.
+
+    Example::
+
+        for answer in rgtg_fast.generate_many(lm, texts, reward_model=rm, tokenizer=tok, seed=0):
+            print(answer.index, answer.text, answer.rewards[-1])
+    """
+    for name, instead in _REFUSED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name}= is not an option of generate_many: {instead}")
+    if options.get("speculate", "auto") not in (False, "auto"):
+        raise ValueError(
+            f"speculate={options['speculate']!r}: rows of generate_many take one token at a time; "
+            "leave it out"
+        )
+    batch_size = numbers.integer("batch_size", batch_size, 1)
+    return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
+
+
+class _Prepared(NamedTuple):
+    """What Hugging Face's `generate` makes of the options for one prompt [1, P]."""
+
+    input_ids: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+
+
+class _Many:
+    """One run of `generate_many`."""
+
+    def __init__(
+        self, model: Any, reward_model: Any, batch_size: int, tokenizer: Any, given: dict[str, Any]
+    ) -> None:
+        self.model, self.batch_size, self.tokenizer = model, batch_size, tokenizer
+        own = {f.name for f in fields(OneCall)}
+        self.guiding = {name: given[name] for name in given if name in own}
+        self.kwargs = {name: value for name, value in given.items() if name not in own}
+        self.device = model.get_input_embeddings().weight.device
+        pad = model.generation_config.pad_token_id
+        any_prompt = torch.tensor([1 if pad == 0 else 0], device=self.device)
+        check.check_call(model, any_prompt[None], self.kwargs, own)
+        self.guide = OneCall(reward_model, tokenizer=tokenizer, **self.guiding)
+        check.check_options(self.guide)
+        self.rm = self.guide.taken_apart()
+        stop_strings_as_criterion(model, tokenizer, self.kwargs)
+        first = self._prepare(any_prompt)  # what is wrong with it is wrong with all
+        found = foreign.pad_tensor(first.config)
+        if found is not None:  # else Hugging Face would say for each prompt that it takes EOS
+            self.kwargs.setdefault("pad_token_id", int(found))
+        self.seeds: int | Tensor = 0
+        if self.guide.seed is not None:
+            self.seeds = self.guide.seed
+        elif first.config.do_sample:
+            self.seeds = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        self.split = torch.zeros(0, dtype=torch.int64)  # of an int seed, as far as needed
+        self.samples = bool(first.config.do_sample)
+        self.call = self._call_of(first, FIRST_BOUND)
+        self.eos = set(eos_ids(first.criteria, self.device).tolist())
+
+    def answers(self, prompts: Iterable[Any]) -> Iterator[Answer]:
+        entries = self._entries(prompts)
+        if not self._can_refill():
+            yield from self._in_batches(entries)
+            return
+        with alone(self.guide.reward_model):
+            try:
+                yield from self._refilled(entries)
+            finally:
+                self._finish()
+
+    def _refilled(self, entries: Iterator[Entry | Answer]) -> Iterator[Answer]:
+        refill, waiting = self._refill(), next(entries, None)
+        while True:
+            joining: list[Entry] = []
+            while waiting is not None and len(refill.rows) + len(joining) < self.batch_size:
+                if isinstance(waiting, Answer):
+                    yield waiting
+                elif len(waiting.ids) + waiting.steps <= self.bound:
+                    joining.append(waiting)
+                elif refill.rows or joining:
+                    break  # once the batch is empty, it is made anew for longer prompts
+                else:
+                    self._finish()
+                    prepared = self._prepare(waiting.ids)
+                    self.call = self._call_of(prepared, 2 * (len(waiting.ids) + waiting.steps))
+                    refill = self._refill()
+                    continue
+                waiting = next(entries, None)
+            if joining:
+                refill.join(joining)
+            if not refill.rows:
+                return
+            for row in refill.advance():
+                yield self._answer(row)
+
+    def _entries(self, prompts: Iterable[Any]) -> Iterator[Entry | Answer]:
+        """Each prompt checked and ready to join, or why it is not."""
+        for index, prompt in enumerate(prompts):
+            try:
+                yield self._entry(index, prompt)
+            except ValueError as error:
+                yield Answer(index, error=str(error))
+
+    def _entry(self, index: int, prompt: Any) -> Entry:
+        ids = self._ids(prompt)
+        check.check_ids("prompt", ids[None])
+        prepared = self._prepare(ids)
+        checked = self.guide.check_prompts(
+            self.rm, self.model, prepared.input_ids, prepared.config, prepared.model_kwargs
+        )
+        temperature, processors = take_temperature(prepared.processors)
+        plan = self._plan(prepared, checked.new_tokens, processors)
+        own = self.guide.temperature
+        alike = all(type(processor) in SCORES_ALONE for processor in processors)
+        return Entry(
+            index,
+            ids,
+            plan.steps,
+            beta=_of_prompt("beta", self.guide.beta, index),
+            temperature=temperature if own is None else _of_prompt("temperature", own, index),
+            seed=self._seed(index),
+            processors=None if alike else processors,
+            criteria=prepared.criteria if plan.foreign else None,
+        )
+
+    def _ids(self, prompt: Any) -> Tensor:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the prompt is a text; pass tokenizer=, or token ids")
+            prompt = self.tokenizer(prompt)["input_ids"]
+        if not isinstance(prompt, Tensor):
+            try:
+                prompt = torch.tensor(prompt, dtype=torch.int64 if len(prompt) == 0 else None)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(
+                    f"the prompt must be a text, a list of token ids or int64 [P]; got "
+                    f"{type(prompt).__name__}: {error}"
+                ) from None
+        if prompt.dim() != 1:
+            raise ValueError(f"the prompt has shape {list(prompt.shape)}; pass token ids [P]")
+        return prompt.to(self.device)
+
+    def _prepare(self, ids: Tensor) -> _Prepared:
+        def taken(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Any:
+            prepared = logits_processor, stopping_criteria, generation_config, model_kwargs
+            return _Prepared(input_ids, *prepared)
+
+        return self.model.generate(
+            ids[None],
+            attention_mask=torch.ones_like(ids)[None],
+            custom_generate=taken,
+            return_dict_in_generate=True,
+            **self.kwargs,
+        )
+
+    def _call_of(self, prepared: _Prepared, bound: int) -> Call:
+        """The models, ready for rows of up to `bound` tokens, or as many as they have positions
+        for; without any row yet."""
+        guide, (ids, *_) = self.guide, prepared
+        checked = guide.check_prompts(
+            self.rm, self.model, ids, prepared.config, prepared.model_kwargs
+        )
+        limits = [check.position_limit(self.model, self.model.config.get_text_config())]
+        if self.rm is not None and not checked.as_text:
+            limits.append(check.position_limit(self.rm.base, self.rm.text_config))
+        self.bound = min([bound, *(limit for limit in limits if limit is not None)])
+        config = copy.copy(prepared.config)
+        config.max_length = self.bound
+        _, processors = take_temperature(prepared.processors)
+        rest = config, prepared.model_kwargs, guide.backend
+        found = plain_language_model(self.model, ids, checked.mask, *rest)
+        to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
+        scorer = guide.make_scorer(self.rm, *to_scorer)
+        of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
+        policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0)
+        policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
+        policy.prune = check.prunes(scorer, guide.prune, False)
+        call = Call(
+            source=logits_source(self.model, found, scorer, checked.mask, *rest),
+            scorer=scorer,
+            reward_prompt=checked.reward_prompt,
+            policy=policy,
+            plan=self._plan(prepared, checked.new_tokens, processors),
+            record=Record(config, False),
+            processors=processors,
+            criteria=prepared.criteria,
+            epilogue=policy.reward_range is None
+            and isinstance(scorer, SiblingScorer)
+            and scorer.is_linear(self.device),
+        )
+        if all(type(processor) in SCORES_ALONE for processor in processors):
+            look = self.device.type == "cpu"
+            call.processors, policy.warpers = trailing(
+                processors, guide.k, checked.vocab_size, look
+            )
+        return call
+
+    def _plan(self, prepared: _Prepared, new_tokens: int, processors: LogitsProcessorList) -> Plan:
+        return make_plan(
+            new_tokens,
+            prepared.input_ids,
+            processors,
+            prepared.criteria,
+            foreign.pad_tensor(prepared.config),
+            sync_every=self.guide.sync_every,
+            compact=False,
+            step_by_step=False,
+            whole_batch=False,
+            synced_gpus=False,
+        )
+
+    def _can_refill(self) -> bool:
+        source, scorer = self.call.source, self.call.scorer
+        if isinstance(source, RowSource) and isinstance(scorer, RowScorer):
+            return True
+        what = (
+            f"{type(scorer).__name__} has no rows that come and go"
+            if isinstance(source, RowSource)
+            else f"{type(self.model).__name__} runs on Hugging Face's own cache"
+        )
+        warnings.warn(
+            f"generate_many goes through the prompts in padded batches of {self.batch_size}, as "
+            f"{what}: rows wait for the longest answer of their batch",
+            stacklevel=3,
+        )
+        return False
+
+    def _refill(self) -> Refill:
+        return Refill(self.call, self.eos, self.call.plan.sync_every)
+
+    def _finish(self) -> None:
+        """Let go of keys, values and twins."""
+        if hasattr(self.call.scorer, "finish"):
+            self.call.scorer.finish()
+        del self.call
+
+    def _answer(self, row: Row) -> Answer:
+        text = None
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        columns = zip(*row.columns, strict=True) if row.columns else [()] * len(COLUMNS)
+        lists = dict(zip(COLUMNS, map(list, columns), strict=True))
+        return Answer(row.entry.index, row.tokens, text, error=row.error, **lists)
+
+    def _seed(self, index: int) -> int:
+        if isinstance(self.seeds, Tensor):
+            return int(_of_prompt("seed", self.seeds, index))
+        if index >= len(self.split):
+            self.split = ops.split_seed(self.seeds, 2 * index + 1024)
+        return int(self.split[index])
+
+    def _in_batches(self, entries: Iterator[Entry | Answer]) -> Iterator[Answer]:
+        del self.call
+        batch: list[Entry] = []
+        for entry in itertools.chain(entries, [None]):
+            if isinstance(entry, Answer):
+                yield entry
+                continue
+            if entry is not None:
+                batch.append(entry)
+            # What reads the text would see the padding.
+            by_text = any(e.processors is not None or e.criteria is not None for e in batch)
+            if batch and (entry is None or by_text or len(batch) == self.batch_size):
+                alone = [[e] for e in batch] if by_text else [batch]
+                for rows in alone:
+                    yield from self._batch(rows)
+                batch = []
+
+    def _batch(self, batch: list[Entry]) -> Iterator[Answer]:
+        """The answers to prompts of one call of `generate`; by themselves where that fails."""
+        ids, mask = left_padded([entry.ids for entry in batch])
+        of_rows = {
+            name: torch.tensor([getattr(entry, name) for entry in batch])
+            for name in ("beta", "temperature", "seed")
+        }
+        kwargs = {n: v for n, v in self.kwargs.items() if n not in ("max_length", "max_new_tokens")}
+        try:
+            out: Any = generate(
+                self.model,
+                ids,
+                attention_mask=mask,
+                reward_model=self.guide.reward_model,
+                tokenizer=self.tokenizer,
+                max_new_tokens=max(entry.steps for entry in batch),
+                return_dict_in_generate=True,
+                output_candidates=True,
+                **self.guiding | of_rows,
+                **kwargs,
+            )
+        except ValueError as error:
+            if len(batch) == 1:
+                yield Answer(batch[0].index, error=str(error))
+                return
+            for entry in batch:
+                yield from self._batch([entry])
+            return
+        chosen = out.sequences[:, ids.shape[1] :]
+        columns = self._columns(out, chosen, of_rows).tolist()
+        for i, entry in enumerate(batch):
+            tokens = chosen[i].tolist()[: entry.steps]
+            ends = [at + 1 for at, token in enumerate(tokens) if token in self.eos]
+            n = min(ends, default=len(tokens))
+            yield self._answer(Row(entry, tokens[:n], columns[i][:n]))
+
+    def _columns(self, out: Any, tokens: Tensor, of_rows: dict[str, Tensor]) -> Tensor:
+        """The `COLUMNS` [B, T, 4] of tokens [B, T] in the output of `generate`."""
+        drawn = out.candidate_ids == tokens[..., None]
+        logprobs = torch.where(drawn, out.candidate_logprobs, 0.0).sum(-1)
+        log_ratio = -logprobs
+        if self.samples:
+            names = "beta", "temperature"
+            beta, temperature = (of_rows[n].to(drawn.device)[:, None, None] for n in names)
+            scores = (out.candidate_logprobs + beta * out.candidate_rewards) / temperature
+            logq = torch.where(drawn, torch.log_softmax(scores, -1), 0.0).sum(-1)
+            log_ratio = (logq - logprobs).masked_fill(out.kl.isnan(), torch.nan)
+        return torch.stack([out.rewards, out.kl, logprobs, log_ratio], -1)
+
+
+def _of_prompt(name: str, value: Any, index: int) -> float:
+    """What a prompt has of an option that is a number, or a tensor [N] of one for each."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return float(value)
+    if index >= len(value):
+        raise ValueError(f"{name} has {len(value)} values, and this is prompt {index}")
+    return value[index].item()
