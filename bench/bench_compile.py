@@ -69,6 +69,7 @@ def measure(args, lm, reward_model):
             max_new_tokens=new,
             min_new_tokens=new,
             compile=compile,
+            speculate=False,
         )
         return clocks(args.device) - start, out
 

@@ -86,7 +86,13 @@ def count_eager(layers, k, dtype):
 
     def run(new):
         nonlocal tape
-        options = {"k": k, "max_new_tokens": new, "check_nan": False, "sync_every": 1000}
+        options = {
+            "k": k,
+            "max_new_tokens": new,
+            "check_nan": False,
+            "sync_every": 1000,
+            "speculate": False,
+        }
         mask = torch.ones_like(ids)
         with Tape() as tape, mock.patch.object(siblings.SiblingForward, "siblings", marked):
             rgtg_fast.generate(
