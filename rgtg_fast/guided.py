@@ -176,7 +176,7 @@ class RewardGuided:
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
         policy.lone = None if record.on else getattr(scorer, "commits_unscored", None)
-        keep_cache = keep_cache or record.on
+        given_cache, keep_cache = keep_cache, keep_cache or record.on
         plan = make_plan(
             new_tokens,
             input_ids,
@@ -205,6 +205,8 @@ class RewardGuided:
             and scorer.is_linear(input_ids.device),
         )
         call.graph = choose_graph(self.cuda_graph, call)
+        # A cache of the caller's is filled with views of the call's own.
+        call.keeps_graph = not given_cache
         choose_compiled(self.compile, call)
         look = call.graph is None and input_ids.device.type == "cpu"
         if call.graph is not None:
@@ -370,7 +372,7 @@ class RewardGuided:
     ) -> Scorer:
         if rm is None:
             if isinstance(self.reward_model, NextTokenScorer):
-                self.reward_model.capacity = max_length
+                self.reward_model.capacity = self.reward_model.reserved = max_length
             return self.reward_model
         own_prompt = self.reward_input_ids is not None
         joint = (

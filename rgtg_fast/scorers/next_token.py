@@ -28,6 +28,7 @@ class NextTokenScorer(ABC):
 
     method = "next_token"
     capacity = 0
+    reserved = 0  # slots of the cache
     compiled: CompiledSiblings | None = None  # the forward of one call; set before its prompts
 
     def __init__(self, model: nn.Module, backend: ops.Backend = "auto") -> None:
@@ -70,7 +71,7 @@ class NextTokenScorer(ABC):
             self.head = self.parts.model.get_output_embeddings()  # type: ignore[operator]
             self._advance(ids, positions_of(mask))
         else:
-            self.static = StaticForward(view, self.capacity, self.backend, eval_mode=True)
+            self.static = StaticForward(view, self.reserved, self.backend, eval_mode=True)
             self.static.forward.compiled = self.compiled
             self.head = self.static.rest.output_embeddings()
             self.state = self._of_hidden(self.static, self.static.prefill(ids, mask))
