@@ -42,13 +42,18 @@ _REFUSED = {
     "reward_input_ids": "the reward model sees each prompt as it is",
     "reward_attention_mask": "the reward model sees each prompt as it is",
     "streamer": "answers come in the order they end; call generate for one",
-    "assistant_model": "its rows take one token at a time",
+    **dict.fromkeys(("assistant_model", "speculate"), "its rows take one token at a time"),
+    **dict.fromkeys(("cuda_graph", "compile"), "its rows come and go, and no step is like another"),
     "synced_gpus": "ranks would wait for each other's prompts",
     **dict.fromkeys(("output_candidates", "output_scores", "output_logits"), _OF_A_BATCH),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "compact"), _OF_A_BATCH),
     **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "position_ids"), _OF_A_BATCH),
     **dict.fromkeys((CACHE, "cache", "past_key_values", "cache_implementation"), _OF_A_BATCH),
 }
+
+
+# What of these may be given, as it asks for nothing.
+_NO_MATTER = {"speculate": ("auto", False), "compile": ("auto", False), "cuda_graph": (False,)}
 
 
 def generate_many(
@@ -99,7 +104,8 @@ def generate_many(
             print(answer.index, answer.text, answer.rewards[-1])
     """
     for name, instead in _REFUSED.items():
-        if options.get(name) is not None:
+        given = options.get(name)
+        if given is not None and given not in _NO_MATTER.get(name, ()):
             raise ValueError(f"{name}= is not an option of generate_many: {instead}")
     if options.get("speculate", "auto") not in (False, "auto"):
         raise ValueError(
@@ -197,7 +203,7 @@ class _Many:
                 yield Answer(index, error=str(error))
 
     def _entry(self, index: int, prompt: Any) -> Entry:
-        ids = self._ids(prompt)
+        ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
         check.check_ids("prompt", ids[None])
         prepared = self._prepare(ids)
         checked = self.guide.check_prompts(
@@ -211,29 +217,14 @@ class _Many:
             index,
             ids,
             plan.steps,
-            beta=_of_prompt("beta", self.guide.beta, index),
-            temperature=temperature if own is None else _of_prompt("temperature", own, index),
+            beta=numbers.of_prompt("beta", self.guide.beta, index),
+            temperature=temperature
+            if own is None
+            else numbers.of_prompt("temperature", own, index),
             seed=self._seed(index),
             processors=None if alike else processors,
             criteria=prepared.criteria if plan.foreign else None,
         )
-
-    def _ids(self, prompt: Any) -> Tensor:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the prompt is a text; pass tokenizer=, or token ids")
-            prompt = self.tokenizer(prompt)["input_ids"]
-        if not isinstance(prompt, Tensor):
-            try:
-                prompt = torch.tensor(prompt, dtype=torch.int64 if len(prompt) == 0 else None)
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise ValueError(
-                    f"the prompt must be a text, a list of token ids or int64 [P]; got "
-                    f"{type(prompt).__name__}: {error}"
-                ) from None
-        if prompt.dim() != 1:
-            raise ValueError(f"the prompt has shape {list(prompt.shape)}; pass token ids [P]")
-        return prompt.to(self.device)
 
     def _prepare(self, ids: Tensor) -> _Prepared:
         def taken(
@@ -346,7 +337,7 @@ class _Many:
 
     def _seed(self, index: int) -> int:
         if isinstance(self.seeds, Tensor):
-            return int(_of_prompt("seed", self.seeds, index))
+            return int(numbers.of_prompt("seed", self.seeds, index))
         if index >= len(self.split):
             self.split = ops.split_seed(self.seeds, 2 * index + 1024)
         return int(self.split[index])
@@ -416,12 +407,3 @@ class _Many:
             logq = torch.where(drawn, torch.log_softmax(scores, -1), 0.0).sum(-1)
             log_ratio = (logq - logprobs).masked_fill(out.kl.isnan(), torch.nan)
         return torch.stack([out.rewards, out.kl, logprobs, log_ratio], -1)
-
-
-def _of_prompt(name: str, value: Any, index: int) -> float:
-    """What a prompt has of an option that is a number, or a tensor [N] of one for each."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return float(value)
-    if index >= len(value):
-        raise ValueError(f"{name} has {len(value)} values, and this is prompt {index}")
-    return value[index].item()

@@ -154,7 +154,9 @@ class CachedLogits:
         return self.static.logits(hidden).to(prompts[0].device)
 
     def advance(self, last: Tensor) -> Tensor:
-        hidden = self.static.step(last.to(self.view.device))
+        device, n = self.view.device, len(last)
+        rows = None if n == len(self.counts) else torch.arange(n, device=device)
+        hidden = self.static.step(last.to(device), rows)
         return self.static.logits(hidden).to(last.device)
 
     def step(self, rows: Rows) -> Tensor:

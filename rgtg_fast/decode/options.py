@@ -136,6 +136,34 @@ def reward_range(value: Any, prune: Any) -> None:
         raise ValueError(f"reward_range={value!r}; pass two finite numbers (lo, hi) with lo < hi")
 
 
+def of_prompt(name: str, value: Any, index: int) -> float:
+    """What a prompt has of an option that is a number, or a tensor [N] of one for each."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return float(value)
+    if index >= len(value):
+        raise ValueError(f"{name} has {len(value)} values, and this is prompt {index}")
+    return value[index].item()
+
+
+def prompt_ids(prompt: Any, tokenizer: Any) -> Tensor:
+    """Ids [P] of a prompt: a text, a list of ids or a tensor; `ValueError` for anything else."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("the prompt is a text; pass tokenizer=, or token ids")
+        prompt = tokenizer(prompt)["input_ids"]
+    if not isinstance(prompt, Tensor):
+        try:
+            prompt = torch.tensor(prompt, dtype=torch.int64 if len(prompt) == 0 else None)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"the prompt must be a text, a list of token ids or int64 [P]; got "
+                f"{type(prompt).__name__}: {error}"
+            ) from None
+    if prompt.dim() != 1:
+        raise ValueError(f"the prompt has shape {list(prompt.shape)}; pass token ids [P]")
+    return prompt
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an argument `name` that does not exist."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)

@@ -119,3 +119,70 @@ class Copies:
             states = (t[i, :, live.start : live.stop].clone() for t in (layer.keys, layer.values))
             layers.append(tuple(states))
         return Parked(mask[live].clone(), layers)  # type: ignore[arg-type]
+
+
+class RowCaches:
+    """Rows on Hugging Face's cache, numbered in their order: those last run are a batch (`Copies`),
+    the others wait outside of it, without padding."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.batch: Copies | None = None
+        self.waiting: list[Parked | None] = []  # of each row; None: it is in the batch
+
+    def begin(self, cache: Any, mask: Tensor, copies: int) -> None:
+        """All rows are in `cache`, `copies` times each; `mask` [B * copies, L]."""
+        rows = len(mask) // copies
+        self.batch = Copies(list(range(rows)), copies, cache, mask)
+        self.waiting = [None] * rows
+
+    def join(self, cache: Any, mask: Tensor) -> None:
+        """The rows in `cache` come in behind the others; `mask` [n, L]."""
+        batch = Copies(list(range(len(mask))), 1, cache, mask)
+        self.waiting = [*self.waiting, *(batch.parked(i) for i in range(len(mask)))]
+
+    def batch_of(self, rows: Tensor | None, copies: int) -> Copies:
+        """The rows int64 [n] (None: all) as a batch of `copies` of each."""
+        wanted = self.numbers(rows)
+        if self.batch is not None and (self.batch.rows, self.batch.copies) == (wanted, copies):
+            self.batch.take_back()
+            return self.batch
+        self.dissolve()
+        parked = [self.waiting[row] for row in wanted]
+        self.batch = Copies.assembled(wanted, parked, copies, self.config)  # type: ignore[arg-type]
+        for row in wanted:
+            self.waiting[row] = None
+        return self.batch
+
+    def dissolve(self) -> None:
+        """Take the batch apart into rows by themselves."""
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.take_back()
+            for place, row in enumerate(batch.rows):
+                self.waiting[row] = batch.parked(place)
+
+    def cut(self, lengths: Tensor, rows: Tensor | None) -> None:
+        """Keep the first `lengths` [n] tokens of the rows."""
+        self.dissolve()
+        for row, length in zip(self.numbers(rows), lengths.tolist(), strict=True):
+            waiting = self.waiting[row]
+            assert waiting is not None
+            self.waiting[row] = waiting.cut(length)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        kept = rows.tolist()
+        self.waiting = [self.waiting[row] for row in kept]
+        if self.batch is not None:
+            new = {row: i for i, row in enumerate(kept)}
+            places = [i for i, row in enumerate(self.batch.rows) if row in new]
+            self.batch.select(places, [new[self.batch.rows[i]] for i in places])
+
+    def tokens(self) -> Tensor:
+        """Tokens int64 [B] of each row."""
+        self.dissolve()
+        masks = [row.mask for row in self.waiting if row is not None]
+        return torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64)
+
+    def numbers(self, rows: Tensor | None) -> list[int]:
+        return list(range(len(self.waiting))) if rows is None else rows.tolist()

@@ -41,5 +41,5 @@ class AutoregressiveScorer(NextTokenScorer):
         out = self.parts.model(input_ids=ids, return_dict=True, **kwargs, **self._options)
         return out.logits[:, -1].float(), cache_of(out)
 
-    def _rewards(self, ids: Tensor) -> Tensor:
-        return self.state.gather(1, ids) - self.state.logsumexp(-1, keepdim=True)
+    def _rewards(self, state: Tensor, ids: Tensor) -> Tensor:
+        return state.gather(1, ids) - state.logsumexp(-1, keepdim=True)

@@ -106,7 +106,7 @@ class RewardModelScorer(ScorerRows):
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
         last = self._prefill(ids, mask)
         self.last_reward = last  # [B], reward of the prefix as it stands
-        self.texts = Texts(ids, mask) if self.keeps_text else None
+        self.texts = Texts(ids, mask, self.capacity) if self.keeps_text else None
 
     @torch.no_grad()
     def score(

@@ -93,12 +93,10 @@ class StaticForward:
         self.slot = torch.zeros(rows, dtype=torch.int64, device=self.device)
         return torch.cat(parts)
 
-    def step(self, ids: Tensor) -> Tensor:
-        """The hidden states [n, H] of one more token of the first n rows, ids int64 [n, 1]."""
-        n = len(ids)
-        rows = None if n == len(self.slot) else torch.arange(n, device=self.device)
+    def step(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The hidden states [n, H] of one more token int64 [n, 1] of rows int64 [n] (None: all)."""
         hidden = self.forward.siblings(ids, rows=rows)
-        self.forward.commit(self.slot[:n], rows)
+        self.forward.commit(self.slot[: len(ids)], rows)
         return hidden[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:

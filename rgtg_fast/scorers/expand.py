@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.copies import Copies, Parked, empty_cache
+from ..models.copies import RowCaches, empty_cache
 from ..models.foreign import Unsupported
 from ..models.padding import at_counts, last_real, positions_of, without_copies
 from .base import RewardModelScorer
@@ -16,14 +16,12 @@ from .base import RewardModelScorer
 class ExpandScorer(RewardModelScorer):
     """B*k rows, each with its own copy of the prefix KV: k times the memory of `TreeScorer`.
 
-    The rows last scored are a batch (`Copies`); others wait outside of it, without padding.
+    The rows last scored are a batch; others wait outside of it, without padding (`RowCaches`).
     """
 
     method = "expand"
-    state = (*RewardModelScorer.state, "batch", "waiting")
-
-    batch: Copies | None = None
-    waiting: list[Parked | None]  # of each row; None: it is in the batch
+    rows: RowCaches  # for one call
+    state = (*RewardModelScorer.state, "rows")
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         ids, mask, copies = without_copies(input_ids, attention_mask)
@@ -32,15 +30,15 @@ class ExpandScorer(RewardModelScorer):
             copies = torch.arange(len(ids), device=ids.device)
         index = copies.repeat_interleave(self.k)
         cache.batch_select_indices(index)
-        self.batch = Copies(list(range(len(copies))), self.k, cache, mask[index])
-        self.waiting = [None] * len(copies)
+        self.rows = RowCaches(self.parts.text_config)
+        self.rows.begin(cache, mask[index], self.k)
         return last[copies.to(last.device)]
 
     def _join_alike(self, prompts: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         cache, last = self._prompts(ids, mask)
-        batch = Copies(list(range(len(prompts))), 1, cache, mask)
-        new = [batch.parked(i) for i in range(len(prompts))]
-        self.waiting = [*self.__dict__.get("waiting", []), *new]
+        if "rows" not in self.__dict__:
+            self.rows = RowCaches(self.parts.text_config)
+        self.rows.join(cache, mask)
         return last
 
     def _prompts(self, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
@@ -64,16 +62,16 @@ class ExpandScorer(RewardModelScorer):
 
     def _fed(self, ids: Tensor, rows: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
         """Hidden states [n * k, 1, H] of the candidates `ids` [n, k], and the whole output."""
-        batch = self._batch_of(rows, ids.shape[1])
+        batch = self.rows.batch_of(rows, ids.shape[1])
         flat = ids.reshape(-1, 1)
         return batch.feed(self.parts.forward_base, flat, torch.ones_like(flat), **options)
 
     def _commit(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
-        batch = self.batch
+        batch = self.rows.batch
         if at is None and batch is not None:
             batch.keep_copy(slot)
             return
-        numbers = range(len(self.waiting)) if rows is None else rows.tolist()
+        numbers = self.rows.numbers(rows)
         fed = {} if batch is None or not batch.fed else {r: i for i, r in enumerate(batch.rows)}
         if batch is None or not set(numbers) <= fed.keys():  # the batch was taken apart since
             ids = (self.ids if at is None else self.ids[at]).gather(1, slot[:, None])
@@ -81,56 +79,23 @@ class ExpandScorer(RewardModelScorer):
             return
         chosen = zip(numbers, slot.tolist(), strict=True)
         kept = {row: batch.parked(fed[row], copy) for row, copy in chosen}
-        self._dissolve()
+        self.rows.dissolve()
         for row, parked in kept.items():
-            self.waiting[row] = parked
+            self.rows.waiting[row] = parked
 
     def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:
-        batch = self._batch_of(rows, 1)
+        batch = self.rows.batch_of(rows, 1)
         real = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
         hidden, _ = batch.feed(self.parts.forward_base, ids, real.long())
         batch.fed = 0
-        self._dissolve()  # its rows may end in padding
+        self.rows.dissolve()  # its rows may end in padding
         return self.parts.rewards(at_counts(hidden, counts), self.backend)[:, 0].to(ids.device)
 
     def _cut(self, lengths: Tensor, rows: Tensor | None) -> None:
-        self._dissolve()
-        numbers = range(len(self.waiting)) if rows is None else rows.tolist()
-        for row, length in zip(numbers, lengths.tolist(), strict=True):
-            waiting = self.waiting[row]
-            assert waiting is not None
-            self.waiting[row] = waiting.cut(length)
+        self.rows.cut(lengths, rows)
 
     def _keep(self, rows: Tensor) -> None:
-        kept = rows.tolist()
-        self.waiting = [self.waiting[row] for row in kept]
-        if self.batch is not None:
-            new = {row: i for i, row in enumerate(kept)}
-            places = [i for i, row in enumerate(self.batch.rows) if row in new]
-            self.batch.select(places, [new[self.batch.rows[i]] for i in places])
-
-    def _batch_of(self, rows: Tensor | None, copies: int) -> Copies:
-        """The rows as a batch of `copies` of each."""
-        wanted = list(range(len(self.waiting))) if rows is None else rows.tolist()
-        if self.batch is not None and (self.batch.rows, self.batch.copies) == (wanted, copies):
-            self.batch.take_back()
-            return self.batch
-        self._dissolve()
-        parked = [self.waiting[row] for row in wanted]
-        self.batch = Copies.assembled(wanted, parked, copies, self.parts.text_config)  # type: ignore[arg-type]
-        for row in wanted:
-            self.waiting[row] = None
-        return self.batch
-
-    def _dissolve(self) -> None:
-        """Take the batch apart into rows by themselves."""
-        batch, self.batch = self.batch, None
-        if batch is not None:
-            batch.take_back()
-            for place, row in enumerate(batch.rows):
-                self.waiting[row] = batch.parked(place)
+        self.rows.keep_rows(rows)
 
     def _tokens(self) -> Tensor:
-        self._dissolve()
-        counts = [int(row.mask.sum()) for row in self.waiting if row is not None]
-        return torch.tensor(counts, dtype=torch.int64, device=self.device)
+        return self.rows.tokens().to(self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.cache import SiblingCache
 from ..models.compiled import CompiledSiblings
+from ..models.copies import RowCaches, empty_cache
 from ..models.language_model import LanguageModel
-from ..models.padding import positions_of
+from ..models.padding import at_counts, groups_of_like_length, left_padded, positions_of
 from ..models.parts import ModelParts
+from .base import put
 from .causal import StaticForward, language_model
+from .rows import ScorerRows, Texts
 
 
-class NextTokenScorer(ABC):
+class NextTokenScorer(ScorerRows):
     """A causal model on a cache of its own, one token a step; subclasses say what a candidate gets.
 
     `commit` only notes the winner; the next `score` runs its forward, so none is spent on the last
@@ -30,6 +33,14 @@ class NextTokenScorer(ABC):
     capacity = 0
     reserved = 0  # slots of the cache
     compiled: CompiledSiblings | None = None  # the forward of one call; set before its prompts
+    static: StaticForward | None  # for one call
+    parts: ModelParts  # without a static cache
+    rows: RowCaches
+    head: Any
+    texts: Texts
+    state: Tensor  # [B, ..], what candidates are scored with, of the last token that was run
+    chosen: Tensor  # int64 [B], the last token
+    waiting: list[bool]  # of each row: whether the forward of `chosen` is still to be run
 
     def __init__(self, model: nn.Module, backend: ops.Backend = "auto") -> None:
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
@@ -38,13 +49,11 @@ class NextTokenScorer(ABC):
                 "causal LM (AutoModelForCausalLM)"
             )
         self.model, self.rm, self.backend = model, ModelParts(model), backend
-        self.static: StaticForward | None  # from here on: for one call
-        self.parts: ModelParts  # without a static cache
-        self.mask: Tensor
-        self.cache: Any
-        self.head: Any
-        self.state: Tensor
-        self.chosen: Tensor
+        self.begin(0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rm.device
 
     def _taken_apart(self) -> LanguageModel | None:
         """The model's parts, where it runs on a static cache."""
@@ -62,82 +71,162 @@ class NextTokenScorer(ABC):
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Prompts int64 [B, P] and their mask [B, P], padding on the left."""
-        self.rm = ModelParts(self.model)  # anew: its modules may have changed
         ids, mask = input_ids.to(self.rm.device), attention_mask.to(self.rm.device)
-        view = self._taken_apart()
-        if view is None:
-            self.static, self.cache, self.mask = None, None, mask
-            self.parts = self.rm.twin()
-            self.head = self.parts.model.get_output_embeddings()  # type: ignore[operator]
-            self._advance(ids, positions_of(mask))
+        self._start()
+        self.begin(len(ids))
+        if self.static is None:
+            self.state, cache = self._run(ids, positions_of(mask), mask)
+            self.rows.begin(cache, mask, 1)
         else:
-            self.static = StaticForward(view, self.reserved, self.backend, eval_mode=True)
-            self.static.forward.compiled = self.compiled
-            self.head = self.static.rest.output_embeddings()
             self.state = self._of_hidden(self.static, self.static.prefill(ids, mask))
+        self.texts = Texts(ids, mask, self.reserved)
         self.chosen = ids[:, -1].clone()
-        self.waiting = False  # whether the forward of `chosen` is still to be run
+        self.waiting = [False] * len(ids)
 
     @torch.no_grad()
-    def score(self, ids: Tensor) -> Tensor:
-        """Rewards fp32 [B, k] of the candidates `ids` int64 [B, k] behind the prefix; -inf for ids
-        past this model's vocabulary."""
-        if self.waiting:
-            self._step()
-        self.ids = ids.to(self.rm.device)
+    def score(
+        self, ids: Tensor, keep: Tensor | None = None, handles: Sequence[int] | None = None
+    ) -> Tensor:
+        """Rewards fp32 [n, k] of the candidates `ids` int64 [n, k] behind the prefix of each row;
+        -inf for ids past this model's vocabulary, NaN for those not in `keep` bool [n, k]."""
+        rows = self.rows_of(handles)
+        self._catch_up(rows)
+        self.scored = list(self.handles if rows is None else handles or ())
+        self.ids = ids.to(self.device)
         last = self.head.weight.shape[0] - 1
-        rewards = self._rewards(self.ids.clamp(max=last))
-        return rewards.masked_fill(self.ids > last, -torch.inf).to(ids.device)
+        state = self.state if rows is None else self.state[rows]
+        rewards = self._rewards(state, self.ids.clamp(max=last))
+        rewards = rewards.masked_fill(self.ids > last, -torch.inf)
+        if keep is not None:
+            rewards = rewards.masked_fill(~keep.to(self.device), torch.nan)
+        return rewards.to(ids.device)
 
-    def commit(self, slot: Tensor) -> None:
-        """Append candidate `slot` int64 [B] of the last scored ids to every row."""
-        chosen = self.ids.gather(1, slot.to(self.ids.device)[:, None])[:, 0]
-        self.chosen.copy_(chosen.clamp(max=self.head.weight.shape[0] - 1))
-        self.waiting = True
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Go on with these rows (int64 [n]) only."""
-        rows = rows.to(self.rm.device)
-        self.state, self.chosen = self.state[rows], self.chosen[rows]
-        if self.static is None:
-            self.mask = self.mask[rows]
-            self.cache.batch_select_indices(rows)
-        else:
-            self.static.keep_rows(rows)
+    @torch.no_grad()
+    def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
+        """Append candidate `slot` int64 [n] of the last scored ids to the rows."""
+        slot = slot.to(self.device)
+        rows, at = self.scored_rows(handles, slot)
+        ids = self.ids if at is None else self.ids[at]
+        chosen = ids.gather(1, slot[:, None]).clamp(max=self.head.weight.shape[0] - 1)
+        put(self.chosen, chosen[:, 0], rows)
+        self.texts.extend(chosen, 1, rows)
+        self._set_waiting(rows, True)
 
     def finish(self) -> None:
         """Let go of the call's cache, twin and logits."""
         for name in (
-            "static",
-            "parts",
-            "head",
-            "mask",
-            "cache",
-            "chosen",
-            "state",
-            "ids",
+            *("static", "parts", "rows", "head", "texts", "state", "chosen", "ids", "waiting"),
             "compiled",
         ):
             self.__dict__.pop(name, None)
+        self.begin(0)
 
-    def _step(self) -> None:
-        """Run the forward of the tokens chosen."""
-        ids, self.waiting = self.chosen[:, None], False
-        if self.static is None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], dim=1)
-            self._advance(ids, self.mask.sum(-1, keepdim=True) - 1)
+    def _start(self) -> None:
+        """Begin a call."""
+        self.rm = ModelParts(self.model)  # anew: its modules may have changed
+        view = self._taken_apart()
+        if view is None:
+            self.static, self.parts = None, self.rm.twin()
+            self.rows = RowCaches(self.parts.text_config)
+            self.head = self.parts.model.get_output_embeddings()  # type: ignore[operator]
         else:
-            self.state = self._of_hidden(self.static, self.static.step(ids))
+            self.static = StaticForward(view, self.reserved, self.backend, eval_mode=True)
+            self.static.forward.compiled = self.compiled
+            self.head = self.static.rest.output_embeddings()
 
-    def _advance(self, ids: Tensor, positions: Tensor) -> None:
-        """The same on Hugging Face's cache."""
-        self.state, self.cache = self._forward(
-            ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            cache=self.cache,
-            use_cache=True,
-        )
+    def _join(self, prompts: list[Tensor]) -> None:
+        if "static" not in self.__dict__:
+            self._start()
+            self.texts, self.waiting = Texts(*left_padded(prompts[:1])), []
+            self.texts.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
+            self.chosen = prompts[0].new_zeros(0)
+        states = [] if not len(self.chosen) else [self.state]
+        if self.static is None:
+            for group in groups_of_like_length(prompts):
+                ids, mask = left_padded(group)
+                state, cache = self._run(ids, positions_of(mask), mask)
+                self.rows.join(cache, mask)
+                states.append(state)
+        else:
+            states.append(self._of_hidden(self.static, self.static.join(prompts)))
+        self.state = torch.cat(states)
+        self.texts.join(*left_padded(prompts))
+        self.chosen = torch.cat([self.chosen, *(prompt[-1:] for prompt in prompts)])
+        self.waiting = [*self.waiting, *([False] * len(prompts))]
+
+    def _extend(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> None:
+        self._catch_up(rows)
+        numbers = torch.arange(len(self.chosen), device=self.device) if rows is None else rows
+        if self.static is not None:
+            hidden = self.static.forward.extend(ids, counts, rows)
+            real = counts > 0
+            state = self._of_hidden(self.static, at_counts(hidden, counts)[:, 0][real])
+            self.state[numbers[real]] = state.to(self.state.dtype)
+        else:
+            for at in range(ids.shape[1]):
+                real = counts > at
+                self._step(ids[real][:, at : at + 1], numbers[real])
+        self.texts.extend(ids, counts, rows)
+        last = at_counts(ids[..., None], counts)[:, 0, 0]
+        put(self.chosen, last.where(counts > 0, self.chosen[numbers]), rows)
+
+    def _crop(self, lengths: Tensor, rows: Tensor | None) -> None:
+        last = self.texts.crop(lengths, rows)
+        # A row that waits has one token fewer in its cache, and stays so.
+        if self.static is not None:
+            self.static.forward.crop(lengths - 1, rows)
+        else:
+            self.rows.cut(lengths - 1, rows)
+        put(self.chosen, last, rows)
+        self.texts.extend(last[:, None], 1, rows)
+        self._set_waiting(rows, True)
+
+    def _keep_rows(self, rows: Tensor) -> None:
+        self.state, self.chosen = self.state[rows], self.chosen[rows]
+        self.texts.keep_rows(rows)
+        self.waiting = [self.waiting[row] for row in rows.tolist()]
+        if self.static is None:
+            self.rows.keep_rows(rows)
+        else:
+            self.static.keep_rows(rows)
+
+    def _tokens(self) -> Tensor:
+        return self.texts.counts
+
+    def _set_waiting(self, rows: Tensor | None, waiting: bool) -> None:
+        for row in range(len(self.waiting)) if rows is None else rows.tolist():
+            self.waiting[row] = waiting
+
+    def _catch_up(self, rows: Tensor | None) -> None:
+        """Run the forward of the last tokens of the rows, where it is still to be run."""
+        numbers = range(len(self.waiting)) if rows is None else rows.tolist()
+        behind = [row for row in numbers if self.waiting[row]]
+        if not behind:
+            return
+        whole = rows is None and len(behind) == len(self.waiting)
+        own = None if whole else torch.tensor(behind, dtype=torch.int64, device=self.device)
+        chosen = self.chosen if own is None else self.chosen[own]
+        self._step(chosen[:, None], own)
+        self._set_waiting(own, False)
+
+    def _step(self, ids: Tensor, rows: Tensor | None) -> None:
+        """Run one more token int64 [n, 1] of the rows."""
+        if self.static is None:
+            batch = self.rows.batch_of(rows, 1)
+            state, _ = batch.feed(self._forward, ids, torch.ones_like(ids))
+            batch.fed = 0
+        else:
+            state = self._of_hidden(self.static, self.static.step(ids, rows))
+        if rows is None:
+            self.state = state
+        else:
+            self.state[rows] = state.to(self.state.dtype)
+
+    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+        """The state of prompts, and Hugging Face's cache filled with them."""
+        cache = empty_cache(self.parts.text_config)
+        options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+        return self._forward(ids, cache=cache, **options)
 
     @abstractmethod
     def _of_hidden(self, static: StaticForward, hidden: Tensor) -> Tensor:
@@ -148,5 +237,5 @@ class NextTokenScorer(ABC):
         """The same by the model's own forward, and the cache."""
 
     @abstractmethod
-    def _rewards(self, ids: Tensor) -> Tensor:
-        """Rewards fp32 [B, k] out of `self.state`."""
+    def _rewards(self, state: Tensor, ids: Tensor) -> Tensor:
+        """Rewards fp32 [n, k] of `ids` [n, k] out of the state [n, ..] of their rows."""

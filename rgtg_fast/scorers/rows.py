@@ -151,24 +151,32 @@ class ScorerRows(ABC):
 
 
 class Texts:
-    """The tokens of rows: `ids` int64 [B, n], of which the first `counts` [B] are a row's."""
+    """The tokens of rows: `ids` int64 [B, n], of which the first `counts` [B] are a row's.
 
-    def __init__(self, ids: Tensor, mask: Tensor) -> None:
+    Updated in place while no row is longer than `capacity`: a CUDA graph's replays must find room.
+    """
+
+    def __init__(self, ids: Tensor, mask: Tensor, capacity: int = 0) -> None:
         order = (mask == 0).byte().argsort(dim=1, stable=True)
         self.ids, self.counts = ids.gather(1, order), mask.long().sum(1)
         self.longest = ids.shape[1]  # no row is longer
+        self._widen(capacity)
 
     def join(self, ids: Tensor, mask: Tensor) -> None:
-        new = Texts(ids, mask)
-        self._reserve(new.longest - self.longest)
-        new._reserve(self.ids.shape[1] - new.longest)
-        self.ids = torch.cat([self.ids, new.ids[:, : self.ids.shape[1]]])
+        new = Texts(ids, mask, self.ids.shape[1])
+        self._widen(new.ids.shape[1])
+        self.ids = torch.cat([self.ids, new.ids])
         self.counts = torch.cat([self.counts, new.counts])
         self.longest = max(self.longest, new.longest)
 
     def extend(self, ids: Tensor, counts: Tensor | int, rows: Tensor | None) -> None:
         """Append the first `counts` [n] of `ids` [n, m] to rows [n]."""
         self._reserve(ids.shape[1])
+        self.longest += ids.shape[1]
+        if rows is None and ids.shape[1] == 1:
+            self.ids.scatter_(1, self.counts[:, None], ids)
+            self.counts += counts
+            return
         own = slice(None) if rows is None else rows
         at = self.counts[own][:, None] + torch.arange(ids.shape[1], device=ids.device)
         if rows is None:
@@ -177,7 +185,6 @@ class Texts:
         else:
             self.ids[rows[:, None], at] = ids
             self.counts[rows] += counts
-        self.longest += ids.shape[1]
 
     def crop(self, lengths: Tensor, rows: Tensor | None) -> Tensor:
         """Keep the first `lengths` [n] tokens of rows [n] but for the last, and return that [n]."""
@@ -190,6 +197,12 @@ class Texts:
         self.ids, self.counts = self.ids[rows], self.counts[rows]
 
     def _reserve(self, tokens: int) -> None:
-        missing = self.longest + tokens - self.ids.shape[1]
-        if missing > 0:
-            self.ids = pad(self.ids, (0, max(missing, 64)))
+        """Make room for `tokens` more in every row."""
+        if self.longest + tokens > self.ids.shape[1]:
+            self.longest = int(self.counts.max()) if len(self.counts) else 0
+            if self.longest + tokens > self.ids.shape[1]:
+                self._widen(self.longest + tokens + 64)
+
+    def _widen(self, width: int) -> None:
+        if width > self.ids.shape[1]:
+            self.ids = pad(self.ids, (0, width - self.ids.shape[1]))

@@ -32,9 +32,9 @@ class VocabRewardScorer(NextTokenScorer):
         hidden, out = self.parts.forward_base(ids, cache=cache, **kwargs)
         return hidden[:, -1].contiguous(), cache_of(out)
 
-    def _rewards(self, ids: Tensor) -> Tensor:
+    def _rewards(self, state: Tensor, ids: Tensor) -> Tensor:
         head: Any = self.head
-        hidden = self.state.to(head.weight.device)
+        hidden = state.to(head.weight.device)
         if type(head) is not nn.Linear:  # an adapter on the head: there are no plain rows to gather
             return head(hidden.to(head.weight.dtype)).gather(1, ids).float()
         kernel = ops.kernel("vocab_reward", self.backend, hidden.device, len(hidden))

@@ -287,6 +287,8 @@ def test_padded_batches_where_rows_cannot_come_and_go(why):
         ({"num_return_sequences": 2}, "several times"),
         ({"attention_mask": torch.ones(1, 2)}, "without padding"),
         ({"streamer": object()}, "in the order they end"),
+        ({"speculate": 4}, "one token at a time"),
+        ({"cuda_graph": True}, "come and go"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"k": 1000}, "k=1000"),
         ({"temperature": -1.0}, "temperature"),

@@ -21,7 +21,12 @@ from torch import Tensor
 import rgtg_fast
 from rgtg_fast.models.attention import last_attention
 from rgtg_fast.models.reward_model import as_reward_model
-from rgtg_fast.scorers import AttentionCreditScorer, make_scorer
+from rgtg_fast.scorers import (
+    AttentionCreditScorer,
+    AutoregressiveScorer,
+    VocabRewardScorer,
+    make_scorer,
+)
 from rgtg_fast.scorers.joint import JointScorer
 
 EOS = torch.tensor([zoo.EOS])
@@ -85,6 +90,23 @@ def credit(family: str, share: float = 0.5) -> Schedule:
     return Schedule(scorer, by_hand)
 
 
+def next_token(kind: type, family: str) -> Schedule:
+    """Rewards of all next tokens from one forward: GenARM's and FaRMA's."""
+    lm = zoo.lm(family)
+    scorer = kind(lm)
+
+    def full(ids: Tensor, prompt: int) -> Tensor:
+        prefix, last = ids[:1, :-1], ids[:, -1]
+        if kind is AutoregressiveScorer:
+            logits = lm(prefix).logits[0, -1].log_softmax(-1)
+        else:
+            hidden = lm.base_model(prefix).last_hidden_state[0, -1]
+            logits = lm.get_output_embeddings()(hidden)
+        return logits[last]
+
+    return Schedule(scorer, full)
+
+
 TREES = ("llama", "gpt2", "mistral", "gemma3", "llama4", "qwen2", "gpt_oss", "deepseek_v3", "gptj")
 CASES = {
     **{f"tree-{family}": functools.partial(separate, "tree", family) for family in TREES},
@@ -99,12 +121,17 @@ CASES = {
         for family in ("llama", "gemma3", "gpt_oss")
     },
     "credit-llama": lambda eos: credit("llama"),
+    **{
+        f"{name}-{family}": lambda eos, kind=kind, family=family: next_token(kind, family)
+        for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer))
+        for family in ("llama", "mistral", "bloom")
+    },
 }
 # One of each scorer, and what each way of running one is most likely to get wrong.
 QUICK = ("tree-llama", "tree-llama4", "tree-gpt_oss", "expand-bloom", "reencode-llama")
-QUICK += ("joint-gemma3", "credit-llama")
+QUICK += ("joint-gemma3", "credit-llama", "genarm-mistral", "farma-bloom")
 MANY = ("tree-gemma3", "tree-gpt_oss", "expand-gpt_neo", "reencode-llama", "joint-llama")
-MANY += ("credit-llama",)
+MANY += ("credit-llama", "genarm-llama", "farma-bloom")
 
 
 def play(begin: Any, times: int) -> None:
