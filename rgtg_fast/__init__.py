@@ -7,6 +7,7 @@ tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
+from .decode.kept import free_graphs
 from .generate import RewardGuided, generate
 from .generate_many import generate_many
 from .models.on_base import RewardAdapter, RewardHead
@@ -24,6 +25,7 @@ __all__ = [
     "RewardGuided",
     "RewardGuidedOutput",
     "RewardHead",
+    "free_graphs",
     "generate",
     "generate_many",
     "ops",

@@ -140,7 +140,8 @@ def generate(
             language model's forwards, without `reward_range`. An int: so many positions each time,
             2 to 32, anywhere. False never. `speculation` in the output says what came of it.
         assistant_model: a smaller causal language model with the same tokens, which guesses the
-            language model's continuation for it to look at several tokens in one forward too.
+            language model's continuation for it to look at several tokens in one forward too; or
+            any object with the methods of `decode.drafters.Drafter`.
             Without one, what followed the same tokens before in the text is the guess.
 
     Raises:

@@ -22,7 +22,7 @@ from .decode.ahead import choose_speculation
 from .decode.call import Call
 from .decode.capture import choose_graph
 from .decode.compiling import choose_compiled
-from .decode.drafters import AssistantDrafter
+from .decode.drafters import AssistantDrafter, Drafter
 from .decode.logits import CachedLogits, HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
@@ -176,7 +176,7 @@ class RewardGuided:
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
         policy.lone = None if record.on else getattr(scorer, "commits_unscored", None)
-        keep_cache = keep_cache or record.on
+        given_cache, keep_cache = keep_cache, keep_cache or record.on
         plan = make_plan(
             new_tokens,
             input_ids,
@@ -205,6 +205,8 @@ class RewardGuided:
             and scorer.is_linear(input_ids.device),
         )
         call.graph = choose_graph(self.cuda_graph, call)
+        # A cache of the caller's is filled with views of the call's own.
+        call.keeps_graph = not given_cache
         choose_compiled(self.compile, call)
         look = call.graph is None and input_ids.device.type == "cpu"
         if call.graph is not None:
@@ -215,12 +217,15 @@ class RewardGuided:
         call.speculation = choose_speculation(self.speculate, call, assistant)
         return call
 
-    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> AssistantDrafter | None:
-        if self.assistant_model is None:
-            return None
+    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> Drafter | None:
+        if self.assistant_model is None or isinstance(self.assistant_model, Drafter):
+            return self.assistant_model
         name = type(self.assistant_model).__name__
         if not hasattr(self.assistant_model, "get_output_embeddings"):
-            raise ValueError(f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM)")
+            raise ValueError(
+                f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM), or an object "
+                "with the methods of decode.drafters.Drafter"
+            )
         found = language_model(self.assistant_model, max_length, self.backend)
         if found is None or found[1] != "fused":
             raise ValueError(
@@ -367,7 +372,7 @@ class RewardGuided:
     ) -> Scorer:
         if rm is None:
             if isinstance(self.reward_model, NextTokenScorer):
-                self.reward_model.capacity = max_length
+                self.reward_model.capacity = self.reward_model.reserved = max_length
             return self.reward_model
         own_prompt = self.reward_input_ids is not None
         joint = (

@@ -19,7 +19,10 @@ constexpr int kTopkBlocks = sizeof(T) == 8 ? 3 : 4;  // per multiprocessor, as r
 constexpr int kMaxSlices = 128;                      // of a row
 constexpr int64_t kMaxVocab = int64_t{1} << 30;      // positions in a slice are ints
 constexpr int kSegmentGrowth = 4;
-constexpr int kBatch = 7;  // 16-byte loads in flight per thread of the merge
+constexpr int kSliceKeys = 192;  // left by a slice: to cut them to k costs more than to merge them
+constexpr int kBatch = 5;        // 16-byte loads in flight per thread of the merge
+
+static_assert(kSliceKeys <= kThreads && kMostCandidates <= kSliceKeys);
 
 // What a slice leaves beside its keys.
 struct SliceSummary {
@@ -28,7 +31,7 @@ struct SliceSummary {
   uint32_t largest;  // high word of the largest key
 };
 
-constexpr int64_t kWorkspaceWords = kMostCandidates + sizeof(SliceSummary) / 8 + 1;  // per slice
+constexpr int64_t kWorkspaceWords = kSliceKeys + sizeof(SliceSummary) / 8 + 1;  // per slice
 
 struct TopkArguments {
   const void* logits;  // [rows, vocab], dense rows
@@ -43,18 +46,18 @@ struct TopkArguments {
 
 // The parts of the workspace; the last two are [rows, slices].
 struct Workspace {
-  uint64_t* keys;  // [rows, kMostCandidates / 2, slices, 2]: see key_place
+  uint64_t* keys;  // [rows, kSliceKeys / 2, slices, 2]: see key_place
   SliceSummary* summary;
   uint64_t* done;
 
   __device__ Workspace(uint64_t* words, int64_t blocks)
       : keys(words),
-        summary(reinterpret_cast<SliceSummary*>(words + blocks * kMostCandidates)),
+        summary(reinterpret_cast<SliceSummary*>(words + blocks * kSliceKeys)),
         done(words + blocks * (kWorkspaceWords - 1)) {}
 
   __device__ Workspace of(int64_t block) const {
     Workspace part = *this;
-    part.keys += block * kMostCandidates, part.summary += block, part.done += block;
+    part.keys += block * kSliceKeys, part.summary += block, part.done += block;
     return part;
   }
 };
@@ -84,7 +87,7 @@ __device__ void queue_stripes(const Slice<T>& slice, int first, int last, int k,
   }
 }
 
-// Leaves in the queue at most kMostCandidates keys, all of the slice's k largest among them. Sets
+// Leaves in the queue at most kSliceKeys keys, all of the slice's k largest among them. Sets
 // `count` to their number; returns this thread's part of the log-sum-exp.
 template <class T>
 __device__ LogSum<Accumulator<T>> scan_slice(const Slice<T>& slice, int stripes, int k,
@@ -129,7 +132,7 @@ __device__ LogSum<Accumulator<T>> scan_slice(const Slice<T>& slice, int stripes,
     } else if (first == 0) {
       floor += 1;
     }
-    if (count > (last < tiles ? 2 * most_of(k) : kMostCandidates)) {
+    if (count > (last < tiles ? 2 * most_of(k) : kSliceKeys)) {
       shrink(queue, k, rounds, count, floor);
     }
     first = last;
@@ -182,7 +185,7 @@ __device__ inline void queue_slices(const uint64_t* keys, const int (&counts)[kM
 template <class Acc>
 __device__ LogSum<double> merge_slices(const Workspace& row, int slices, int k,
                                        TopkShared<Acc>& shared, Rounds& rounds, int& count) {
-  constexpr int kFitting = (kQueue - kMostCandidates) / kMostCandidates;
+  constexpr int kFitting = (kQueue - kMostCandidates) / kSliceKeys;
   const int thread = static_cast<int>(threadIdx.x);
   Queue& queue = shared.queue;
   SliceSummary summary = {};

@@ -196,8 +196,8 @@ __device__ void push_items(const Slice<T>& slice, int position, uint32_t mask, Q
     const int item = __ffs(static_cast<int>(mask)) - 1;
     const int at = position + item / kWidth * kStripeItems<T> + item % kWidth;
     if (!slice.holds(at)) continue;
-    queue.push(
-        pack_key(static_cast<float>(widen(slice.data[at])), static_cast<uint32_t>(slice.id + at)));
+    const float logit = static_cast<float>(widen(slice.data[at]));
+    queue.push(pack_key(logit, static_cast<uint32_t>(slice.id + at)));
   }
 }
 

@@ -22,7 +22,8 @@ class Call:
 
     `reward_prompt` are the prompts' ids and mask [B, P'] as the scorer sees them. `epilogue`: the
     reward is one linear head, which the draw takes in (`ops.ratio_step`). A `graph` replays the
-    steps; `streamer` is given every token.
+    steps; `streamer` is given every token. `keeps_graph`: the graph may be left to later calls
+    (kept.py).
     """
 
     source: LogitsSource
@@ -36,6 +37,7 @@ class Call:
     epilogue: bool = False
     streamer: Any = None
     graph: Graph | None = None
+    keeps_graph: bool = False
     speculation: Any = None
 
     def keep_rows(self, rows: Tensor) -> None:

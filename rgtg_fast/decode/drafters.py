@@ -7,7 +7,7 @@ would have chosen the token. So drafters draw with the same noise.
 from __future__ import annotations
 
 import itertools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .rows import Rows
 _texts = itertools.count()
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """A wrong guess costs time, and changes nothing."""
 

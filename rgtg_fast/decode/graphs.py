@@ -32,6 +32,8 @@ WORTH = 16  # fewest steps to come that repay a capture
 class Graph(Protocol):
     """What records the launches of a step: `TorchGraph`."""
 
+    device: torch.device
+
     def __init__(self, device: torch.device) -> None: ...
 
     def warm_up(self, step: Callable[[], None]) -> None:
@@ -139,19 +141,30 @@ class Runner:
     advances the counts on the device alone; the lengths of the `caches()` are advanced here."""
 
     def __init__(
-        self, step: Callable[[], None], graph: Graph | None, caches: Callable[[], list[Any]]
+        self,
+        step: Callable[[], None],
+        graph: Graph | None,
+        caches: Callable[[], list[Any]],
     ) -> None:
         self.step, self.graph, self.caches = step, graph, caches
         self.captured = self.failed = False
         self.warm = 0
+        # What gives a graph of an earlier call that runs on this call's tensors now, or None, asked
+        # once; and what is told of a new graph.
+        self.resume: Callable[[], Graph | None] | None = None
+        self.on_capture: Callable[[Graph], None] | None = None
 
     def __call__(self, left: int) -> None:
         """One step, with `left` to come, this one included."""
+        if self.resume is not None:
+            earlier, self.resume = self.resume(), None
+            if earlier is not None:
+                self.graph, self.captured = earlier, True
         if self.graph is None:
             self.step()
         elif self.captured:
             self._replay(self.graph)
-        elif self.failed or left < WORTH:
+        elif self.failed or left < WORTH or not self._has_room(left):
             self.step()
         elif self.warm < WARM_UP - 1:
             self.graph.warm_up(self.step)
@@ -169,6 +182,15 @@ class Runner:
         """Capture again: the tensors of the step have been replaced."""
         self.captured, self.warm = False, 0
 
+    def part(self) -> None:
+        """Capture into a graph of its own from now on: the one so far is left to others."""
+        assert self.graph is not None
+        self.graph, self.resume, self.on_capture = type(self.graph)(self.graph.device), None, None
+
+    def _has_room(self, left: int) -> bool:
+        """Whether no cache would have to grow, which a replay cannot have it do."""
+        return all(cache.length + left <= cache.limit for cache in self.caches())
+
     def _replay(self, graph: Graph) -> None:
         graph.replay()
         for cache in self.caches():
@@ -179,6 +201,8 @@ class Runner:
         try:
             graph.capture(self.step)
             self.captured = True
+            if self.on_capture is not None:
+                self.on_capture(graph)
         except Exception as error:  # whatever a foreign model does that no graph can hold
             self._give_up(_explain(error))
         for cache, length in zip(self.caches(), lengths, strict=True):

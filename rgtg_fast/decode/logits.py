@@ -34,6 +34,7 @@ class LogitsSource(Protocol):
     attentions: Any  # of the last forward, where the generation configuration asks for them
     hidden_states: Any
     capturable: bool  # as a scorer's
+    owns_cache: bool  # a `SiblingCache`, that of its `forward`
 
     @property
     def caches(self) -> Sequence[SiblingCache]:
@@ -70,7 +71,7 @@ class RowSource(Protocol):
 class HFLogits:
     """`model.forward` with what `model.generate` prepared; any cache, embeddings, no cache."""
 
-    capturable = False
+    capturable = owns_cache = False
     caches: Sequence[SiblingCache] = ()
 
     def __init__(
@@ -123,7 +124,7 @@ class CachedLogits:
     """The language model on a `SiblingCache` of width 1; `cache` is the one to give back filled."""
 
     attentions = hidden_states = None
-    capturable = True
+    capturable = owns_cache = True
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class JointLogits:
     """The logits of a `JointScorer`'s winners; it has no forward of its own."""
 
     attentions = hidden_states = None
-    capturable = True
+    capturable, owns_cache = True, False
     caches: Sequence[SiblingCache] = ()  # the scorer's
 
     def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..scorers.base import RewardModelScorer, Scorer
 from .call import Call
 from .graphs import Runner
+from .kept import reuse_of
 from .plan import ended
 from .ratio_policy import Choice, Contest
 from .rows import ROOM, Rows
@@ -32,8 +33,9 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
     is on. Raises `ValueError` for a row whose step has no valid choice.
     """
     plan, source, scorer = call.plan, call.source, call.scorer
+    reuse = reuse_of(call, input_ids)
     room = plan.steps if call.graph is not None else min(plan.steps, ROOM)
-    rows = Rows(input_ids, plan, room)
+    rows = Rows(input_ids, plan, room if reuse is None else reuse.begin())
     check = ChoiceCheck(call.policy.check_nan, rows)
     scorer.prefill(*call.reward_prompt)
 
@@ -48,6 +50,8 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
         rows.append(ids, choice.slot)
 
     run = Runner(lambda: choose(source.step(rows)), call.graph, call.caches)
+    if reuse is not None:
+        reuse.follow(run, [rows, check, call.policy, call.record, source, scorer])
     for step in range(plan.steps):
         rows.reserve(step)
         if step:
@@ -69,11 +73,17 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
         if plan.compact and 2 * running <= len(rows.unfinished):
             call.keep_rows(rows.compact())
             run.moved()
+            if reuse is not None:
+                reuse.leave()
+                run.part()
     check.finish()
     if call.streamer is not None:
         call.streamer.end()
     steps = int(rows.steps)
-    return call.record.result(rows.sequences(rows.prompt + steps), steps, source.finish(steps))
+    result = call.record.result(rows.sequences(rows.prompt + steps), steps, source.finish(steps))
+    if reuse is not None:
+        reuse.leave(result)
+    return result
 
 
 def process_logits(logits: Tensor, call: Call, rows: Rows) -> tuple[Tensor, Tensor]:

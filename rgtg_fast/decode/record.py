@@ -44,7 +44,7 @@ class Record:
         for name, value in self.of_step(rows.unfinished, choice).items():
             buffer = self.columns.get(name)
             if buffer is None:
-                room = rows.ids.shape[1] - rows.prompt
+                room = rows.room
                 buffer = value.new_zeros((value.shape[0], room, *value.shape[1:]))
             elif buffer.shape[1] <= rows.taken:
                 buffer = with_room(buffer, rows.taken)

@@ -29,9 +29,12 @@ class Rows:
         self.pad, self.eos = plan.pad, plan.eos
         self.batch, self.prompt = input_ids.shape
         self.ids = with_room(input_ids.long(), room, self.pad)  # [B, P + room]
+        self.room = room  # steps that a record is made for at first
         self.origin = torch.arange(self.batch, device=input_ids.device)
         self.unfinished = torch.ones_like(self.origin, dtype=torch.bool)
         self.position = torch.zeros_like(self.origin)  # [B], tokens of the answer so far
+        # [1], the column of the next token. A number would be part of a captured step.
+        self.end = torch.full_like(self.origin[:1], self.prompt)
         self.steps = self.position.new_zeros(())  # steps taken while a row was unfinished
         self.taken = 0
         self.left: list[tuple[Tensor, Tensor]] = []
@@ -48,7 +51,7 @@ class Rows:
 
     def last(self) -> Tensor:
         """The newest tokens [B, 1]."""
-        return self.ids.index_select(1, self.position[:1] + (self.prompt - 1))
+        return self.ids.index_select(1, self.end - 1)
 
     def append(self, ids: Tensor, slot: Tensor) -> None:
         """Put the chosen tokens (padding where a row has ended) behind the rows."""
@@ -56,8 +59,9 @@ class Rows:
         if self.pad is not None:
             tokens = torch.where(self.unfinished[:, None], tokens, self.pad)
         self.steps += self.unfinished.any()
-        self.ids.index_copy_(1, self.position[:1] + self.prompt, tokens)
+        self.ids.index_copy_(1, self.end, tokens)
         self.position += 1
+        self.end += 1
         if len(self.eos):
             self.unfinished &= (tokens != self.eos).all(1)
 

@@ -125,9 +125,13 @@ class Round:
         begun = time.perf_counter()
         real = guesses >= 0
         tokens = guesses.clamp(min=0)
-        logits = source.extend(torch.cat([rows.last(), tokens], dim=1), real.sum(1) + 1)
+        count = real.sum(1) + 1
+        logits = source.extend(torch.cat([rows.last(), tokens], dim=1), count)
         self.speculation.lm_forwards += 1
         batch, m, vocab = logits.shape
+        # Behind a row's guesses they are anything, and a NaN would make a warper raise.
+        behind = torch.arange(m, device=count.device) >= count[:, None]
+        logits = logits.masked_fill(behind[..., None], 0.0)
         scores = self.scores(logits, tokens)
         policy, position = self.policy(m), self.positions(m)
         logprobs, ids = policy.candidates(scores.reshape(-1, vocab))

@@ -234,6 +234,26 @@ class SiblingCache(Cache):
             self.extents = in_order([self.width + self.capacity] * len(rows))
         self._placed(self._taken())
 
+    def in_place(self) -> list[Tensor]:
+        """What a step changes, and reads to do so."""
+        counts = (self.lengths, self.offsets, self.ends)
+        return [*self.stores, *(by_device[d] for by_device in counts for d in by_device)]
+
+    def move_into(self, tensors: list[Tensor]) -> None:
+        """Go on in tensors that are `in_place` in another cache, of as many rows and no less
+        capacity; with extents of one size."""
+        own, counts = self.by_row, iter(tensors[len(self.stores) :])
+        before = self.lengths, self.offsets, self.ends
+        self.stores = tensors[: len(self.stores)]
+        self.capacity = self.stores[0].shape[2] // self.batch - self.width
+        self.extents = in_order([self.width + self.capacity] * self.batch)
+        self._placed([self.length] * self.batch)
+        for ours, theirs in zip(own, self.by_row, strict=True):
+            theirs[:, :, :, : ours.shape[3]].copy_(ours)
+        for by_device in before:
+            for device, count in by_device.items():
+                by_device[device] = next(counts).copy_(count)
+
     def join(self, prompts: SiblingCache, lengths: Sequence[int]) -> None:
         """Take in rows behind the others: their prompts, of `lengths` slots each, are as the layers
         of `prompts` computed them, padded on the left. Nobody else may hold `prompts`."""
@@ -367,7 +387,7 @@ class SiblingCache(Cache):
         """Follow a change of extents, of the rows or of the stores; `taken` are the lengths."""
         for device, lengths in self.lengths.items():
             starts = [extent.start for extent in self.extents]
-            self.offsets[device] = lengths.new_tensor(starts)
+            self.offsets[device] = torch.tensor(starts, dtype=torch.int64, device="cpu").to(device)
             self.ends[device] = self.offsets[device] + self.width + lengths
         rooms = [e.size - self.width - n for e, n in zip(self.extents, taken, strict=True)]
         self.length = max(taken, default=0)

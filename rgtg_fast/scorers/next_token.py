@@ -31,6 +31,7 @@ class NextTokenScorer(ScorerRows):
 
     method = "next_token"
     capacity = 0
+    reserved = 0  # slots of the cache
     compiled: CompiledSiblings | None = None  # the forward of one call; set before its prompts
     static: StaticForward | None  # for one call
     parts: ModelParts  # without a static cache
@@ -78,7 +79,7 @@ class NextTokenScorer(ScorerRows):
             self.rows.begin(cache, mask, 1)
         else:
             self.state = self._of_hidden(self.static, self.static.prefill(ids, mask))
-        self.texts = Texts(ids, mask, self.capacity)
+        self.texts = Texts(ids, mask, self.reserved)
         self.chosen = ids[:, -1].clone()
         self.waiting = [False] * len(ids)
 
@@ -129,7 +130,7 @@ class NextTokenScorer(ScorerRows):
             self.rows = RowCaches(self.parts.text_config)
             self.head = self.parts.model.get_output_embeddings()  # type: ignore[operator]
         else:
-            self.static = StaticForward(view, self.capacity, self.backend, eval_mode=True)
+            self.static = StaticForward(view, self.reserved, self.backend, eval_mode=True)
             self.static.forward.compiled = self.compiled
             self.head = self.static.rest.output_embeddings()
 

@@ -25,7 +25,7 @@ from rgtg_fast.models import attention, siblings
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.reward_model import RewardModel
 from rgtg_fast.ops import reference
-from rgtg_fast.scorers import tree
+from rgtg_fast.scorers import causal, tree
 
 GPU, OTHER = "cpu:1", "cpu:2"  # devices to fake tensors, and any torch knows what to do on them
 B, P, K, STEPS = 3, 6, 4, 5
@@ -91,6 +91,8 @@ class Watched:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(attention, "has_holes", lambda mask: False)
+    for module in (causal, tree):
+        monkeypatch.setattr(module, "without_copies", lambda *given: (*given, None))
     for module in (siblings, tree):
         monkeypatch.setattr(module, "attention_kernel", lambda *_: reference.candidate_attention)
     monkeypatch.setattr(ops, "kernel", lambda op, *_: getattr(reference, op))

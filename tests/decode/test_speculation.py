@@ -12,6 +12,7 @@ from transformers import TextIteratorStreamer
 
 import rgtg_fast
 from rgtg_fast.decode.drafters import SuffixDrafter
+from rgtg_fast.decode.logits import CachedLogits
 from rgtg_fast.decode.pace import Survival
 from rgtg_fast.models.cache import SiblingCache
 
@@ -164,6 +165,24 @@ def test_what_came_before_is_guessed(models, monkeypatch):
     want = answers(models, (6,), False, do_sample=False, beta=0.01, max_new_tokens=50)
     got = answers(models, (6,), "auto", do_sample=False, beta=0.01, max_new_tokens=50)
     assert_same(got, want)
+
+
+def test_rows_without_a_guess_do_not_disturb_the_warpers(models, monkeypatch):
+    """Behind a row's guesses the language model's forward gives anything, NaN too."""
+    extend = CachedLogits.extend
+
+    def spoiled(self, tokens, counts):
+        logits = extend(self, tokens, counts)
+        behind = torch.arange(tokens.shape[1]) >= counts[:, None]
+        return logits.masked_fill(behind[..., None], torch.nan)
+
+    monkeypatch.setattr(CachedLogits, "extend", spoiled)
+    monkeypatch.setattr(Survival, "worth_guessing", lambda self, most, costs: most)
+    options = {"do_sample": False, "beta": 0.01, "max_new_tokens": 50}
+    warped = {"typical_p": 0.9, "eta_cutoff": 0.01, "top_k": 30, "do_sample": True, "seed": 5}
+    for more in ({}, warped):
+        want, got = (answers(models, (6, 4, 9), how, **options | more) for how in (False, "auto"))
+        assert_same(got, want)
 
 
 def test_calls_in_threads(models):

@@ -69,11 +69,14 @@ def alone(lm, rm, seeds):
     return {seed: guided(lm, rm, seed).tolist() for seed in seeds}
 
 
-def test_eight_threads_on_one_pair():
+@pytest.mark.parametrize(
+    ("threads", "calls"), [(4, 5), pytest.param(8, 25, marks=pytest.mark.slow)]
+)
+def test_threads_on_one_pair(threads, calls):
     lm, rm = tiny.llama_lm(), tiny.llama_rm()
-    wanted = alone(tiny.llama_lm(), tiny.llama_rm(), range(25))
+    wanted = alone(tiny.llama_lm(), tiny.llama_rm(), range(calls))
     before = snapshot(lm), snapshot(rm)
-    in_threads([repeated(lm, rm, range(25), wanted)] * 8)
+    in_threads([repeated(lm, rm, range(calls), wanted)] * threads)
     assert_unchanged(lm, before[0])
     assert_unchanged(rm, before[1])
 

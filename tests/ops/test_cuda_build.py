@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from cuda_emulated import ROOT
+from cuda_emulated import ROOT, SIMT
 from parity import IN_CUDA
 from sass import compile_kernels, resources, tool
 
@@ -13,22 +13,35 @@ from rgtg_fast import _C
 from rgtg_fast.ops.dispatch import has_kernel
 
 ARCHS = ("80", "90", "100", "120")  # WHEEL_ARCHS of the Makefile
+
+
+def kernels_in(*paths):
+    text = "".join(path.read_text() for path in paths)
+    return set(re.findall(r"__global__ void[^;{]*?(\w+)\(\w+ \w", text))
+
+
+ATTENTION = kernels_in(ROOT / "csrc/cuda/attention_kernels.cuh")
 KERNELS = {
-    name
-    for path in ROOT.glob("csrc/cuda/*.cuh")
-    for name in re.findall(r"__global__ void[^;{]*?(\w+)\(\w+ \w", path.read_text())
+    "ops.cpp": kernels_in(*ROOT.glob("csrc/cuda/*.cuh")) - ATTENTION,
+    "attention.cpp": ATTENTION,
 }
 
 
 @pytest.mark.parametrize(
-    "arch",
-    [arch if arch == "90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS],
+    ("source", "arch"),
+    [
+        (source, arch)
+        if (source, arch) == ("ops.cpp", "90")
+        else pytest.param(source, arch, marks=pytest.mark.slow)
+        for source in KERNELS
+        for arch in ARCHS
+    ],
 )
-def test_kernels_compile_without_spills_or_stack(arch, tmp_path):
-    _, log = compile_kernels(tmp_path, arch)
-    assert all(kernel in log for kernel in KERNELS)
+def test_kernels_compile_without_spills_or_stack(source, arch, tmp_path):
+    _, log = compile_kernels(tmp_path, arch, source=SIMT / source)
+    assert KERNELS[source] and all(kernel in log for kernel in KERNELS[source])
     used = resources(log)
-    assert len(used) >= len(KERNELS)
+    assert len(used) >= len(KERNELS[source])
     for name, (_, _, spills, stack) in used.items():
         assert spills == stack == 0, name
 

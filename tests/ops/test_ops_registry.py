@@ -27,8 +27,16 @@ CHECKED = [
     p if p.values[0] == "rgtg_fast" else pytest.param(*p.values, id=p.id, marks=[*p.marks, SLOW])
     for p in OPERATORS
 ]
+
+
+def marks_of(backend, op):
+    if "triton" not in backend.name:
+        return ()
+    return (needs_triton, SLOW) if op == "candidate_attention" else needs_triton
+
+
 ON_CPU = [
-    pytest.param(b, op, id=f"{b.name}-{op}", marks=needs_triton if "triton" in b.name else ())
+    pytest.param(b, op, id=f"{b.name}-{op}", marks=marks_of(b, op))
     for b in BACKENDS
     if b.device == "cpu"
     for op in b.ops

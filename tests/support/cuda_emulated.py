@@ -34,7 +34,7 @@ class _Operand(ctypes.Structure):
 
 
 def _structure(name, fields):
-    """A ctypes twin of a struct; p pointer, o Operand, q int64, i int, b bool, d double."""
+    """A ctypes twin: p pointer, o Operand, q int64, i int, b bool, d double, f float."""
     kinds = {
         "p": ctypes.c_void_p,
         "o": _Operand,
@@ -42,6 +42,7 @@ def _structure(name, fields):
         "i": ctypes.c_int,
         "b": ctypes.c_bool,
         "d": ctypes.c_double,
+        "f": ctypes.c_float,
     }
     pairs = [field.split(":") for field in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": [(n, kinds[k]) for n, k in pairs]})
@@ -71,12 +72,21 @@ _Pair = _structure(
     "len_rejected:p weights:p margin:p smoothing:d centering:d first:q loss:p grad_chosen:p "
     "grad_rejected:p",
 )
+_Attention = _structure(
+    "_Attention",
+    "q:p k_prefix:p v_prefix:p k_self:p v_self:p start:p length:p rows:p "
+    "q_row:q q_slot:q q_head:q k_row:q k_head:q k_step:q v_row:q v_head:q v_step:q "
+    "own_k_row:q own_k_slot:q own_k_head:q own_v_row:q own_v_slot:q own_v_head:q "
+    "stores:q prefix:q window:q batch:i k:i heads:i group:i width:i splits:i scale:f softcap:f "
+    "aligned:b partials:p peaks:p sums:p out:p",
+)
 
 
 def build(csrc=ROOT / "csrc"):
     """Compiles the kernels under ``csrc`` unless that was done before; returns the library."""
     sources = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("cuda/*.h")])
-    text = b"".join(p.name.encode() + p.read_bytes() for p in [*sources, *sorted(SIMT.iterdir())])
+    sources += sorted(p for p in SIMT.rglob("*") if p.is_file())
+    text = b"".join(p.name.encode() + p.read_bytes() for p in sources)
     key = hashlib.sha256(text + " ".join(_FLAGS).encode()).hexdigest()[:16]
     cache = ROOT / "build" / "simt"
     library = cache / f"{key}.so"
@@ -85,7 +95,7 @@ def build(csrc=ROOT / "csrc"):
         # Under a name of its own until it is whole: parallel test workers may build at once.
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             command = [os.environ.get("CXX", "g++"), *_FLAGS, f"-I{SIMT}", f"-I{csrc}"]
-            command += [str(SIMT / f"{name}.cpp") for name in ("simt", "memory", "ops")]
+            command += [str(source) for source in sorted(SIMT.glob("*.cpp"))]
             command += [f"-Wl,-T,{SIMT / 'shared_memory.ld'}", "-o", f"{scratch}/simt.so"]
             subprocess.run(command, check=True)
             os.replace(f"{scratch}/simt.so", library)
@@ -101,10 +111,12 @@ class Emulator:
         self.library.simt_allocate.restype = ctypes.c_void_p
         self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_bool]
         self.library.simt_free.argtypes = [ctypes.c_void_p]
+        self.library.simt_attention_splits.argtypes = [ctypes.c_int64] * 3
         self.library.simt_topk_workspace_words.restype = ctypes.c_int64
         self.library.simt_ordered.restype = ctypes.c_uint32
         self.library.simt_exceeds.restype = ctypes.c_bool
         self.orders = orders
+        self.processors = PROCESSORS
 
     def launch(self, name, *arguments):
         if getattr(self.library, f"simt_{name}")(*arguments) != 0:
@@ -236,6 +248,60 @@ class Emulator:
             return slot, rewards, logq
 
         return tuple(self.in_every_order(run))
+
+    def candidate_attention(
+        self, q, keys, values, own_key, own_value, start, length, scale, window=None, softcap=None,
+        rows=None,
+    ):  # fmt: skip
+        tensors = [_dense_last(t) for t in (q, keys, values, own_key, own_value)]
+        batch, k, query_heads, width = q.shape
+        stores, heads, prefix, _ = keys.shape
+        group = query_heads // heads
+        per = 16 // q.element_size()
+        aligned = not any(
+            width % per or t.storage_offset() % per or any(s % per for s in t.stride()[:3])
+            for t in tensors
+        )
+
+        def run(buffers):
+            out = buffers.new(q.shape, q.dtype)
+            if not q.numel():
+                return (out,)
+            programs = batch * heads * -(-k * group // 64)
+            splits = self.library.simt_attention_splits(programs, prefix, self.processors)
+            bounds = [
+                None if t is None else buffers.put(t.contiguous()) for t in (start, length, rows)
+            ]
+            a = _Attention(*(buffers.put(t) for t in tensors), *bounds)
+            a.q_row, a.q_slot, a.q_head = tensors[0].stride()[:3]
+            a.k_row, a.k_head, a.k_step = tensors[1].stride()[:3]
+            a.v_row, a.v_head, a.v_step = tensors[2].stride()[:3]
+            a.own_k_row, a.own_k_slot, a.own_k_head = tensors[3].stride()[:3]
+            a.own_v_row, a.own_v_slot, a.own_v_head = tensors[4].stride()[:3]
+            a.batch, a.k, a.heads, a.group, a.width, a.stores = (
+                batch,
+                k,
+                heads,
+                group,
+                width,
+                stores,
+            )
+            a.prefix, a.window, a.splits = prefix, window or 0, splits
+            a.scale, a.softcap, a.aligned, a.out = scale, softcap or 0.0, aligned, out[0]
+            states = (batch * heads, k * group, splits if splits > 1 else 0)
+            padded = 64 if width <= 64 else 128 if width <= 128 else 256
+            a.partials = buffers.new((*states, padded), torch.float32)[0]
+            a.peaks, a.sums = (buffers.new(states, torch.float32)[0] for _ in range(2))
+            self.launch("candidate_attention", _ELEMENTS[q.dtype], ctypes.byref(a))
+            return (out,)
+
+        return self.in_every_order(run)[0]
+
+    def attention_tile(self, few):
+        """Facts of the tile of candidate_attention in bf16 of width 128; ``few`` queries."""
+        facts = [ctypes.c_int() for _ in range(3)]
+        self.library.simt_attention_tile(ctypes.c_bool(few), *map(ctypes.byref, facts))
+        return dict(zip(("keys", "stages", "bytes"), (f.value for f in facts), strict=True))
 
     def prefix_bt_loss(self, chosen, rejected, *rest):
         *vectors, smoothing, centering, first = rest

@@ -27,11 +27,11 @@ def tool(name):
     return found
 
 
-def compile_kernels(folder, arch="90", csrc=ROOT / "csrc"):
-    """(binary, what ptxas says of it) of all kernels."""
+def compile_kernels(folder, arch="90", csrc=ROOT / "csrc", source=SIMT / "ops.cpp"):
+    """(binary, what ptxas says of it) of the kernels that a source instantiates."""
     cubin = folder / f"kernels_{arch}.cubin"
     command = [tool("nvcc"), "-std=c++20", "-O3", "-Xptxas", "-v", "-x", "cu", "-cubin"]
-    command += [f"-arch=sm_{arch}", f"-I{csrc}", "-o", str(cubin), str(SIMT / "ops.cpp")]
+    command += [f"-arch=sm_{arch}", f"-I{csrc}", "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return cubin, done.stderr
 

@@ -99,7 +99,13 @@ def test_two_runs_into_one_folder_are_refused(folder):
     train(folder, "max_steps=1")
 
 
-@pytest.mark.parametrize(("of", "name"), [(Trainer, "_save_rng_state"), (Trainer, "training_step")])
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        (Trainer, "_save_rng_state"),
+        pytest.param(Trainer, "training_step", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_says_how_to_go_on_and_ends_as_an_uninterrupted_one(
     folder, monkeypatch, capsys, of, name
 ):

@@ -36,9 +36,8 @@ def run(*processes):
     return codes
 
 
-@pytest.mark.parametrize(
-    "sampling", ["random", pytest.param("group_by_length", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # an interrupted run is continued in test_output_folder.py
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
 def test_a_run_killed_in_its_second_epoch_ends_as_an_uninterrupted_one(tmp_path, spawn, sampling):
     whole = children.resumable(tmp_path / "whole", train_sampling_strategy=sampling)
     whole.train()

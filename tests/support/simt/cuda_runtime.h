@@ -23,6 +23,13 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -33,10 +40,22 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 namespace simt {
@@ -53,6 +72,12 @@ void count_push();
 const uint64_t* exchange(uint32_t mask, uint64_t value);
 int thread();
 int lane();
+
+// cp.async: what is copied arrives at the start of a launch's time or at its end, when the thread
+// waits for it, as the order asked for has it.
+void copy_async(void* to, const void* from, int bytes);
+void commit_copies();
+void wait_copies(int left);
 
 template <class V>
 V shuffle(uint32_t mask, V value, int source) {
@@ -128,6 +153,11 @@ V atomicAdd(V* address, V value) {
 
 inline void atomicExch(unsigned long long* address, unsigned long long value) {
   simt::atomic_write(address, sizeof value, value, true);
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 template <class... Parameters>

@@ -33,6 +33,12 @@ constexpr int kWarp = 32;
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 enum class Order { forward, reverse, random };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t start;
@@ -40,6 +46,8 @@ struct Fiber {
   bool started = false;
   State state = State::ready;
   int exchanges = 0, pushes = 0;
+  std::vector<Copy> copies;  // that have not arrived
+  int group = 0;             // of the copies to come
 };
 
 // The lanes that wait in one warp. Two rounds of values, because a lane may enter the next round
@@ -125,6 +133,8 @@ void prepare_block(int threads) {
     fiber.started = false;
     fiber.state = State::ready;
     fiber.exchanges = fiber.pushes = 0;
+    fiber.copies.clear();
+    fiber.group = 0;
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
     fiber.start.uc_stack.ss_size = kStack;
@@ -219,6 +229,41 @@ void block_barrier() {
   current_fiber().state = State::at_block_barrier;
   ++machine.waiting;
   yield_fiber();
+}
+
+namespace {
+
+void arrive(const Copy& copy) {
+  memcpy(copy.to, copy.from, copy.bytes);
+  memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+}
+
+}  // namespace
+
+void copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    fail("a copy of 16 bytes that are not aligned");
+  }
+  const Copy copy = {to, from, bytes, current_fiber().group};
+  const bool at_once =
+      machine.policy == Order::reverse || (machine.policy == Order::random && machine.random() % 2);
+  if (at_once) return arrive(copy);
+  current_fiber().copies.push_back(copy);
+}
+
+void commit_copies() { ++current_fiber().group; }
+
+void wait_copies(int left) {
+  Fiber& fiber = current_fiber();
+  std::vector<Copy> later;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group < fiber.group - left) {
+      arrive(copy);
+    } else {
+      later.push_back(copy);
+    }
+  }
+  fiber.copies.swap(later);
 }
 
 const uint64_t* exchange(uint32_t mask, uint64_t value) {
