@@ -117,9 +117,15 @@ def generate(
             same. It needs both models on one GPU, each run on the cache of this package, and no
             part of a step on the host: no streamer, no own stopping criterion, no `output_scores`
             or `output_logits`, no `check_nan=True`, and of the logits processors only those that
-            see nothing but scores (`decode.plan.SCORES_ALONE`). Each call captures once after two
+            see nothing but scores (`decode.plan.SCORES_ALONE`). A call captures once after two
             steps, and again, up to log2(B) times, when half of the rows have left; a capture costs
-            the time of a few steps, so none is made for fewer than 16 steps to come.
+            the time of a few steps, so none is made for fewer than 16 steps to come. The first one
+            is kept for later calls with as many rows and the same options, whatever their lengths
+            (up to a multiple of 256 tokens): at most 8 graphs, with key/value caches of up to 4 GiB
+            in all, until one of the models goes, or `rgtg_fast.free_graphs()`. Weights changed in
+            place are seen; where they were replaced, or a model changed otherwise, it is captured
+            anew. None is kept of prompts with masked tokens in between, of a reward head that is
+            no module, or where the caller gave a cache.
         compile: run the forwards of a step, of both models, through `torch.compile`, which fuses
             the small kernels between the matrix products. True: wherever that is possible (a
             warning says why where it is not, and the call goes on without); "auto" (default):
@@ -138,7 +144,8 @@ def generate(
             far ahead as pays, by what the forwards of this call take and how often rewards changed
             a token; on a CPU, for a reward model scored by "tree" that does not share the
             language model's forwards, without `reward_range`. An int: so many positions each time,
-            2 to 32, anywhere. False never. `speculation` in the output says what came of it.
+            2 to 32, anywhere. False never. `speculation` in the output says what came of it. As
+            "auto" goes by the clock, the last bits of rewards may differ from run to run.
         assistant_model: a smaller causal language model with the same tokens, which guesses the
             language model's continuation for it to look at several tokens in one forward too; or
             any object with the methods of `decode.drafters.Drafter`.

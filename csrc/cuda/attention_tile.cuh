@@ -27,7 +27,9 @@ struct QueryFragments {
     const int lane = threadIdx.x % 32;
     const T* rows[2] = {query_row<T>(a, row, head, first + lane / 4),
                         query_row<T>(a, row, head, first + lane / 4 + 8)};
-#pragma unroll
+    // All at once, the loads of wide queries would take registers that the results need.
+    constexpr int kAtOnce = kInMemory ? 1 : kWidth / 16;
+#pragma unroll kAtOnce
     for (int t = 0; t < kWidth / 16; ++t) {
       uint32_t part[4];
 #pragma unroll
@@ -293,7 +295,7 @@ __device__ void start_with_own(const AttentionArguments& a, int row, int head, i
 template <class Tile>
 __device__ void store_split(const AttentionArguments& a, int pair, int first_query,
                             const typename Tile::State& state) {
-  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+  const int lane = anew(threadIdx.x) % 32, column = lane % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = first_query + lane / 4 + 8 * r;
@@ -317,7 +319,7 @@ template <class Tile>
 __device__ void store_result(const AttentionArguments& a, int row, int head, int first_query,
                              const typename Tile::State& state) {
   using T = typename Tile::Element;
-  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+  const int lane = anew(threadIdx.x) % 32, column = lane % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = first_query + lane / 4 + 8 * r;

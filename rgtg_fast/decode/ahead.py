@@ -92,7 +92,8 @@ def choose_speculation(
     rm = call.scorer.rm  # type: ignore[attr-defined]
     batch, k = len(call.policy.seeds), call.policy.k
     key = type(rm), batch, k, rm.dtype, torch.get_num_threads(), id(type(call.source.view.model))  # type: ignore[attr-defined]
-    if drafter is None and not fixed:
+    if drafter is None and not fixed and call.source.view.dtype is torch.float32:  # type: ignore[attr-defined]
+        # (In bf16 a forward of several tokens rounds otherwise than one of each.)
         drafter = SuffixDrafter()
     return Speculation(most, fixed, costs_of(rm.model, key), drafter)
 
@@ -120,7 +121,7 @@ def _why_not(call: Call) -> str | None:
 
 def _why_not_by_itself(call: Call) -> str | None:
     """Why speculation is left out where nobody asks for a number of tokens."""
-    if call.policy.seeds.device.type != "cpu":
+    if call.graph is not None or call.policy.seeds.device.type != "cpu":
         return "it is not captured in a CUDA graph, and that pays more"
     if call.policy.prune and call.policy.reward_range is not None:
         return "reward_range leaves few candidates to score"

@@ -18,7 +18,7 @@ WORTH = 64  # fewest steps of a captured graph that "auto" compiles for
 def choose_compiled(asked: bool | str, call: Call) -> None:
     """Have the forwards of a call compiled: where that is `asked` for (with a warning that says why
     where it is not possible), or "auto" finds that a graph serves enough steps."""
-    if isinstance(call.scorer, SiblingScorer):
+    if isinstance(call.scorer, SiblingScorer | NextTokenScorer):
         call.scorer.compiled = None  # of an earlier call on the same object
     if asked is False or (asked == "auto" and (call.graph is None or call.plan.steps < WORTH)):
         return

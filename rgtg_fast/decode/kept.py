@@ -44,11 +44,11 @@ _IN_PLACE = {
     "StaticForward": ("forward", "slot"),
     "SiblingForward": ("position", "mask", "cache"),
     "SiblingStarts": ("left_padding", "hidden", "live_before", "starts"),
-    "TreeScorer": ("last_reward", "eos_ids", "forward", "texts"),
-    "JointScorer": ("last_reward", "eos_ids", "forward", "next_hidden", "texts"),
-    "AutoregressiveScorer": ("static", "chosen", "texts"),
-    "VocabRewardScorer": ("static", "chosen", "texts"),
     "Texts": ("ids", "counts"),
+    "TreeScorer": ("last_reward", "eos_ids", "texts", "forward"),
+    "JointScorer": ("last_reward", "eos_ids", "texts", "forward", "next_hidden"),
+    "AutoregressiveScorer": ("static", "texts", "chosen"),
+    "VocabRewardScorer": ("static", "texts", "chosen"),
 }
 _WALKED = ("rgtg_fast.", "transformers.")
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)

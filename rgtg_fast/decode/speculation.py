@@ -183,8 +183,10 @@ class Round:
         """Guided slots [B, m], rewards and log-probabilities of the ratio policy [B, m, k]."""
         s, begun = self.speculation, time.perf_counter()
         batch, m, k = drafts.ids.shape
-        # Those at -inf come last and cannot win: what none of the positions needs is not scored.
-        width = max(1, int((drafts.logprobs != -torch.inf).sum(2).max()))
+        width = k
+        if self.call.policy.prune:
+            # Those at -inf come last and cannot win: what no position needs is not scored.
+            width = max(1, int((drafts.logprobs != -torch.inf).sum(2).max()))
         rewards = self.scorer.score_comb(drafts.ids[:, :, :width], drafts.chain[:, :-1])
         rewards = self.call.policy.bounded(rewards.to(drafts.ids.device, torch.float32))
         rewards = torch.nn.functional.pad(rewards, (0, k - width))

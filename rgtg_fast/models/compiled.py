@@ -210,8 +210,10 @@ class _Forwards:
 
     def failed(self, key: tuple, error: Exception) -> str:
         """Note a failure; the reason in one line."""
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        # What a backend raised comes in the second line.
+        text = " ".join(lines[: 2 if lines and lines[0].rstrip().endswith(":") else 1])
+        reason = f"{type(error).__name__}: {text[:300]}"
         with _looking:
             self.kept.pop(key, None)
             last, times = self.failures.get(key, ("", 0))

@@ -172,6 +172,7 @@ class TreeScorer(SiblingScorer):
     def score_comb(self, ids: Tensor, chain: Tensor) -> Tensor:
         """Rewards fp32 [B, m, k] of candidates `ids` int64 [B, m, k] at the next m <= `ahead`
         positions, each behind the prefix and the candidates `chain` [B, m - 1] before it."""
+        self._read()
         here, chain = ids.to(self.device), chain.to(self.device)
         known = self.known(here)
         if known is not None:

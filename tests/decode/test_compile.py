@@ -26,7 +26,7 @@ def guided(lm, rm, compile=True, **options):
     common = {**BATCH, "k": 4, "max_new_tokens": 10, "return_dict_in_generate": True}
     common |= {"output_candidates": True, "seed": 5}
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*compile.*")
+        warnings.filterwarnings("error", message="compile=True")
         return rgtg_fast.generate(lm, reward_model=rm, compile=compile, **(common | options))
 
 
@@ -155,7 +155,7 @@ class Length:
 
 REFUSED = {
     "a scorer": (lambda: Length(), {}, "scoring by 'Length'"),
-    "dense masks": (lambda: zoo.rm("gpt_oss"), {}, "its attention takes dense masks"),
+    "dense masks": (lambda: zoo.rm("gpt_oss"), {}, "static cache without masks"),
     "another method": (lambda: zoo.rm("llama"), {"reward_method": "expand"}, "scoring by 'expand'"),
     "Hugging Face's cache": (
         lambda: Length(),
@@ -174,6 +174,18 @@ def test_what_cannot_be_compiled_is_said(case, traced):
     with pytest.warns(UserWarning, match=rf"compile=True has no effect on .*{words}"):
         got = rgtg_fast.generate(lm, compile=True, **common)
     assert torch.equal(got, want)
+
+
+def test_a_scorer_of_an_earlier_call_is_compiled_for_that_alone(monkeypatch):
+    lm, made = zoo.build_lm("gpt_oss"), []
+    monkeypatch.setattr(compiled, "COMPILER", lambda function: made.append(1) or function)
+    scorer = rgtg_fast.scorers.make_scorer(zoo.build_rm("llama"), k=4)
+    options = {**BATCH, "k": 4, "max_new_tokens": 3, "reward_model": scorer}
+    with pytest.warns(UserWarning, match="the language model"):
+        rgtg_fast.generate(lm, compile=True, **options)
+    assert scorer.compiled is not None and made
+    rgtg_fast.generate(lm, **options)
+    assert scorer.compiled is None
 
 
 def test_a_hook_is_never_compiled_in(traced):

@@ -42,7 +42,9 @@ def made(monkeypatch):
     monkeypatch.setitem(graphs.GRAPHS, DEVICE, Counted)
     monkeypatch.setattr(graphs, "WORTH", 1)
     torch.use_deterministic_algorithms(False)  # as it is for users; other kernels run with it
+    rgtg_fast.free_graphs()
     yield graphs_made
+    rgtg_fast.free_graphs()
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -120,7 +122,7 @@ def test_rows_leave_at_halves(made, family):
     options["eos_token_id"] = [t for t in range(zoo.VOCAB) if t not in early and t in late][:8]
     whole = guided(lm, rm, cuda_graph=False, compact=False, **options)
     assert torch.equal(guided(lm, rm, cuda_graph=True, **options), whole)
-    assert made[0].count > 1 and made[0].played > 0
+    assert len(made) > 1 and all(graph.count == 1 for graph in made[:-1]) and made[0].played > 0
 
 
 def test_nan_is_flagged_with_its_row_and_step(made):
@@ -207,7 +209,34 @@ def test_streams_are_handed_on(made):
         guided(lm, rm, cuda_graph=True)
         streams.add(made[0].stream.cuda_stream)
         del made[:]
+        rgtg_fast.free_graphs()
     assert len(streams) == 1
+
+
+@pytest.mark.parametrize("kind", ["classifier", "head", "genarm"])
+def test_a_second_call_replays_the_graph_of_the_first(made, kind):
+    """With other prompts and lengths, and weights that changed in place; replaced, it captures."""
+    lm, rm = moved(zoo.lm("llama")), moved(zoo.rm("llama"))
+    if kind == "head":
+        rm = rgtg_fast.RewardHead(lm, torch.randn(lm.config.hidden_size, device=DEVICE))
+    elif kind == "genarm":
+        rm = AutoregressiveScorer(moved(zoo.build_lm("gpt2", seed=3)))
+    layer, captures = lm.model.layers[0].mlp.up_proj, []
+    for turn in range(5):
+        if turn == 2:
+            with torch.no_grad():
+                layer.weight.mul_(1.5)
+        if turn == 3:
+            layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.5)
+        batch = zoo.left_pad(zoo.prompts(turn, (9, 2 + turn, 14 + 3 * turn)))
+        options = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+        options |= {"do_sample": True, "seed": turn, "max_new_tokens": 20 + turn}
+        want = guided(lm, rm, cuda_graph=False, **options)
+        got = guided(lm, rm, cuda_graph=True, **options)
+        assert torch.equal(got.sequences, want.sequences)
+        torch.testing.assert_close(got.rewards, want.rewards, rtol=1e-5, atol=1e-5)
+        captures.append(sum(graph.count for graph in made))
+    assert captures == [1, 1, 1, 2, 2]
 
 
 def test_memory_is_given_back_after_each_call(made):
@@ -216,6 +245,7 @@ def test_memory_is_given_back_after_each_call(made):
     for _ in range(4):
         guided(lm, rm, cuda_graph=True)
         del made[:]
+        rgtg_fast.free_graphs()
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
     assert all(b <= a for a, b in itertools.pairwise(held[1:]))

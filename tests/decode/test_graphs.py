@@ -21,7 +21,7 @@ from graph_emulated import install
 from transformers import StoppingCriteria
 
 import rgtg_fast
-from rgtg_fast.decode import graphs
+from rgtg_fast.decode import graphs, kept
 from rgtg_fast.models.cache import SiblingCache
 from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
 
@@ -33,6 +33,7 @@ COLUMNS = ("rewards", "kl", "candidate_ids", "candidate_logprobs", "candidate_re
 def cuda(monkeypatch):
     """The emulated torch.cuda, with what it was asked for."""
     monkeypatch.setattr(graphs, "WORTH", 1)
+    monkeypatch.setattr(kept, "_shelf", kept._Shelf())
     return install(monkeypatch)
 
 
@@ -40,6 +41,7 @@ def guided(lm, rm, cuda_graph=True, **options):
     """A run without fallback: where the graph is not used for a reason, that is an error."""
     common = {**BATCH, "k": K, "max_new_tokens": STEPS, "return_dict_in_generate": True}
     common |= {"check_nan": False, "output_candidates": True, "seed": 5, "top_k": 0}
+    common["speculate"] = False  # what runs without a graph: it rounds differently
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(cuda_graph|CUDA graph).*")
         return rgtg_fast.generate(lm, reward_model=rm, cuda_graph=cuda_graph, **(common | options))
@@ -359,7 +361,7 @@ def test_cuda_graph_must_be_a_bool_or_none(value):
 @pytest.mark.parametrize("capturable", [True, False])
 def test_the_host_counts_each_step_once(capturable):
     class Counter:
-        length = 3
+        length, limit = 3, 9
 
     counter, x = Counter(), torch.zeros(1)
 
@@ -375,3 +377,13 @@ def test_the_host_counts_each_step_once(capturable):
         for left in range(6, 0, -1):
             run(left)
     assert counter.length == 3 + 6 and x.item() == 6
+
+
+def test_no_capture_where_a_cache_would_have_to_grow(cuda):
+    class Counter:
+        length, limit = 3, 8
+
+    run = graphs.Runner(lambda: None, graphs.TorchGraph(torch.device("cpu")), lambda: [Counter()])
+    for _ in range(6):
+        run(6)
+    assert not cuda.captures

@@ -29,6 +29,7 @@ def guided(lm, rm, **options):
         "top_k": 0,
         "top_p": 0.7,
         "return_dict_in_generate": True,
+        "speculate": False,
     }
     return rgtg_fast.generate(lm, reward_model=rm, **(common | options))
 

@@ -240,6 +240,7 @@ def test_which_warpers_need_no_whole_row(given, look, vocab, moved, kind):
 def run(lm, **options):
     common = {"k": 6, "beta": 1.5, "max_new_tokens": 8, "seed": 3, "output_candidates": True}
     common |= {"return_dict_in_generate": True, "do_sample": True, **tiny.prompts(5, 9, 3)}
+    common |= {"speculate": False}
     return rgtg_fast.generate(lm, reward_model=tiny.llama_rm(), **(common | options))
 
 

@@ -18,6 +18,7 @@ What it cannot see: copies between devices (test_graph_devices.py has those), an
 one operator.
 """
 
+import threading
 import warnings
 import weakref
 from contextlib import contextmanager
@@ -210,7 +211,8 @@ class EmulatedCuda:
     def __init__(self, leaves_generator=True):
         cuda, self.leaves_generator = self, leaves_generator
         self.log, self.captures, self.replays, self.streams = [], [], 0, []
-        self.sync_debug_mode, self.current, self.gone = 0, "main", {}
+        self.sync_debug_mode, self.gone = 0, {}
+        self.of_thread = threading.local()  # the current stream
         self.pools, self.allocating = {}, set()
 
         class Generator:
@@ -285,8 +287,24 @@ class EmulatedCuda:
         self.generator = Generator()
         self.default_generators = (self.generator,)
         self.CUDAGraph, self.graph, self.Stream = CUDAGraph, graph, Stream
-        self.side, self.main = None, Stream("main")
+        self.main = Stream("main")
         self.streams.clear()
+
+    @property
+    def current(self):
+        return getattr(self.of_thread, "current", "main")
+
+    @current.setter
+    def current(self, name):
+        self.of_thread.current = name
+
+    @property
+    def side(self):
+        return getattr(self.of_thread, "side", None)
+
+    @side.setter
+    def side(self, stream):
+        self.of_thread.side = stream
 
     @contextmanager
     def stream(self, stream):
