@@ -160,7 +160,7 @@ class Texts:
         order = (mask == 0).byte().argsort(dim=1, stable=True)
         self.ids, self.counts = ids.gather(1, order), mask.long().sum(1)
         self.longest = ids.shape[1]  # no row is longer
-        self._widen(capacity)
+        self._widen(max(capacity, ids.shape[1] + 2))
 
     def join(self, ids: Tensor, mask: Tensor) -> None:
         new = Texts(ids, mask, self.ids.shape[1])
