@@ -100,13 +100,21 @@ def _held(lm, rm, ids, k, new, method):
     held, finish = [], scorer.finish
 
     def measured():  # what belongs to the call is let go of at its end
-        # A tree's cache belongs to its forward; expand's to the scorer.
-        held.append(cache_bytes((scorer.forward if hasattr(scorer, "forward") else scorer).cache))
+        # A tree's cache belongs to its forward, expand's to its batch of rows.
+        holder = scorer.forward if hasattr(scorer, "forward") else scorer.rows.batch
+        held.append(cache_bytes(holder.cache))
         finish()
 
     scorer.finish = measured
     rgtg_fast.generate(
-        lm, ids, attention_mask=mask, reward_model=scorer, k=k, max_new_tokens=new, do_sample=False
+        lm,
+        ids,
+        attention_mask=mask,
+        reward_model=scorer,
+        k=k,
+        max_new_tokens=new,
+        do_sample=False,
+        speculate=False,  # which holds the candidates of several positions
     )
     return held[0]
 

@@ -143,7 +143,8 @@ def generate(
             and the tokens up to the first that the rewards change are kept. "auto" (default): as
             far ahead as pays, by what the forwards of this call take and how often rewards changed
             a token; on a CPU, for a reward model scored by "tree" that does not share the
-            language model's forwards, without `reward_range`. An int: so many positions each time,
+            language model's forwards, without `reward_range`, for up to 48 candidates of all rows
+            (the reward model's cache then has room for up to 96 of them). An int: so many positions each time,
             2 to 32, anywhere. False never. `speculation` in the output says what came of it. As
             "auto" goes by the clock, the last bits of rewards may differ from run to run.
         assistant_model: a smaller causal language model with the same tokens, which guesses the

@@ -23,6 +23,9 @@ from .pace import Costs, Survival
 from .plan import ROW_BY_ROW, SCORES_ALONE
 
 LONGEST = 8  # tokens of a round, at most, where their number is chosen here
+CANDIDATES = (
+    96  # of all rows and tokens of such a round: what reading the weights pays for on a CPU
+)
 # Stopping criteria that look at each row by itself.
 OF_EACH_ROW = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
 
@@ -67,7 +70,10 @@ _costs: weakref.WeakKeyDictionary[Any, dict[tuple, Costs]] = weakref.WeakKeyDict
 
 def costs_of(model: Any, key: tuple) -> Costs:
     """The costs seen so far with a reward model, kept over calls; `key` is what they depend on."""
-    return _costs.setdefault(model, {}).setdefault(key, Costs())
+    known = _costs.setdefault(model, {})
+    if key not in known:
+        known[key] = Costs()
+    return known[key]
 
 
 def choose_speculation(
@@ -88,9 +94,10 @@ def choose_speculation(
             warnings.warn(f"no speculation: {why}; pass speculate=4 to have it", stacklevel=4)
         return None
     call.graph = None
-    call.scorer.ahead = most = LONGEST if asked == "auto" else int(asked)  # type: ignore[attr-defined]
-    rm = call.scorer.rm  # type: ignore[attr-defined]
     batch, k = len(call.policy.seeds), call.policy.k
+    most = int(asked) if fixed else min(LONGEST, CANDIDATES // (batch * k))
+    call.scorer.ahead = most  # type: ignore[attr-defined]
+    rm = call.scorer.rm  # type: ignore[attr-defined]
     key = type(rm), batch, k, rm.dtype, torch.get_num_threads(), id(type(call.source.view.model))  # type: ignore[attr-defined]
     if drafter is None and not fixed and call.source.view.dtype is torch.float32:  # type: ignore[attr-defined]
         # (In bf16 a forward of several tokens rounds otherwise than one of each.)
@@ -107,6 +114,8 @@ def _why_not(call: Call) -> str | None:
         return f"rewards by {kind!r} are of one position at a time"
     if call.record.wants_logits:
         return "output_scores and output_logits are wanted of every step"
+    if call.streamer is not None and len(call.policy.seeds) > 1:
+        return "a streamer takes a token of every row at a time"
     if call.plan.synced_gpus:
         return "synced_gpus=True counts the other ranks' steps"
     batch = len(call.policy.seeds)
@@ -123,6 +132,8 @@ def _why_not_by_itself(call: Call) -> str | None:
     """Why speculation is left out where nobody asks for a number of tokens."""
     if call.graph is not None or call.policy.seeds.device.type != "cpu":
         return "it is not captured in a CUDA graph, and that pays more"
+    if len(call.policy.seeds) * call.policy.k > CANDIDATES // 2:
+        return "so many candidates take their time in arithmetic, which rounds do not save"
     if call.policy.prune and call.policy.reward_range is not None:
         return "reward_range leaves few candidates to score"
     if call.scorer.compiled is not None:  # type: ignore[attr-defined]

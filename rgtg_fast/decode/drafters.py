@@ -57,12 +57,12 @@ class SuffixDrafter:
     def draft(self, rows: Rows, n: int, policy: RatioPolicy) -> Tensor:
         positions, seeds = rows.position.tolist(), policy.seeds.tolist()
         answers = rows.ids[:, rows.prompt :].cpu()
-        guesses = torch.full((len(positions), n), -1, dtype=torch.int64)
+        guesses = torch.full((len(positions), n), -1, dtype=torch.int64, device="cpu")
         for i, (text, position) in enumerate(zip(self.texts, positions, strict=True)):
             self.index.extend(text, answers[i, self.known[i] : position].tolist())
             self.known[i] = position
             found = self.index.draft(text, n, position, seeds[i], policy.do_sample)
-            guesses[i, : len(found)] = torch.tensor(found, dtype=torch.int64)
+            guesses[i, : len(found)] = torch.tensor(found, dtype=torch.int64, device="cpu")
         return guesses.to(rows.ids.device)
 
     def keep_rows(self, rows: Tensor) -> None:

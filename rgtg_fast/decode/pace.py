@@ -83,19 +83,13 @@ class Costs:
         return then * yields < MARGIN * now * (yields + more)
 
 
-class Rate:
-    """How often something is right, the last times counting most."""
+Rate = list[float]  # how often something was right and was seen, the last times counting most
 
-    def __init__(self, prior: float) -> None:
-        self.right, self.seen = PRIOR_WEIGHT * prior, PRIOR_WEIGHT
 
-    def add(self, right: float, seen: float) -> None:
-        """`right` of `seen` were."""
-        keep = MEMORY**seen
-        self.right, self.seen = self.right * keep + right, self.seen * keep + seen
-
-    def __float__(self) -> float:
-        return self.right / self.seen
+def observed(rate: Rate, right: float, seen: float) -> None:
+    """`right` of `seen` were."""
+    keep = MEMORY**seen
+    rate[:] = rate[0] * keep + right, rate[1] * keep + seen
 
 
 class Survival:
@@ -103,8 +97,9 @@ class Survival:
 
     def __init__(self) -> None:
         self.square: float | None = None  # the rewards' variance among a step's candidates
-        self.levels = [Rate(p) for p in PRIOR]
-        self.drafts, self.guesses = Rate(0.9), Rate(0.7)
+        self.levels: list[Rate] = [[PRIOR_WEIGHT * p, PRIOR_WEIGHT] for p in PRIOR]
+        self.drafts: Rate = [PRIOR_WEIGHT * 0.9, PRIOR_WEIGHT]
+        self.guesses: Rate = [PRIOR_WEIGHT * 0.7, PRIOR_WEIGHT]
         self.rounds = 0  # without a guess
 
     def levels_of(self, alone: Callable[[float], Tensor]) -> list[int]:
@@ -120,11 +115,16 @@ class Survival:
             total += safe
         return total.tolist()
 
+    def of(self, level: int) -> float:
+        """The probability that a draft of this level is kept."""
+        right, seen = self.levels[level]
+        return right / seen
+
     def observe(self, level: int | None, kept: bool) -> None:
         """A draft of that level, where it is known, was kept or not."""
-        self.drafts.add(kept, 1)
+        observed(self.drafts, kept, 1)
         if level is not None:
-            self.levels[level].add(kept, 1)
+            observed(self.levels[level], kept, 1)
 
     def observe_rewards(self, rewards: Tensor) -> None:
         """Rewards fp32 [n, k] of candidates; those that are not finite are left out."""
@@ -141,7 +141,8 @@ class Survival:
 
     def worth_guessing(self, most: int, costs: Costs) -> int:
         """How many tokens to guess, at most `most`; 0 where drafting is as good."""
-        kept, right = float(self.drafts), float(self.drafts) * float(self.guesses)
+        kept = self.drafts[0] / self.drafts[1]
+        right = kept * self.guesses[0] / self.guesses[1]
         best, count = math.inf, 0
         for tokens in range(1, most + 2):
             for share, seconds, guesses in (

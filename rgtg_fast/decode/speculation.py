@@ -31,6 +31,7 @@ from .call import Call
 from .drafters import SuffixDrafter
 from .logits import CachedLogits
 from .loop import ChoiceCheck, process_logits
+from .pace import observed
 from .plan import ended, keep_rows
 from .ratio_policy import Choice, RatioPolicy
 from .rows import RaggedRows
@@ -81,7 +82,7 @@ class Round:
         if peek is not None:
             seen = (peek >= 0)[:, 0] & rows.unfinished
             right = drafts.ids[:, 0].gather(1, drafts.chain[:, :1]) == peek
-            s.survival.guesses.add(int((right[:, 0] & seen).sum()), int(seen.sum()))
+            observed(s.survival.guesses, int((right[:, 0] & seen).sum()), int(seen.sum()))
         return drafts
 
     def draft(self, logits: Tensor, begun: float) -> Drafts:
@@ -105,9 +106,7 @@ class Round:
             levels.append(s.survival.levels_of(lambda r: policy.alone(logprobs, ids, position, r)))  # noqa: B023
             over = (rows.position + len(steps) >= rows.limit) | self._ends(tokens[-1])
             survive = zip(reached, levels[-1], over.tolist(), strict=True)
-            reached = [
-                0.0 if end else p * float(s.survival.levels[level]) for p, level, end in survive
-            ]
+            reached = [0.0 if end else p * s.survival.of(level) for p, level, end in survive]
             more = sum(reached)
             if not more or not (s.fixed or s.costs.one_more_pays(depth + 1, yields, more)):
                 break
@@ -144,7 +143,7 @@ class Round:
         self.speculation.costs.verify.add(m, time.perf_counter() - begun)
         looked_at = torch.minimum(reach, real.sum(1))[self.rows.unfinished]
         hits = (reach - 1)[self.rows.unfinished]
-        self.speculation.survival.guesses.add(float(hits.sum()), float(looked_at.sum()))
+        observed(self.speculation.survival.guesses, float(hits.sum()), float(looked_at.sum()))
         m = int(reach.max())
         return Drafts(ids[:, :m], logprobs[:, :m], chain[:, :m], reach, [])
 

@@ -9,7 +9,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 import rgtg_fast
 from rgtg_fast import guided as guided_module
 from rgtg_fast.decode.logits import CachedLogits, HFLogits
-from rgtg_fast.decode.loop import decode
 from rgtg_fast.models.attention import NAME
 from rgtg_fast.ops.dispatch import settle
 
@@ -39,11 +38,14 @@ def seen(monkeypatch):
     """The sources of logits and the plans that calls were run with."""
     runs = []
 
-    def spy(call, input_ids):
-        runs.append((call.source, call.plan, call.scorer))
-        return decode(call, input_ids)
+    for name in ("decode", "speculate"):
+        run = getattr(guided_module, name)
 
-    monkeypatch.setattr(guided_module, "decode", spy)
+        def spy(call, input_ids, run=run):
+            runs.append((call.source, call.plan, call.scorer))
+            return run(call, input_ids)
+
+        monkeypatch.setattr(guided_module, name, spy)
     return runs
 
 
@@ -103,9 +105,11 @@ def test_ended_rows_are_no_longer_scored(models, method, seen, monkeypatch):
 
     batches = []
     commit = RewardModelScorer.commit
-    counted = lambda self, slot: batches.append(len(slot)) or commit(self, slot)  # noqa: E731
+    counted = lambda self, slot, *rows: (  # noqa: E731
+        batches.append(len(slot)) or commit(self, slot, *rows)
+    )
     monkeypatch.setattr(RewardModelScorer, "commit", counted)
-    out = guided(models, *LENGTHS, reward_method=method)
+    out = guided(models, *LENGTHS, reward_method=method, speculate=False)
     last = sorted(ends(out, 9))
     batches = batches[-(min(last[-1] + 1, NEW)) :]
     assert batches[0] == len(LENGTHS) and batches[-1] <= len(LENGTHS) // 2

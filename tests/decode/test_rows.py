@@ -13,6 +13,7 @@ COLUMNS = ("rewards", "kl", "candidates_scored", "candidate_ids", "candidate_rew
 def guided(**options):
     common = {"k": 5, "beta": 2.0, "max_new_tokens": 23, "do_sample": True, "seed": 4}
     common |= {"eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD, **tiny.prompts(5, 9, 3)}
+    common["speculate"] = False  # which takes positions together by the clock
     return rgtg_fast.generate(tiny.llama_lm(), reward_model=tiny.gpt2_rm(), **(common | options))
 
 
