@@ -8,8 +8,8 @@
 namespace rgtg::cuda {
 
 constexpr int kAttentionThreads = 128;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kMostBlocks = 2;  // a third would make registers spill
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kMostBlocks = 2;  // the memory of sm_80 holds no third; on sm_100 it would spill
 #else
 constexpr int kMostBlocks = 3;
 #endif
@@ -295,7 +295,7 @@ __device__ void start_with_own(const AttentionArguments& a, int row, int head, i
 template <class Tile>
 __device__ void store_split(const AttentionArguments& a, int pair, int first_query,
                             const typename Tile::State& state) {
-  const int lane = anew(threadIdx.x) % 32, column = lane % 4 * 2;
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = first_query + lane / 4 + 8 * r;
@@ -319,7 +319,7 @@ template <class Tile>
 __device__ void store_result(const AttentionArguments& a, int row, int head, int first_query,
                              const typename Tile::State& state) {
   using T = typename Tile::Element;
-  const int lane = anew(threadIdx.x) % 32, column = lane % 4 * 2;
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = first_query + lane / 4 + 8 * r;

@@ -177,7 +177,9 @@ class Reuse:
                 holder.move_into([next(state) for _ in holder.in_place()])
                 continue
             own, kept = holder[key], next(state)
-            kept[tuple(slice(n) for n in own.shape)].copy_(own)
+            # Texts may have been given more room by now than the graph's; it has what is needed.
+            part = tuple(slice(min(sizes)) for sizes in zip(own.shape, kept.shape, strict=True))
+            kept[part].copy_(own[part])
             holder[key] = kept
         return self.kept.graph
 

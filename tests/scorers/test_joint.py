@@ -148,7 +148,7 @@ def test_the_vocabulary_is_projected_for_the_winner_only(monkeypatch):
 
 def test_a_head_on_another_model_is_a_reward_model_like_any_other(forwards):
     lm, other = zoo.lm("llama"), zoo.lm("qwen2")
-    out = rgtg_fast.generate(lm, reward_model=a_head(other), **OPTIONS)
+    out = rgtg_fast.generate(lm, reward_model=a_head(other), speculate=False, **OPTIONS)
     assert not forwards["joint"] and len(forwards["tree"]) >= STEPS
     plain = rgtg_fast.generate(lm, reward_model=a_head(other), reward_method="reencode", **OPTIONS)
     assert torch.equal(out.sequences, plain.sequences)
