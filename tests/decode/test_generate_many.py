@@ -4,6 +4,7 @@ beside it."""
 import gc
 import itertools
 import sys
+import threading
 import warnings
 import weakref
 
@@ -242,6 +243,24 @@ def test_nothing_is_held_after_the_end(end, monkeypatch):
         assert [cache() for cache in caches] == [None, None]
     finally:
         gc.enable()
+
+
+def test_two_threads_on_the_same_models():
+    lm, rm, got = zoo.lm("llama"), zoo.rm("gemma3"), {}
+
+    def run(seed):
+        options = COMMON | {"reward_model": rm, "do_sample": True, "seed": seed}
+        many = rgtg_fast.generate_many(lm, prompts(LENGTHS[:6]), batch_size=2, **options)
+        got[seed] = {answer.index: answer.tokens for answer in many}
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in (3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (3, 4):
+        want = one_by_one(lm, prompts(LENGTHS[:6]), seed, reward_model=rm, do_sample=True)
+        assert [got[seed][i] for i in range(6)] == [tokens for tokens, _, _ in want]
 
 
 def test_longer_prompts_than_at_first_are_probed_for(monkeypatch):
