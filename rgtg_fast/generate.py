@@ -144,13 +144,13 @@ def generate(
             far ahead as pays, by what the forwards of this call take and how often rewards changed
             a token; on a CPU, for a reward model scored by "tree" that does not share the
             language model's forwards, without `reward_range`, for up to 48 candidates of all rows
-            (the reward model's cache then has room for up to 96 of them). An int: so many positions each time,
-            2 to 32, anywhere. False never. `speculation` in the output says what came of it. As
-            "auto" goes by the clock, the last bits of rewards may differ from run to run.
+            (the reward model's cache then has room for up to 96 of them). An int: so many positions
+            each time, 2 to 32, anywhere. False never. `speculation` in the output says what came of
+            it. As "auto" goes by the clock, the last bits of rewards may differ from run to run.
         assistant_model: a smaller causal language model with the same tokens, which guesses the
             language model's continuation for it to look at several tokens in one forward too; or
-            any object with the methods of `decode.drafters.Drafter`.
-            Without one, what followed the same tokens before in the text is the guess.
+            any object with the methods of `decode.drafters.Drafter`. Without one, what followed the
+            same tokens before in the text is the guess (in fp32).
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
