@@ -25,6 +25,7 @@ from generate_models import SHAPES, build_models, sharpen
 import rgtg_fast
 
 SEED = 1
+SEARCHED = 16  # tokens that beta is found on
 CONTENDERS = {
     "plain": "plain HF generate",
     "no reward": "our loop, rewards zero",
@@ -103,9 +104,7 @@ class Case:
             attention_mask=torch.ones_like(self.ids),
             k=self.k,
             seed=SEED,
-            max_new_tokens=self.new,
-            **self.options,
-            **options,
+            **{"max_new_tokens": self.new, **self.options, **options},
         )
 
     def beta_for(self, kl):
@@ -113,13 +112,14 @@ class Case:
         gives at this k is taken off."""
         low, high = 1e-2, 1e4
         floor = self.mean_kl(0.0)
-        for _ in range(12):
+        for _ in range(10):
             beta = (low * high) ** 0.5
             low, high = (beta, high) if self.mean_kl(beta) - floor < kl else (low, beta)
         return (low * high) ** 0.5
 
     def mean_kl(self, beta):
-        out = self.guided(beta=beta, speculate=False, return_dict_in_generate=True)
+        few = {"speculate": False, "return_dict_in_generate": True, "max_new_tokens": SEARCHED}
+        out = self.guided(beta=beta, **few)
         return out.kl.nanmean().item()
 
     def run(self, name):
