@@ -152,6 +152,12 @@ def test_rows_come_and_go(case: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_rows_come_and_go_in_every_family(case: str) -> None:
+    play(CASES[case], 60)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MANY)
 def test_a_thousand_schedules(case: str) -> None:
     play(CASES[case], 1000)
