@@ -234,8 +234,9 @@ def _plan(
     block_d = power_of_two(width, 16)
     key_bytes = block_d * dtype.itemsize  # shared memory of one key in a tile
     block_n, stages = (64, 3) if key_bytes <= 256 else (32, 2) if key_bytes <= 512 else (16, 1)
-    # No tensor core takes float32: wide tiles of 64 queries would spill registers at four warps.
-    spills = not is_half and block_d >= 128
+    # Wide tiles of 64 queries would spill registers: in float32, which no tensor core takes, from
+    # 128 on, even of 32 at four warps; in half precision beyond 128.
+    spills = block_d > 128 if is_half else block_d >= 128
     block_m = min(32 if spills else 64, power_of_two(queries, 16))
     tiles = max(1, -(-queries // block_m))
     splits = split_count(prefix, max(1, pairs * tiles))
@@ -251,7 +252,7 @@ def _plan(
         Launch(
             _attend_prefix, dtypes, (pairs, splits, tiles),
             (*numbers, prefix, window or 0, *used[:9]), (*constants, *own),
-            8 if spills else 4, stages,
+            8 if spills and not is_half else 4, stages,
         ),
         Launch(
             _merge_self, dtypes, (pairs, queries, 1), (*numbers, *used[:3], *used[9:]), constants,

@@ -20,7 +20,7 @@ from .ratio_sample import check_policy, draw
 from .reward_head import candidate_dots, check_head, tile
 
 
-@triton.jit(do_not_specialize=["k", "logprobs_row", "hidden_row", "ids_row"])
+@triton.jit(do_not_specialize=["k", "logprobs_row", "ids_row"])
 def _ratio_step(
     logprobs, hidden, weight, bias, ids, beta, temperature, seed, position,
     slot_out, rewards_out, logq_out, k,

@@ -41,7 +41,7 @@ def candidate_dots(
     return reward.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["k", "hidden_row"])
+@triton.jit(do_not_specialize=["k"])
 def _reward_head(
     hidden, weight, bias, out, k,
     hidden_row, hidden_col, hidden_width, weight_width,

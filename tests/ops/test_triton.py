@@ -20,10 +20,12 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 TRITON = next(b for b in BACKENDS if b.name == "triton-interpreted")
 SUPPORT = Path(__file__).parents[1] / "support"
+LAUNCHES = r"\b(_\w+)\[\(", r"\bLaunch\(\s*(_\w+)"  # as Triton launches, and by launch.py
 LAUNCHED = {
     name
     for op in IN_TRITON
-    for name in re.findall(r"(_\w+)\[\(", (ROOT / "kernels" / f"{op}.py").read_text())
+    for launches in LAUNCHES
+    for name in re.findall(launches, (ROOT / "kernels" / f"{op}.py").read_text())
 }
 
 
