@@ -7,11 +7,11 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList
 
 from . import ops
 from . import validation as check
@@ -28,6 +28,7 @@ from .models import foreign
 from .models.foreign import CACHE
 from .models.padding import left_padded
 from .output import Answer
+from .prompts import Prepared, check_prompts, prepared_for
 from .scorers.base import RowScorer
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
@@ -116,16 +117,6 @@ def generate_many(
     return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 
 
-class _Prepared(NamedTuple):
-    """What Hugging Face's `generate` makes of the options for one prompt [1, P]."""
-
-    input_ids: Tensor
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
-    model_kwargs: dict[str, Any]
-
-
 class _Many:
     """One run of `generate_many`."""
 
@@ -144,7 +135,9 @@ class _Many:
         check.check_options(self.guide)
         self.rm = self.guide.taken_apart()
         stop_strings_as_criterion(model, tokenizer, self.kwargs)
-        first = self._prepare(any_prompt)  # what is wrong with it is wrong with all
+        first = prepared_for(
+            self.model, any_prompt, self.kwargs
+        )  # what is wrong with it is wrong with all
         found = foreign.pad_tensor(first.config)
         if found is not None:  # else Hugging Face would say for each prompt that it takes EOS
             self.kwargs.setdefault("pad_token_id", int(found))
@@ -182,7 +175,7 @@ class _Many:
                     break  # once the batch is empty, it is made anew for longer prompts
                 else:
                     self._finish()
-                    prepared = self._prepare(waiting.ids)
+                    prepared = prepared_for(self.model, waiting.ids, self.kwargs)
                     self.call = self._call_of(prepared, 2 * (len(waiting.ids) + waiting.steps))
                     refill = self._refill()
                     continue
@@ -205,9 +198,14 @@ class _Many:
     def _entry(self, index: int, prompt: Any) -> Entry:
         ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
         check.check_ids("prompt", ids[None])
-        prepared = self._prepare(ids)
-        checked = self.guide.check_prompts(
-            self.rm, self.model, prepared.input_ids, prepared.config, prepared.model_kwargs
+        prepared = prepared_for(self.model, ids, self.kwargs)
+        checked = check_prompts(
+            self.guide,
+            self.rm,
+            self.model,
+            prepared.input_ids,
+            prepared.config,
+            prepared.model_kwargs,
         )
         temperature, processors = take_temperature(prepared.processors)
         plan = self._plan(prepared, checked.new_tokens, processors)
@@ -226,32 +224,12 @@ class _Many:
             criteria=prepared.criteria if plan.foreign else None,
         )
 
-    def _prepare(self, ids: Tensor) -> _Prepared:
-        def taken(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: LogitsProcessorList,
-            stopping_criteria: StoppingCriteriaList,
-            generation_config: GenerationConfig,
-            **model_kwargs: Any,
-        ) -> Any:
-            prepared = logits_processor, stopping_criteria, generation_config, model_kwargs
-            return _Prepared(input_ids, *prepared)
-
-        return self.model.generate(
-            ids[None],
-            attention_mask=torch.ones_like(ids)[None],
-            custom_generate=taken,
-            return_dict_in_generate=True,
-            **self.kwargs,
-        )
-
-    def _call_of(self, prepared: _Prepared, bound: int) -> Call:
+    def _call_of(self, prepared: Prepared, bound: int) -> Call:
         """The models, ready for rows of up to `bound` tokens, or as many as they have positions
         for; without any row yet."""
         guide, (ids, *_) = self.guide, prepared
-        checked = guide.check_prompts(
-            self.rm, self.model, ids, prepared.config, prepared.model_kwargs
+        checked = check_prompts(
+            guide, self.rm, self.model, ids, prepared.config, prepared.model_kwargs
         )
         limits = [check.position_limit(self.model, self.model.config.get_text_config())]
         if self.rm is not None and not checked.as_text:
@@ -288,7 +266,7 @@ class _Many:
             )
         return call
 
-    def _plan(self, prepared: _Prepared, new_tokens: int, processors: LogitsProcessorList) -> Plan:
+    def _plan(self, prepared: Prepared, new_tokens: int, processors: LogitsProcessorList) -> Plan:
         return make_plan(
             new_tokens,
             prepared.input_ids,

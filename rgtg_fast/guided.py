@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -22,8 +21,8 @@ from .decode.ahead import choose_speculation
 from .decode.call import Call
 from .decode.capture import choose_graph
 from .decode.compiling import choose_compiled
-from .decode.drafters import AssistantDrafter, Drafter
-from .decode.logits import CachedLogits, HFLogits, logits_source, plain_language_model
+from .decode.drafters import drafter_of
+from .decode.logits import HFLogits, logits_source, plain_language_model
 from .decode.loop import decode
 from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
@@ -35,23 +34,12 @@ from .models.language_model import LanguageModel
 from .models.on_base import OnBase
 from .models.reward_model import RewardModel, as_reward_model
 from .output import RewardGuidedOutput
+from .prompts import check_prompts
 from .scorers.base import Scorer
-from .scorers.causal import language_model
 from .scorers.factory import is_scorer, make_scorer
 from .scorers.next_token import NextTokenScorer
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
-
-
-class CheckedPrompts(NamedTuple):
-    """Prompts of a call: the language model's vocabulary, their mask [B, P], ids and mask as the
-    reward model sees them, the tokens an answer may have, whether the reward model reads text."""
-
-    vocab_size: int
-    mask: Tensor
-    reward_prompt: tuple[Tensor, Tensor]
-    new_tokens: int
-    as_text: bool
 
 
 @check.names_checked
@@ -165,7 +153,7 @@ class RewardGuided:
         rm = self.taken_apart()
         batch = max(input_ids.shape[0], 1)
         copies = config.num_return_sequences or 1
-        checked = self.check_prompts(rm, model, input_ids, config, model_kwargs)
+        checked = check_prompts(self, rm, model, input_ids, config, model_kwargs)
         vocab_size, mask, reward_prompt, new_tokens, as_text = checked
         temperature, processors = take_temperature(logits_processor)
         policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature)
@@ -213,45 +201,11 @@ class RewardGuided:
             policy.prune = False  # a captured step asks for the same rewards each time
         if record.scores is None:
             call.processors, policy.warpers = trailing(processors, self.k, vocab_size, look)
-        assistant = self._assistant(mask, config.max_length, vocab_size)
+        assistant = drafter_of(
+            self.assistant_model, mask, config.max_length, vocab_size, self.backend
+        )
         call.speculation = choose_speculation(self.speculate, call, assistant)
         return call
-
-    def _assistant(self, mask: Tensor, max_length: int, vocab_size: int) -> Drafter | None:
-        if self.assistant_model is None or isinstance(self.assistant_model, Drafter):
-            return self.assistant_model
-        name = type(self.assistant_model).__name__
-        if not hasattr(self.assistant_model, "get_output_embeddings"):
-            raise ValueError(
-                f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM), or an object "
-                "with the methods of decode.drafters.Drafter"
-            )
-        found = language_model(self.assistant_model, max_length, self.backend)
-        if found is None or found[1] != "fused":
-            raise ValueError(
-                f"assistant_model {name} does not run on the cache of this package (hooks, own "
-                "attention, or no kernel for its device); leave it out, or pass another"
-            )
-        source = CachedLogits(found[0], mask, max_length, self.backend, DynamicCache())
-        return AssistantDrafter(source, vocab_size)
-
-    def check_prompts(
-        self,
-        rm: RewardModel | None,
-        model: Any,
-        input_ids: Tensor,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> CheckedPrompts:
-        """What is known of a call's prompts after every check of them."""
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        check.check_config(model, config, self.k, vocab_size)
-        mask = self._lm_mask(model, input_ids, config, model_kwargs, vocab_size)
-        reward_prompt = self._reward_prompt(rm, input_ids, mask, config.num_return_sequences or 1)
-        new_tokens = config.max_length - input_ids.shape[1]
-        as_text = self._check_reward_prompt(rm, *reward_prompt, new_tokens, vocab_size)
-        check.check_families(model, rm, self.reward_tokenizer)
-        return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, as_text)
 
     def ratio_policy(
         self,
@@ -276,90 +230,6 @@ class RewardGuided:
             backend=self.backend,
             reward_range=None if low_high is None else (float(low_high[0]), float(low_high[1])),
         )
-
-    def _lm_mask(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        vocab_size: int,
-    ) -> Tensor:
-        """The prompts' mask [B, P], after every check that needs the prompts."""
-        mask = model_kwargs.get("attention_mask")
-        if input_ids.shape[1] == 0:
-            if self.reward_input_ids is None:
-                raise ValueError(
-                    "inputs_embeds gives the reward model no tokens; pass reward_input_ids= too"
-                )
-            return input_ids
-        check.check_range("input_ids", input_ids, vocab_size, "the language model")
-        if mask is None:
-            mask = torch.ones_like(input_ids)
-        check.check_left_padded("attention_mask", mask)
-        seen = max(mask.shape[1], foreign.mask_length(config))
-        if seen != input_ids.shape[1] and self.reward_input_ids is None:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens and the cache given makes them {seen}; "
-                "the reward model needs the whole text: pass all ids in input_ids, or "
-                "reward_input_ids="
-            )
-        check.check_length(
-            "input_ids",
-            "the language model",
-            mask,
-            config.max_length - input_ids.shape[1],
-            check.position_limit(model, model.config.get_text_config()),
-        )
-        return mask
-
-    def _reward_prompt(
-        self, rm: RewardModel | None, input_ids: Tensor, mask: Tensor, copies: int
-    ) -> tuple[Tensor, Tensor]:
-        """The prompts as the reward model sees them: ids and mask [B, P]."""
-        ids, own_mask = self.reward_input_ids, self.reward_attention_mask
-        if ids is None:
-            if own_mask is not None:
-                raise ValueError(
-                    "reward_attention_mask is given without reward_input_ids; pass both, or "
-                    "neither to let the reward model see input_ids and attention_mask"
-                )
-            return input_ids, mask
-        check.check_ids("reward_input_ids", ids)
-        prompts = input_ids.shape[0] // copies
-        if ids.shape[0] not in (prompts, input_ids.shape[0]):
-            raise ValueError(
-                f"reward_input_ids has {ids.shape[0]} rows for {prompts} prompts; "
-                "pass one per prompt"
-            )
-        if own_mask is None:
-            own_mask = torch.ones_like(ids)
-            pad = getattr(rm.text_config, "pad_token_id", None) if rm else None
-            if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
-                raise ValueError(
-                    f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
-                    "missing; pass reward_attention_mask= as the tokenizer gives it"
-                )
-        check.check_mask("reward_attention_mask", own_mask, ids)
-        if ids.shape[0] != input_ids.shape[0]:
-            ids, own_mask = (t.repeat_interleave(copies, dim=0) for t in (ids, own_mask))
-        return ids, own_mask
-
-    def _check_reward_prompt(
-        self, rm: RewardModel | None, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
-    ) -> bool:
-        """Whether the reward model must be given text; raises for a prompt that does not fit it."""
-        if rm is None:
-            return False
-        own_prompt = self.reward_input_ids is not None
-        name = "reward_input_ids" if own_prompt else "input_ids"
-        as_text = check.check_vocabularies(rm, vocab_size, self.tokenizer, self.reward_tokenizer)
-        if own_prompt or not as_text:
-            check.check_range(name, ids, rm.vocab_size, "reward_model")
-        if not as_text:
-            limit = check.position_limit(rm.base, rm.text_config)
-            check.check_length(name, "reward_model", mask, new_tokens, limit)
-        return as_text
 
     def make_scorer(
         self,

@@ -7,11 +7,13 @@ would have chosen the token. So drafters draw with the same noise.
 from __future__ import annotations
 
 import itertools
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from ..scorers.causal import language_model
 from .logits import CachedLogits
 from .ratio_policy import RatioPolicy
 from .rows import Rows
@@ -147,3 +149,26 @@ class AssistantDrafter:
 
     def finish(self) -> None:
         del self.source
+
+
+def drafter_of(
+    assistant: Any, mask: Tensor, max_length: int, vocab_size: int, backend: Any
+) -> Drafter | None:
+    """The drafter of a call that is given `assistant`, a causal LM or a `Drafter`, for prompts with
+    the `mask` [B, P]; `ValueError` where it is neither, or cannot be run."""
+    if assistant is None or isinstance(assistant, Drafter):
+        return assistant
+    name = type(assistant).__name__
+    if not hasattr(assistant, "get_output_embeddings"):
+        raise ValueError(
+            f"assistant_model is {name}; pass a causal LM (AutoModelForCausalLM), or an object "
+            "with the methods of decode.drafters.Drafter"
+        )
+    found = language_model(assistant, max_length, backend)
+    if found is None or found[1] != "fused":
+        raise ValueError(
+            f"assistant_model {name} does not run on the cache of this package (hooks, own "
+            "attention, or no kernel for its device); leave it out, or pass another"
+        )
+    source = CachedLogits(found[0], mask, max_length, backend, DynamicCache())
+    return AssistantDrafter(source, vocab_size)

@@ -1,0 +1,162 @@
+"""The prompts of a call: what is known of them, after every check that needs them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from . import validation as check
+from .models import foreign
+from .models.reward_model import RewardModel
+
+
+class CheckedPrompts(NamedTuple):
+    """Prompts of a call: the language model's vocabulary, their mask [B, P], ids and mask as the
+    reward model sees them, the tokens an answer may have, whether the reward model reads text."""
+
+    vocab_size: int
+    mask: Tensor
+    reward_prompt: tuple[Tensor, Tensor]
+    new_tokens: int
+    as_text: bool
+
+
+def check_prompts(
+    guide: Any,
+    rm: RewardModel | None,
+    model: Any,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> CheckedPrompts:
+    """What is known of the prompts of a call of `guide`, after every check of them."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    check.check_config(model, config, guide.k, vocab_size)
+    mask = _lm_mask(guide, model, input_ids, config, model_kwargs, vocab_size)
+    reward_prompt = _reward_prompt(guide, rm, input_ids, mask, config.num_return_sequences or 1)
+    new_tokens = config.max_length - input_ids.shape[1]
+    as_text = _check_reward_prompt(guide, rm, *reward_prompt, new_tokens, vocab_size)
+    check.check_families(model, rm, guide.reward_tokenizer)
+    return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, as_text)
+
+
+def _lm_mask(
+    guide: Any,
+    model: Any,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    vocab_size: int,
+) -> Tensor:
+    """The prompts' mask [B, P], after every check that needs the prompts."""
+    mask = model_kwargs.get("attention_mask")
+    if input_ids.shape[1] == 0:
+        if guide.reward_input_ids is None:
+            raise ValueError(
+                "inputs_embeds gives the reward model no tokens; pass reward_input_ids= too"
+            )
+        return input_ids
+    check.check_range("input_ids", input_ids, vocab_size, "the language model")
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    check.check_left_padded("attention_mask", mask)
+    seen = max(mask.shape[1], foreign.mask_length(config))
+    if seen != input_ids.shape[1] and guide.reward_input_ids is None:
+        raise ValueError(
+            f"input_ids has {input_ids.shape[1]} tokens and the cache given makes them {seen}; "
+            "the reward model needs the whole text: pass all ids in input_ids, or "
+            "reward_input_ids="
+        )
+    check.check_length(
+        "input_ids",
+        "the language model",
+        mask,
+        config.max_length - input_ids.shape[1],
+        check.position_limit(model, model.config.get_text_config()),
+    )
+    return mask
+
+
+def _reward_prompt(
+    guide: Any, rm: RewardModel | None, input_ids: Tensor, mask: Tensor, copies: int
+) -> tuple[Tensor, Tensor]:
+    """The prompts as the reward model sees them: ids and mask [B, P]."""
+    ids, own_mask = guide.reward_input_ids, guide.reward_attention_mask
+    if ids is None:
+        if own_mask is not None:
+            raise ValueError(
+                "reward_attention_mask is given without reward_input_ids; pass both, or "
+                "neither to let the reward model see input_ids and attention_mask"
+            )
+        return input_ids, mask
+    check.check_ids("reward_input_ids", ids)
+    prompts = input_ids.shape[0] // copies
+    if ids.shape[0] not in (prompts, input_ids.shape[0]):
+        raise ValueError(
+            f"reward_input_ids has {ids.shape[0]} rows for {prompts} prompts; pass one per prompt"
+        )
+    if own_mask is None:
+        own_mask = torch.ones_like(ids)
+        pad = getattr(rm.text_config, "pad_token_id", None) if rm else None
+        if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
+            raise ValueError(
+                f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
+                "missing; pass reward_attention_mask= as the tokenizer gives it"
+            )
+    check.check_mask("reward_attention_mask", own_mask, ids)
+    if ids.shape[0] != input_ids.shape[0]:
+        ids, own_mask = (t.repeat_interleave(copies, dim=0) for t in (ids, own_mask))
+    return ids, own_mask
+
+
+def _check_reward_prompt(
+    guide: Any, rm: RewardModel | None, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
+) -> bool:
+    """Whether the reward model must be given text; raises for a prompt that does not fit it."""
+    if rm is None:
+        return False
+    own_prompt = guide.reward_input_ids is not None
+    name = "reward_input_ids" if own_prompt else "input_ids"
+    as_text = check.check_vocabularies(rm, vocab_size, guide.tokenizer, guide.reward_tokenizer)
+    if own_prompt or not as_text:
+        check.check_range(name, ids, rm.vocab_size, "reward_model")
+    if not as_text:
+        limit = check.position_limit(rm.base, rm.text_config)
+        check.check_length(name, "reward_model", mask, new_tokens, limit)
+    return as_text
+
+
+class Prepared(NamedTuple):
+    """What Hugging Face's `generate` makes of the options for one prompt [1, P]."""
+
+    input_ids: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+
+
+def prepared_for(model: Any, ids: Tensor, options: dict[str, Any]) -> Prepared:
+    """What Hugging Face's `generate` makes of its `options` for the prompt int64 [P]."""
+
+    def taken(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        prepared = logits_processor, stopping_criteria, generation_config, model_kwargs
+        return Prepared(input_ids, *prepared)
+
+    return model.generate(
+        ids[None],
+        attention_mask=torch.ones_like(ids)[None],
+        custom_generate=taken,
+        return_dict_in_generate=True,
+        **options,
+    )
