@@ -15,11 +15,12 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from ..scorers.joint import JointScorer
 from ..scorers.tree import TreeScorer
 from .call import Call
 from .drafters import Drafter, SuffixDrafter
-from .logits import CachedLogits
-from .pace import Costs, Survival
+from .logits import CachedLogits, JointLogits
+from .pace import Costs, Retry, Survival
 from .plan import ROW_BY_ROW, SCORES_ALONE
 
 LONGEST = 8  # tokens of a round, at most, where their number is chosen here
@@ -40,8 +41,11 @@ class Speculation:
     most: int
     fixed: bool
     costs: Costs
+    vocab_size: int
     drafter: Drafter | None = None
     survival: Survival = field(default_factory=Survival)
+    guessing: Retry = field(default_factory=Retry)
+    drafting: Retry = field(default_factory=Retry)
     lm_forwards: int = 0
     reward_forwards: int = 0
     tokens: int = 0
@@ -50,9 +54,20 @@ class Speculation:
 
     def guesses(self, most: int) -> int:
         """How many tokens the drafter is to guess, at most `most`."""
-        if self.drafter is None:
-            return 0
-        return most if self.fixed else self.survival.worth_guessing(most, self.costs)
+        if self.fixed or most <= 0:
+            return most
+        count, _ = self.costs.best(most, self.survival.right())
+        return max(count, 1) if self.guessing(count > 0) else 0
+
+    def goes_on(self, drafted: int, yields: float, more: float) -> bool:
+        """Whether to draft a position after `drafted`, which yield `yields` tokens by expectation,
+        and `more` with it."""
+        if not more:
+            return False
+        most = 0 if self.drafter is None else self.most - drafted - 1
+        _, each = self.costs.best(most, self.survival.right())
+        pays = self.costs.one_more_pays(drafted, yields, more, each)
+        return self.drafting(pays) if drafted == 1 else pays
 
     def report(self) -> dict[str, Any]:
         """Forwards of both models, tokens of all rows, and the share of drafts that were kept, of
@@ -98,18 +113,20 @@ def choose_speculation(
     most = int(asked) if fixed else min(LONGEST, CANDIDATES // (batch * k))
     call.scorer.ahead = most  # type: ignore[attr-defined]
     rm = call.scorer.rm  # type: ignore[attr-defined]
-    key = type(rm), batch, k, rm.dtype, torch.get_num_threads(), id(type(call.source.view.model))  # type: ignore[attr-defined]
+    lm, threads = call.source.view.model, torch.get_num_threads()  # type: ignore[attr-defined]
+    key = type(call.scorer), batch, k, rm.dtype, threads, type(lm), id(lm.config)
     if drafter is None and not fixed and call.source.view.dtype is torch.float32:  # type: ignore[attr-defined]
         # (In bf16 a forward of several tokens rounds otherwise than one of each.)
         drafter = SuffixDrafter()
-    return Speculation(most, fixed, costs_of(rm.model, key), drafter)
+    vocab_size = call.source.view.vocab_size  # type: ignore[attr-defined]
+    return Speculation(most, fixed, costs_of(rm.model, key), vocab_size, drafter)
 
 
 def _why_not(call: Call) -> str | None:
     """What in a call takes one token at a time."""
-    if not isinstance(call.source, CachedLogits):
+    if not isinstance(call.source, (CachedLogits, JointLogits)):
         return "the language model does not run on a cache of its own"
-    if type(call.scorer) is not TreeScorer or not call.scorer.fused:
+    if type(call.scorer) not in (TreeScorer, JointScorer) or not call.scorer.fused:  # type: ignore[attr-defined]
         kind = getattr(call.scorer, "method", type(call.scorer).__name__)
         return f"rewards by {kind!r} are of one position at a time"
     if call.record.wants_logits:

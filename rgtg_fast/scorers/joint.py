@@ -121,6 +121,27 @@ class JointScorer(SiblingScorer):
         last = at_counts(torch.cat(of_reward, dim=1), counts)
         return self.parts.rewards(last, self.backend)[:, 0].to(ids.device)
 
+    def _comb(self, ids: Tensor, chain: Tensor) -> Tensor:
+        hidden = self.forward.comb(self._doubled(ids), self._doubled(chain))
+        self.hidden = hidden[: len(ids)]
+        return self.both.reward_hidden.view(*ids.shape, -1)
+
+    def _commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
+        row, last = torch.arange(len(counts), device=slot.device), (counts - 1).clamp(min=0)
+        newest = self.hidden[row, last, slot]
+        self.next_hidden.copy_(newest.where((counts > 0)[:, None], self.next_hidden))
+        self.forward.commit_comb(self._doubled(counts), self._doubled(slot), depths, siblings)
+
+    def look_ahead(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """The language model's hidden states [B, n, H] of the next `counts` [B] tokens of every
+        row, `ids` int64 [B, n] (padded on the right), which are to be taken back by `look_back`
+        before anything is scored."""
+        return self.forward.extend(self._doubled(ids), self._doubled(counts))[: len(ids)]
+
+    def look_back(self, lengths: Tensor) -> None:
+        """Keep the first `lengths` [B] tokens of every row."""
+        self._cut(lengths, None)
+
     def _cut(self, lengths: Tensor, rows: Tensor | None) -> None:
         self.forward.crop(self._doubled(lengths), self._both_of(rows))
 

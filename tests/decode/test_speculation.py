@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 import zoo
+from lora_checkpoints import make_checkpoint
 from transformers import TextIteratorStreamer
 
 import rgtg_fast
+from rgtg_fast.decode.ahead import Speculation
 from rgtg_fast.decode.drafters import SuffixDrafter
 from rgtg_fast.decode.logits import CachedLogits
-from rgtg_fast.decode.pace import Survival
 from rgtg_fast.models.cache import SiblingCache
 
 NEW = 24
@@ -25,6 +26,10 @@ def models():
 
 
 def answers(models, lengths, speculate, **options):
+    return answers_to(tiny.prompts(*lengths), models, speculate, **options)
+
+
+def answers_to(ids, models, speculate, **options):
     lm, rm = models
     options = {
         "beta": 0.3,
@@ -34,7 +39,6 @@ def answers(models, lengths, speculate, **options):
         "return_dict_in_generate": True,
         **options,
     }
-    ids = tiny.prompts(*lengths)
     return rgtg_fast.generate(lm, **ids, reward_model=rm, speculate=speculate, **options)
 
 
@@ -81,6 +85,33 @@ def test_tokens_rewards_and_kl_are_those_of_one_by_one(models, name, lengths):
         tokens = int((~got.rewards.isnan()).sum())
         assert got.speculation["tokens"] == tokens
         assert got.speculation["reward_forwards"] < NEW
+
+
+def on_the_lm(kind, tmp_path):
+    lm = zoo.lm("qwen2")
+    if kind == "adapter":
+        _, lm = make_checkpoint(tmp_path, "qwen2")
+        return lm, rgtg_fast.RewardAdapter.from_pretrained(lm, tmp_path)
+    width = lm.config.hidden_size
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    return lm, rgtg_fast.RewardHead(lm, weight / width**0.5, 1 if kind == "inner layer" else -1)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 9, 3)], ids=["one row", "three rows"])
+@pytest.mark.parametrize("kind", ["head", "inner layer", "adapter"])
+def test_rewards_on_the_language_models_own_forward(kind, lengths, tmp_path):
+    models = on_the_lm(kind, tmp_path)
+    options = {"beta": 0.2, "eos_reward": "previous", "sequence_bias": {(zoo.EOS,): 2.0}}
+    options |= {"eos_token_id": zoo.EOS, "pad_token_id": zoo.PAD}
+    ids = zoo.left_pad(zoo.prompts(lengths=lengths))
+    for more in ({}, {"do_sample": False}, {"assistant_model": zoo.lm("qwen2")}):
+        drafted = {n: v for n, v in more.items() if n == "assistant_model"}
+        more = {n: v for n, v in more.items() if n not in drafted}
+        want = answers_to(ids, models, False, **options, **more)
+        for speculate in (2, 5, "auto"):
+            got = answers_to(ids, models, speculate, **options, **more, **drafted)
+            assert_same(got, want)
+        assert got.speculation is not None
 
 
 def test_by_itself_it_takes_several_tokens_where_that_pays_and_says_so(models):
@@ -161,7 +192,7 @@ def test_an_assistant_with_rows_that_end_and_leave(models):
 
 def test_what_came_before_is_guessed(models, monkeypatch):
     """A text that repeats itself: verified in fewer forwards of the language model than tokens."""
-    monkeypatch.setattr(Survival, "worth_guessing", lambda self, most, costs: most)
+    monkeypatch.setattr(Speculation, "guesses", lambda self, most: most)
     want = answers(models, (6,), False, do_sample=False, beta=0.01, max_new_tokens=50)
     got = answers(models, (6,), "auto", do_sample=False, beta=0.01, max_new_tokens=50)
     assert_same(got, want)
@@ -177,7 +208,7 @@ def test_rows_without_a_guess_do_not_disturb_the_warpers(models, monkeypatch):
         return logits.masked_fill(behind[..., None], torch.nan)
 
     monkeypatch.setattr(CachedLogits, "extend", spoiled)
-    monkeypatch.setattr(Survival, "worth_guessing", lambda self, most, costs: most)
+    monkeypatch.setattr(Speculation, "guesses", lambda self, most: most)
     options = {"do_sample": False, "beta": 0.01, "max_new_tokens": 50}
     warped = {"typical_p": 0.9, "eta_cutoff": 0.01, "top_k": 30, "do_sample": True, "seed": 5}
     for more in ({}, warped):
