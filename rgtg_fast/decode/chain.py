@@ -70,6 +70,7 @@ class Chain:
         self.levels: list[list[int]] = [[] for _ in range(batch)]
         self.reached = rows.unfinished.double().tolist()
         self.yields = 0.0
+        self.nodes = 0  # candidates to score
 
     @property
     def depth(self) -> int:
@@ -191,6 +192,10 @@ class Drafting:
         tokens = ids.gather(1, slots[:, None]).view(batch, n)
         right = (tokens[:, :-1] == guesses).long().cumprod(1).bool()
         kept = torch.cat([inside[:, :1], inside[:, 1:] & right], dim=1)
+        possible = (
+            logprobs != -torch.inf if policy.prune else torch.ones_like(ids, dtype=torch.bool)
+        )
+        chain.nodes += int((possible.view(batch, n, -1) & kept[..., None]).sum())
         if levels:
             over = self._over(position.view(batch, n) + 1, tokens)
             self._weigh(chain, levels, kept.sum(1).tolist(), over.tolist())
@@ -226,7 +231,9 @@ class Drafting:
         if s.fixed or not bool(going.any()):
             return going
         more = chain.count.new_tensor(chain.reached, dtype=torch.float64).where(going, 0.0)
-        if not s.goes_on(chain.depth, chain.yields, float(more.sum())):
+        # As many candidates at a position as there were at those so far.
+        nodes = chain.nodes + round(chain.nodes / int(chain.count.sum()) * int((more > 0).sum()))
+        if not s.goes_on(chain.depth, chain.nodes, nodes, chain.yields, float(more.sum())):
             return torch.zeros_like(going)
         return more > 0
 

@@ -26,6 +26,7 @@ LEVELS = (0.5 / math.sqrt(2), 1.0 / math.sqrt(2), 2.0 / math.sqrt(2), 4.0 / math
 PRIOR = (0.5, 0.75, 0.9, 0.98, 1.0)  # how often a draft of each level is kept, at first
 PRIOR_WEIGHT = 4.0  # drafts that the first assumption counts for
 FIRST_SPREAD = 0.5  # of rewards, before any was seen
+NODES = 4  # numbers of candidates that are not told apart in the reward model's times
 RETRY = 64  # decisions after which what did not pay is tried again
 MARGIN = 0.98  # what looks no better than this is not worth the risk
 
@@ -56,7 +57,7 @@ class Seconds:
 
 class Costs:
     """Seconds of a forward of the language model over m tokens (the last one, and m - 1 guesses),
-    of a guess, and of the reward model's forward over m positions' candidates."""
+    of a guess, and of the reward model's forward over m * NODES candidates."""
 
     def __init__(self) -> None:
         self.draft, self.guess, self.reward = Seconds(), Seconds(), Seconds()
@@ -82,14 +83,17 @@ class Costs:
                 count, limit = guesses, seconds
         return count, limit if count else least
 
-    def one_more_pays(self, drafted: int, yields: float, more: float, each: float | None) -> bool:
-        """Whether to draft a position after `drafted`, which yield `yields` tokens by expectation;
-        with it, at `each` seconds, `more` are added. Never before anything was timed."""
-        now, then = self.reward(drafted), self.reward(drafted + 1)
-        if now is None or then is None or each is None:
+    def one_more_pays(
+        self, drafted: int, nodes: int, then: int, yields: float, more: float, each: float | None
+    ) -> bool:
+        """Whether to draft a position after `drafted`, which yield `yields` tokens by expectation
+        and have `nodes` candidates; with it, at `each` seconds, they are `then` candidates and
+        `more` tokens more. Never before anything was timed."""
+        now, later = self.reward(nodes // NODES), self.reward(then // NODES)
+        if now is None or later is None or each is None:
             return False
-        now, then = now + drafted * each, then + (drafted + 1) * each
-        return then * yields < MARGIN * now * (yields + more)
+        now, later = now + drafted * each, later + (drafted + 1) * each
+        return later * yields < MARGIN * now * (yields + more)
 
 
 Rate = list[float]  # how often something was right and was seen, the last times counting most

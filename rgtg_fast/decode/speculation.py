@@ -28,6 +28,7 @@ from .ahead import Speculation
 from .call import Call
 from .chain import Chain, Drafting
 from .loop import ChoiceCheck
+from .pace import NODES
 from .plan import ended
 from .ratio_policy import Choice
 from .rows import RaggedRows
@@ -44,26 +45,27 @@ class Round:
         self.drafts = Drafting(call, speculation, rows)
 
     def score(self, chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
-        """Guided slots [B, m], rewards and log-probabilities of the ratio policy [B, m, k]."""
+        """Guided slots [B, m], rewards (NaN where they cannot matter) and log-probabilities of the
+        ratio policy [B, m, k]."""
         s, begun = self.speculation, time.perf_counter()
         m, k = chain.depth, chain.ids.shape[2]
         ids, logprobs = chain.ids[:, :m], chain.logprobs[:, :m]
-        width = k
-        if self.call.policy.prune:
-            # Those at -inf come last and cannot win: what no position needs is not scored.
-            width = max(1, int((logprobs != -torch.inf).sum(2).max()))
-        rewards = self.scorer.score_comb(ids[:, :, :width], chain.slots[:, : m - 1])
-        rewards = self.call.policy.bounded(rewards.to(ids.device, torch.float32))
-        rewards = torch.nn.functional.pad(rewards, (0, k - width))
         ahead = torch.arange(m, device=ids.device)
+        keep = (ahead < chain.count[:, None])[..., None].expand_as(ids)
+        if self.call.policy.prune:  # those at -inf cannot win
+            keep = keep & (logprobs != -torch.inf)
+        rewards = self.scorer.score_comb(ids, chain.slots[:, : m - 1], keep)
+        rewards = self.call.policy.bounded(rewards.to(ids.device, torch.float32))
         position = (self.rows.position[:, None] + ahead).flatten()
         slot, logq = self.drafts.policy(m).select(
-            logprobs.reshape(-1, k), rewards.view(-1, k), ids.reshape(-1, k), position
+            logprobs.reshape(-1, k),
+            rewards.where(keep, 0.0).view(-1, k),
+            ids.reshape(-1, k),
+            position,
         )
         s.reward_forwards += 1
-        s.costs.reward.add(m, time.perf_counter() - begun)
-        s.survival.observe_rewards(rewards[:, 0, :width])
-        rewards[..., width:] = torch.nan
+        s.costs.reward.add(chain.nodes // NODES, time.perf_counter() - begun)
+        s.survival.observe_rewards(rewards[:, 0])
         return slot.view(-1, m), rewards, logq.view(-1, m, k)
 
     def take(self, chain: Chain, check: ChoiceCheck) -> None:

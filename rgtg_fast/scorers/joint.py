@@ -87,8 +87,7 @@ class JointScorer(SiblingScorer):
     def _score_kept(self, ids: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
         if keep.all():
             return self._score(ids, rows)
-        # An adapter's rows are told by their place in the batch, so they cannot be packed.
-        self.selection = own = Selection(keep, packs=self.fused and self.copies == 1)
+        self.selection = own = self._select(keep)
         both = own if self.copies == 1 else Selection(self._doubled(keep), packs=False)
         hidden = self.forward.siblings(self._doubled(ids), both, self._both_of(rows))
         self.hidden = hidden[: len(ids)]
@@ -121,15 +120,26 @@ class JointScorer(SiblingScorer):
         last = at_counts(torch.cat(of_reward, dim=1), counts)
         return self.parts.rewards(last, self.backend)[:, 0].to(ids.device)
 
+    def _select(self, keep: Tensor) -> Selection:
+        # An adapter's rows are told by their place in the batch, so they cannot be packed.
+        return Selection(keep, packs=self.fused and self.copies == 1)
+
     def _comb(self, ids: Tensor, chain: Tensor) -> Tensor:
-        hidden = self.forward.comb(self._doubled(ids), self._doubled(chain))
-        self.hidden = hidden[: len(ids)]
-        return self.both.reward_hidden.view(*ids.shape, -1)
+        both = self.selection
+        if both is not None and self.copies == 2:
+            both = Selection(self._doubled(both.keep), packs=False)
+        hidden = self.forward.comb(self._doubled(ids), self._doubled(chain), both)
+        self.hidden = hidden if self.copies == 1 else hidden[: len(hidden) // 2]
+        return self.both.reward_hidden
+
+    def _keep_newest(self, counts: Tensor, slot: Tensor, at: Tensor) -> None:
+        if self.selection is None:
+            newest = self.hidden[at, slot]
+        else:
+            newest = self.selection.states_of(slot, self.hidden, at)
+        self.next_hidden.copy_(newest.where((counts > 0)[:, None], self.next_hidden))
 
     def _commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
-        row, last = torch.arange(len(counts), device=slot.device), (counts - 1).clamp(min=0)
-        newest = self.hidden[row, last, slot]
-        self.next_hidden.copy_(newest.where((counts > 0)[:, None], self.next_hidden))
         self.forward.commit_comb(self._doubled(counts), self._doubled(slot), depths, siblings)
 
     def look_ahead(self, ids: Tensor, counts: Tensor) -> Tensor:
