@@ -177,8 +177,8 @@ class Drafting:
         batch, n, vocab = logits.shape
         ahead = torch.arange(n, device=counts.device)
         inside = ahead < counts[:, None]
-        if n > 1 and not bool(inside.all()):
-            # Behind a row's guesses they are anything, and a NaN would make a warper raise.
+        if not bool(inside.all()):
+            # Behind a row's own they are anything, and a NaN would make a warper raise.
             logits = logits.masked_fill(~inside[..., None], 0.0)
         scores = self.scores(logits, chain, guesses)
         policy = self.policy(n)

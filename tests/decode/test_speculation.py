@@ -190,6 +190,73 @@ def test_an_assistant_with_rows_that_end_and_leave(models):
     assert torch.equal(got, want)
 
 
+class Knows:
+    """A drafter that knows the answers, and is wrong now and then; it has none behind `ends`."""
+
+    def __init__(self, answers, share, ends=10**9):
+        wrong = torch.rand(answers.shape, generator=torch.Generator().manual_seed(7)) >= share
+        self.guesses, self.ends = torch.where(wrong, (answers + 1) % 200, answers), ends
+
+    def begin(self, prompts, mask):
+        self.rows = torch.arange(len(prompts))
+
+    def draft(self, rows, ahead, counts, n, policy):
+        at = (rows.position + counts)[:, None] + torch.arange(n)
+        beyond = (at >= self.guesses.shape[1]) | (at >= self.ends)
+        guesses = self.guesses[self.rows].gather(1, at.clamp(max=self.guesses.shape[1] - 1))
+        return guesses.masked_fill(beyond, -1)
+
+    def keep_rows(self, rows):
+        self.rows = self.rows[rows]
+
+    def finish(self):
+        pass
+
+
+@pytest.mark.parametrize("lengths", [(6,), (5, 9, 3)], ids=["one row", "three rows"])
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.0])
+def test_guesses_take_each_row_as_far_as_they_are_right(models, lengths, share):
+    want = answers(models, lengths, False, beta=0.02)
+    known = want.sequences[:, max(lengths) :]
+    for speculate in (8, "auto"):
+        for ends in (10**9, 9):
+            drafter = Knows(known, share, ends)
+            got = answers(models, lengths, speculate, beta=0.02, assistant_model=drafter)
+            assert_same(got, want)
+        if speculate == 8 and share and ends > NEW:
+            most = NEW // 6 if share == 1.0 else NEW // 2
+            assert got.speculation["lm_forwards"] <= most * (2 if len(lengths) > 1 else 1)
+
+
+class Gives(Knows):
+    def __init__(self, guesses):
+        self.guesses = guesses
+
+    def draft(self, *args):
+        return self.guesses
+
+
+@pytest.mark.parametrize(
+    ("guesses", "what"),
+    [
+        (torch.zeros(1, 2), "torch.float32; it must give ids int64"),
+        ([[1, 2]], "gave list; it must give ids int64"),
+        (torch.zeros(2, 2, dtype=torch.int64), "gave guesses .2, 2.; it must give .1, g., g <= 2"),
+        (torch.zeros(1, 9, dtype=torch.int64), "gave guesses .1, 9.; it must give .1, g., g <= 2"),
+        (torch.full((1, 1), 10**6), "guesses token 1000000; the language model has"),
+    ],
+)
+def test_guesses_that_are_none_are_named(models, guesses, what):
+    with pytest.raises(ValueError, match=what):
+        answers(models, (6,), 4, assistant_model=Gives(guesses))
+
+
+@pytest.mark.parametrize("guesses", [torch.full((1, 1), -1), torch.zeros(1, 0).long()])
+def test_without_a_guess_the_language_model_goes_on_alone(models, guesses):
+    want = answers(models, (6,), False)
+    assert_same(answers(models, (6,), 4, assistant_model=Gives(guesses)), want)
+
+
 def test_what_came_before_is_guessed(models, monkeypatch):
     """A text that repeats itself: verified in fewer forwards of the language model than tokens."""
     monkeypatch.setattr(Speculation, "guesses", lambda self, most: most)
