@@ -1,10 +1,10 @@
-"""The language model's own continuation of rows, without rewards: what a round of speculation
-scores.
+"""The language model's own continuation of rows: what a round of speculation scores.
 
-A position of it holds the candidates, and the one that the noise would choose without rewards; that
-one is fed back, and the next position comes of it. Or a drafter guesses the tokens, and one forward
-says how many of them the language model would have chosen (`ChainSource.extend`): that many
-positions, and the one behind them, are gained by it. Whoever guesses, the chain is the same.
+A position of it holds the candidates, and the one that the noise would choose with the rewards that
+are foreseen (fitted.py); that one is fed back, and the next position comes of it. Or a drafter
+guesses the tokens, and one forward says how many of them would have been chosen
+(`ChainSource.extend`): that many positions, and the one behind them, are gained by it. Whoever
+guesses, the chain is the same.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from .rows import RaggedRows
 class ChainSource(Protocol):
     """What a source of logits has more, to go ahead of its rows and back."""
 
+    newest: Tensor  # [B, n, H], the hidden states that the last logits are of
+
     def known(self) -> Tensor | None:
         """Logits [B, V] of the next token, where they are known before it is fed."""
 
@@ -51,9 +53,10 @@ class ChainSource(Protocol):
 
 class Chain:
     """A row b has `count[b]` positions, `room[b]` at most. Candidates `ids` int64 and `logprobs`
-    fp32 [B, m, k], the `slots` int64 [B, m] that π's noise chooses, and their `tokens` [B, m]; how
-    safe each is (`levels`, lists [B] of `count`), how likely the rewards leave all of a row's as
-    they are (`reached` [B]), and how many tokens the round will yield (`yields`)."""
+    fp32 [B, m, k], the `slots` int64 [B, m] that the noise chooses, and their `tokens` [B, m]; the
+    language model's `hidden` states [B, m, H] that they came of; how safe each is (`levels`, lists
+    [B] of `count`), how likely the rewards leave all of a row's as they are (`reached` [B]), and
+    how many tokens the round will yield (`yields`)."""
 
     def __init__(self, rows: RaggedRows, k: int, most: int) -> None:
         batch, device = len(rows.position), rows.position.device
@@ -66,6 +69,7 @@ class Chain:
         self.logprobs = torch.full((*shape, k), -torch.inf, dtype=torch.float32, device=device)
         self.logprobs[..., 0] = 0.0  # what a row does not have is drawn from too, and dropped
         self.slots = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.hidden: Tensor | None = None
         self.tokens = torch.zeros_like(self.slots)
         self.levels: list[list[int]] = [[] for _ in range(batch)]
         self.reached = rows.unfinished.double().tolist()
@@ -83,7 +87,13 @@ class Chain:
         return own.where(self.count[:, None] > 0, rows.last())
 
     def put(
-        self, kept: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor, tokens: Tensor
+        self,
+        kept: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        slots: Tensor,
+        tokens: Tensor,
+        hidden: Tensor,
     ) -> None:
         """Behind the rows, those of n positions [B, n, ...] that are `kept` bool [B, n]."""
         at = self.count[:, None] + torch.arange(kept.shape[1], device=kept.device)
@@ -91,6 +101,9 @@ class Chain:
         row = torch.arange(len(at), device=at.device)[:, None]
         self.ids[row, at], self.logprobs[row, at] = ids, logprobs
         self.slots[row, at], self.tokens[row, at] = slots, tokens
+        if self.hidden is None:
+            self.hidden = hidden.new_zeros((*self.slots.shape, hidden.shape[-1]))
+        self.hidden[row, at] = hidden
         self.count += kept.sum(1)
 
 
@@ -184,11 +197,14 @@ class Drafting:
         policy = self.policy(n)
         position = ((rows.position + chain.count)[:, None] + ahead).flatten()
         logprobs, ids = policy.candidates(scores.reshape(-1, vocab))
-        slots, _ = policy.select(logprobs, torch.zeros_like(logprobs), ids, position)
+        hidden = self.source.newest.to(ids.device)
+        foreseen = s.fitted(hidden.flatten(0, 1), ids)
+        slots, _ = policy.select(logprobs, foreseen, ids, position)
         slots = slots.clamp(min=0)
         levels: list[int] = []
         if not s.fixed and int((chain.room - chain.count).max()) > 1:
-            levels = s.survival.levels_of(lambda r: policy.alone(logprobs, ids, position, r))
+            expected = logprobs + policy.beta[:, None] * foreseen
+            levels = s.survival.levels_of(lambda r: policy.alone(expected, ids, position, r))
         tokens = ids.gather(1, slots[:, None]).view(batch, n)
         right = (tokens[:, :-1] == guesses).long().cumprod(1).bool()
         kept = torch.cat([inside[:, :1], inside[:, 1:] & right], dim=1)
@@ -200,7 +216,7 @@ class Drafting:
             over = self._over(position.view(batch, n) + 1, tokens)
             self._weigh(chain, levels, kept.sum(1).tolist(), over.tolist())
         ids, logprobs = ids.view(batch, n, -1), logprobs.view(batch, n, -1)
-        chain.put(kept, ids, logprobs, slots.view(batch, n), tokens)
+        chain.put(kept, ids, logprobs, slots.view(batch, n), tokens, hidden)
         return tokens
 
     def _weigh(
@@ -246,7 +262,7 @@ class Drafting:
         real = ((guesses[:, :n] >= 0) & looked_at).long().cumprod(1)
         right = ((guesses[:, :n] == chosen[:, :n]) * real).cumprod(1).sum(1)
         looked_at = torch.minimum(right + 1, real.sum(1))
-        observed(self.speculation.survival.guesses, float(right.sum()), float(looked_at.sum()))
+        observed(self.speculation.guessed, float(right.sum()), float(looked_at.sum()))
 
     def scores(self, logits: Tensor, chain: Chain, guesses: Tensor) -> Tensor:
         """What HF's processors make of logits [B, n, V] behind the texts, the chain, and the first

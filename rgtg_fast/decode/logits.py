@@ -145,6 +145,7 @@ class CachedLogits:
         mask = self.attention_mask.to(device)
         self.counts = mask.sum(1)
         hidden = self.static.prefill(input_ids.to(device), mask)
+        self.newest = hidden[:, None]
         return self.static.logits(hidden).to(input_ids.device)
 
     def join(self, prompts: Sequence[Tensor]) -> Tensor:
@@ -165,13 +166,14 @@ class CachedLogits:
     def feed(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] after one more token int64 [B, 1]."""
         hidden = self.static.step(tokens.to(self.view.device))
+        self.newest = hidden[:, None]
         return self.static.logits(hidden).to(tokens.device)
 
     def extend(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Logits [B, n, V] after each of the next tokens int64 [B, n], of which a row has the first
         `counts` [B] (behind them, anything)."""
         device = self.view.device
-        hidden = self.forward.extend(tokens.to(device), counts.to(device))
+        self.newest = hidden = self.forward.extend(tokens.to(device), counts.to(device))
         logits = self.static.logits(hidden.flatten(0, 1))
         return logits.view(*tokens.shape, -1).to(tokens.device)
 
@@ -233,6 +235,7 @@ class JointLogits:
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
         self.counts = self.attention_mask.to(self.view.device).sum(1)
+        self.newest = self.scorer.next_hidden[:, None]
         return self._logits().to(input_ids.device)
 
     def step(self, rows: Rows) -> Tensor:
@@ -253,6 +256,7 @@ class JointLogits:
         return self.rest.logits(hidden, self.forward.output_type)
 
     def known(self) -> Tensor:
+        self.newest = self.scorer.next_hidden[:, None]
         return self._logits().to(self.attention_mask.device)
 
     def feed(self, tokens: Tensor) -> Tensor:
@@ -261,7 +265,8 @@ class JointLogits:
 
     def extend(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """As `CachedLogits`, ahead of the scorer's rows."""
-        hidden = self.scorer.look_ahead(tokens.to(self.view.device), counts.to(self.view.device))
+        device = self.view.device
+        self.newest = hidden = self.scorer.look_ahead(tokens.to(device), counts.to(device))
         logits = self._logits_of(hidden.flatten(0, 1))
         return logits.view(*tokens.shape, -1).to(tokens.device)
 

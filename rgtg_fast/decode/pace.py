@@ -20,10 +20,11 @@ from torch import Tensor
 TIMES = 7  # the last ones count, by their median
 MEMORY = 0.95  # what an average keeps of itself at each observation
 # A draft is the safer, the larger the rewards could be without another candidate overtaking it: in
-# standard deviations of the rewards among a step's candidates, either way. Two rewards differ with
-# a deviation sqrt(2) times as large, so these are gaps of 1/2, 1, 2 and 4 of it.
+# standard deviations of what is not foreseen of a step's rewards (fitted.py), either way. Two of
+# them differ with a deviation sqrt(2) times as large, so these are gaps of 1/2, 1, 2 and 4 of it.
 LEVELS = (0.5 / math.sqrt(2), 1.0 / math.sqrt(2), 2.0 / math.sqrt(2), 4.0 / math.sqrt(2))
-PRIOR = (0.5, 0.75, 0.9, 0.98, 1.0)  # how often a draft of each level is kept, at first
+# How often a draft of each level is kept, at first: hopeful, as what is not tried is not learnt.
+PRIOR = (0.75, 0.85, 0.93, 0.98, 1.0)
 PRIOR_WEIGHT = 4.0  # drafts that the first assumption counts for
 FIRST_SPREAD = 0.5  # of rewards, before any was seen
 NODES = 4  # numbers of candidates that are not told apart in the reward model's times
@@ -44,7 +45,9 @@ class Seconds:
         """Expected seconds: on the line through the lengths seen around it, or the last two. With
         one length seen, that one's time: longer ones look cheap, and so are tried."""
         # The first of a length makes what a library keeps for that shape.
-        known = {m: statistics.median(list(t)[1:] or t) for m, t in self.seen.items()}
+        # (Lists, as another thread may add to them.)
+        seen = [(m, list(times)) for m, times in list(self.seen.items())]
+        known = {m: statistics.median(times[1:] or times) for m, times in seen}
         if tokens in known or len(known) <= 1:
             return known.get(tokens, next(iter(known.values()), None))
         order = sorted(known)
@@ -57,7 +60,7 @@ class Seconds:
 
 class Costs:
     """Seconds of a forward of the language model over m tokens (the last one, and m - 1 guesses),
-    of a guess, and of the reward model's forward over m * NODES candidates."""
+    of a guess, and of all the rest of a round with m * NODES candidates to score."""
 
     def __init__(self) -> None:
         self.draft, self.guess, self.reward = Seconds(), Seconds(), Seconds()
@@ -106,12 +109,11 @@ def observed(rate: Rate, right: float, seen: float) -> None:
 
 
 class Survival:
-    """How likely drafts are to be kept, by their level of safety; and guesses to be drafts."""
+    """How likely drafts are to be kept, by their level of safety."""
 
     def __init__(self) -> None:
-        self.square: float | None = None  # the rewards' variance among a step's candidates
+        self.square: float | None = None  # variance of what is not foreseen of a step's rewards
         self.levels: list[Rate] = [[PRIOR_WEIGHT * p, PRIOR_WEIGHT] for p in PRIOR]
-        self.guesses: Rate = [PRIOR_WEIGHT * 0.7, PRIOR_WEIGHT]
 
     def levels_of(self, alone: Callable[[float], Tensor]) -> list[int]:
         """The level of each row's draft: how many of LEVELS it is safe at. `alone(r)` says, bool
@@ -131,26 +133,17 @@ class Survival:
         right, seen = self.levels[level]
         return right / seen
 
-    def right(self) -> float:
-        """The probability that a guess is what the language model chooses."""
-        return self.guesses[0] / self.guesses[1]
-
     def observe(self, level: int, kept: bool) -> None:
         """A draft of that level was kept or not."""
         observed(self.levels[level], kept, 1)
 
-    def observe_rewards(self, rewards: Tensor) -> None:
-        """Rewards fp32 [n, k] of candidates; those that are not finite are left out."""
-        finite = rewards.isfinite()
-        count = finite.sum(-1)
-        zeroed = rewards.where(finite, 0.0)
-        mean = zeroed.sum(-1) / count.clamp(min=1)
-        square = (zeroed - mean[:, None]).square().where(finite, 0.0).sum(-1)
-        total, rows = float(square.sum()), int(count.sum())
-        if rows > len(rewards):
-            new = total / rows
+    def observe_errors(self, errors: Tensor) -> None:
+        """By how much, fp32 [n, k], rewards of candidates were not what was foreseen."""
+        if errors.shape[1] > 1 and len(errors):
+            new = float(errors.square().sum(1).mean()) / (errors.shape[1] - 1)
             old = new if self.square is None else self.square
-            self.square = MEMORY * old + (1 - MEMORY) * new
+            keep = MEMORY ** len(errors)
+            self.square = keep * old + (1 - keep) * new
 
 
 class Retry:

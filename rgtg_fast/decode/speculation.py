@@ -47,11 +47,11 @@ class Round:
     def score(self, chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
         """Guided slots [B, m], rewards (NaN where they cannot matter) and log-probabilities of the
         ratio policy [B, m, k]."""
-        s, begun = self.speculation, time.perf_counter()
         m, k = chain.depth, chain.ids.shape[2]
         ids, logprobs = chain.ids[:, :m], chain.logprobs[:, :m]
         ahead = torch.arange(m, device=ids.device)
-        keep = (ahead < chain.count[:, None])[..., None].expand_as(ids)
+        own = ahead < chain.count[:, None]
+        keep = own[..., None].expand_as(ids)
         if self.call.policy.prune:  # those at -inf cannot win
             keep = keep & (logprobs != -torch.inf)
         rewards = self.scorer.score_comb(ids, chain.slots[:, : m - 1], keep)
@@ -63,15 +63,18 @@ class Round:
             ids.reshape(-1, k),
             position,
         )
+        s = self.speculation
         s.reward_forwards += 1
-        s.costs.reward.add(chain.nodes // NODES, time.perf_counter() - begun)
-        s.survival.observe_rewards(rewards[:, 0])
+        assert chain.hidden is not None
+        off = s.fitted.observe(chain.hidden[:, :m][own], ids[own], rewards[own], s.vocab_size)
+        s.survival.observe_errors(off)
         return slot.view(-1, m), rewards, logq.view(-1, m, k)
 
     def take(self, chain: Chain, check: ChoiceCheck) -> None:
         """Score the chain, and put what is chosen behind the rows: up to and with the first token
         of each that is not the draft."""
         call, rows, s = self.call, self.rows, self.speculation
+        begun = time.perf_counter()
         self.source.pause(rows.position)
         slot, rewards, logq = self.score(chain)
         m = chain.depth
@@ -99,6 +102,7 @@ class Round:
         self.scorer.commit_comb(count, slot.gather(1, at)[:, 0].clamp(min=0))
         self.source.resume(rows.position)
         s.tokens += int(count.sum())
+        s.costs.reward.add(chain.nodes // NODES, time.perf_counter() - begun)
 
     def _count(self, chain: Chain, d: int, looked_at: Tensor, right: Tensor) -> None:
         """Note which drafts at position d that the reward model `looked_at` [B] were `right`."""

@@ -12,12 +12,19 @@ from lora_checkpoints import make_checkpoint
 from transformers import TextIteratorStreamer
 
 import rgtg_fast
+from rgtg_fast.decode import ahead
 from rgtg_fast.decode.ahead import Speculation
 from rgtg_fast.decode.drafters import SuffixDrafter
 from rgtg_fast.decode.logits import CachedLogits
 from rgtg_fast.models.cache import SiblingCache
 
 NEW = 24
+
+
+@pytest.fixture(autouse=True)
+def by_itself_on_tiny_models(monkeypatch):
+    """`speculate="auto"` leaves them out: their forwards cost less than the host's work."""
+    monkeypatch.setattr(ahead, "SMALL", 0)
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +339,13 @@ def test_an_assistant_without_speculation_or_without_a_head_is_refused(models):
         answers(models, (6,), False, assistant_model=models[0])
     with pytest.raises(ValueError, match="assistant_model is str"):
         answers(models, (6,), 4, assistant_model="gpt2")
+
+
+def test_small_models_are_left_out_but_with_a_drafter(models, monkeypatch):
+    monkeypatch.setattr(ahead, "SMALL", 1 << 30)
+    assert answers(models, (6,), "auto").speculation is None
+    assert answers(models, (6,), 2).speculation is not None
+    assert answers(models, (6,), "auto", assistant_model=models[0]).speculation is not None
 
 
 def test_asked_for_where_it_is_not_possible_it_says_why(models):
