@@ -6,6 +6,7 @@ would have chosen the token. So drafters draw with the same noise.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 
 from ..scorers.causal import language_model
 from .logits import CachedLogits
+from .options import integer
 from .ratio_policy import RatioPolicy
 from .rows import Rows
 
@@ -43,14 +45,24 @@ class Drafter(Protocol):
 
 class SuffixDrafter:
     """Guesses what followed the last tokens before: in the prompts and answers of all the calls
-    that it has seen, by an index of suffixes (csrc/draft_index.h)."""
+    that one object is given to, as `assistant_model=`, in any threads.
+
+    It knows what came after suffixes of up to `order` tokens (csrc/draft_index.h), at most 262,144
+    of them, and keeps no text.
+    """
 
     def __init__(self, order: int = 4) -> None:
         from .. import _C
 
-        self.index = _C.DraftIndex(order=order)
+        self.index = _C.DraftIndex(order=integer("order", order, 1, 64))
         self.texts: list[int] = []  # the index's numbers of the rows
         self.known: list[int] = []  # tokens of each answer that it has
+
+    def for_call(self) -> SuffixDrafter:
+        """A drafter for the rows of one call, on the same index."""
+        own = copy.copy(self)
+        own.texts, own.known = [], []
+        return own
 
     def begin(self, prompts: Tensor, mask: Tensor) -> None:
         self.texts = [next(_texts) for _ in prompts]
@@ -174,6 +186,8 @@ def drafter_of(
 ) -> Drafter | None:
     """The drafter of a call that is given `assistant`, a causal LM or a `Drafter`, for prompts with
     the `mask` [B, P]; `ValueError` where it is neither, or cannot be run."""
+    if isinstance(assistant, SuffixDrafter):
+        return assistant.for_call()
     if assistant is None or isinstance(assistant, Drafter):
         return assistant
     name = type(assistant).__name__

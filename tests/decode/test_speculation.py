@@ -355,6 +355,29 @@ def test_asked_for_where_it_is_not_possible_it_says_why(models):
         answers(models, (6,), 4, reward_method="expand")
 
 
+def test_a_suffix_drafter_knows_the_texts_of_calls_before_in_any_threads(models):
+    drafter = SuffixDrafter()
+    options = {"do_sample": False, "beta": 0.01, "max_new_tokens": 50}
+    want = answers(models, (6,), False, **options)
+    first = answers(models, (6,), 8, assistant_model=drafter, **options)
+    again = answers(models, (6,), 8, assistant_model=drafter, **options)
+    for got in (first, again):
+        assert_same(got, want)
+    assert again.speculation["lm_forwards"] < first.speculation["lm_forwards"]
+    got = [None] * 4
+
+    def work(i):
+        got[i] = answers(models, (6,), 8, assistant_model=drafter, **options)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert all(torch.equal(out.sequences, want.sequences) for out in got)
+    assert drafter.texts == []
+    with pytest.raises(ValueError, match="order=0"):
+        SuffixDrafter(order=0)
+
+
 def test_a_suffix_drafter_lets_go_of_texts_that_ended():
     drafter = SuffixDrafter()
     ids = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
