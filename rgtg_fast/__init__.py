@@ -7,6 +7,7 @@ tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
+from .decode.drafters import SuffixDrafter
 from .decode.kept import free_graphs
 from .generate import RewardGuided, generate
 from .generate_many import generate_many
@@ -25,6 +26,7 @@ __all__ = [
     "RewardGuided",
     "RewardGuidedOutput",
     "RewardHead",
+    "SuffixDrafter",
     "free_graphs",
     "generate",
     "generate_many",

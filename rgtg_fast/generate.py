@@ -139,18 +139,20 @@ def generate(
             pruned candidates run without.
         speculate: several tokens for one forward of the reward model; the same tokens as one by one
             (in bf16 as far as a forward of several tokens rounds like several of one). The language
-            model goes ahead without rewards, the candidates of all positions are scored at once,
-            and the tokens up to the first that the rewards change are kept. "auto" (default): as
-            far ahead as pays, by what the forwards of this call take and how often rewards changed
-            a token; on a CPU, for a reward model scored by "tree" that does not share the
-            language model's forwards, without `reward_range`, for up to 48 candidates of all rows
-            (the reward model's cache then has room for up to 96 of them). An int: so many positions
-            each time, 2 to 32, anywhere. False never. `speculation` in the output says what came of
-            it. As "auto" goes by the clock, the last bits of rewards may differ from run to run.
-        assistant_model: a smaller causal language model with the same tokens, which guesses the
-            language model's continuation for it to look at several tokens in one forward too; or
-            any object with the methods of `decode.drafters.Drafter`. Without one, what followed the
-            same tokens before in the text is the guess (in fp32).
+            model goes ahead, the candidates of all positions are scored at once, and the tokens up
+            to the first that the rewards change are kept. "auto" (default): as far ahead as pays,
+            by what forwards take and how often rewards change a token; on a CPU, for language
+            models of 64 MiB or more (smaller ones with an `assistant_model`), a reward model scored
+            by "tree" or a `RewardHead` or `RewardAdapter`, without `reward_range`, for up to 48
+            candidates of all rows (the cache then has room for up to 96 of them). An int: so many
+            positions each time, 2 to 32, anywhere. False never. `speculation` in the output says
+            what came of it. As "auto" goes by the clock, the last bits of rewards may differ from
+            run to run.
+        assistant_model: who guesses the language model's continuation, for it to look at several
+            tokens in one forward too: a smaller causal language model with the same tokens;
+            a `SuffixDrafter`, kept over calls whose texts are alike; or any object with the methods
+            of `decode.drafters.Drafter`. Without one, what followed the same tokens before in the
+            text is the guess (in fp32).
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
