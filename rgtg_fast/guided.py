@@ -241,11 +241,10 @@ class RewardGuided:
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
         if rm is None:
-            made_for = getattr(self.reward_model, "most", None)
-            if made_for is not None and self.k > made_for:
+            if isinstance(self.reward_model, SiblingScorer) and self.k > self.reward_model.k:
                 raise ValueError(
                     f"k={self.k} candidates asked for, and reward_model was made for "
-                    f"k={made_for}; pass make_scorer(..., k={self.k}), or k<={made_for}"
+                    f"k={self.reward_model.k}; pass make_scorer(..., k={self.k})"
                 )
             if isinstance(self.reward_model, NextTokenScorer):
                 self.reward_model.capacity = self.reward_model.reserved = max_length
