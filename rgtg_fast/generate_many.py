@@ -15,9 +15,11 @@ from transformers import LogitsProcessorList
 
 from . import ops
 from . import validation as check
+from .decode import many_options
 from .decode import options as numbers
 from .decode.call import Call
 from .decode.logits import RowSource, logits_source, plain_language_model
+from .decode.modes import Modes
 from .decode.plan import SCORES_ALONE, Plan, eos_ids, make_plan
 from .decode.record import Record
 from .decode.refill import COLUMNS, Entry, Refill, Row
@@ -25,7 +27,6 @@ from .decode.warpers import take_temperature, trailing
 from .generate import generate, stop_strings_as_criterion
 from .guided import OneCall
 from .models import foreign
-from .models.foreign import CACHE
 from .models.padding import left_padded
 from .output import Answer
 from .prompts import Prepared, check_prompts, prepared_for
@@ -34,27 +35,6 @@ from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
 FIRST_BOUND = 1024  # tokens of prompt and answer that the models are probed for at first
-
-_OF_A_BATCH = "belongs to a batch of one call; every prompt is a row by itself here"
-_REFUSED = {
-    "num_return_sequences": "give a prompt several times for several answers",
-    "return_dict_in_generate": "an answer always has its rewards and KL",
-    "attention_mask": "prompts come without padding",
-    "reward_input_ids": "the reward model sees each prompt as it is",
-    "reward_attention_mask": "the reward model sees each prompt as it is",
-    "streamer": "answers come in the order they end; call generate for one",
-    **dict.fromkeys(("assistant_model", "speculate"), "its rows take one token at a time"),
-    **dict.fromkeys(("cuda_graph", "compile"), "its rows come and go, and no step is like another"),
-    "synced_gpus": "ranks would wait for each other's prompts",
-    **dict.fromkeys(("output_candidates", "output_scores", "output_logits"), _OF_A_BATCH),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "compact"), _OF_A_BATCH),
-    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "position_ids"), _OF_A_BATCH),
-    **dict.fromkeys((CACHE, "cache", "past_key_values", "cache_implementation"), _OF_A_BATCH),
-}
-
-
-# What of these may be given, as it asks for nothing.
-_NO_MATTER = {"speculate": ("auto", False), "compile": ("auto", False), "cuda_graph": (False,)}
 
 
 def generate_many(
@@ -89,11 +69,11 @@ def generate_many(
         An iterator of `Answer`s. A prompt that cannot be answered (empty, too long, ids out of
         range, a NaN reward) gives one with `error`, and takes no other with it. Closing the
         iterator, an exception and an interrupt free everything. A scorer given as `reward_model`
-        serves this run alone until it ends.
+        serves this run alone until it ends. Autocast is, for all answers, as it was at the call.
 
     Raises:
         ValueError: before the first prompt is read: an option out of range, one that cannot be
-            taken, models that do not match.
+            taken, models that do not match, a single prompt in the place of several.
 
     Models that need Hugging Face's own cache, and scorers whose rows cannot come and go
     (`scorers.base.RowScorer`), run in batches of prompts in their order, padded, as `generate`
@@ -104,15 +84,10 @@ def generate_many(
         for answer in rgtg_fast.generate_many(lm, texts, reward_model=rm, tokenizer=tok, seed=0):
             print(answer.index, answer.text, answer.rewards[-1])
     """
-    for name, instead in _REFUSED.items():
-        given = options.get(name)
-        if given is not None and given not in _NO_MATTER.get(name, ()):
-            raise ValueError(f"{name}= is not an option of generate_many: {instead}")
-    if options.get("speculate", "auto") not in (False, "auto"):
-        raise ValueError(
-            f"speculate={options['speculate']!r}: rows of generate_many take one token at a time; "
-            "leave it out"
-        )
+    many_options.check_options(options)
+    many_options.check_tokenizer(tokenizer)
+    of_prompts = {name: options.get(name) for name in ("beta", "temperature", "seed")}
+    many_options.check_prompts(prompts, of_prompts)
     batch_size = numbers.integer("batch_size", batch_size, 1)
     return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 
@@ -127,6 +102,7 @@ class _Many:
         own = {f.name for f in fields(OneCall)}
         self.guiding = {name: given[name] for name in given if name in own}
         self.kwargs = {name: value for name, value in given.items() if name not in own}
+        check.check_model(model)
         self.device = model.get_input_embeddings().weight.device
         pad = model.generation_config.pad_token_id
         any_prompt = torch.tensor([1 if pad == 0 else 0], device=self.device)
@@ -134,6 +110,8 @@ class _Many:
         self.guide = OneCall(reward_model, tokenizer=tokenizer, **self.guiding)
         check.check_options(self.guide)
         self.rm = self.guide.taken_apart()
+        devices = self.device, self.device if self.rm is None else self.rm.device
+        self.modes = Modes(["cpu", *(device.type for device in devices)])
         stop_strings_as_criterion(model, tokenizer, self.kwargs)
         first = prepared_for(
             self.model, any_prompt, self.kwargs
@@ -154,11 +132,13 @@ class _Many:
     def answers(self, prompts: Iterable[Any]) -> Iterator[Answer]:
         entries = self._entries(prompts)
         if not self._can_refill():
-            yield from self._in_batches(entries)
+            yield from self.modes.within(self._in_batches(entries))
             return
-        with alone(self.guide.reward_model):
+        with alone(self.guide.reward_model) as turn:
             try:
-                yield from self._refilled(entries)
+                for answer in self.modes.within(self._refilled(entries)):
+                    yield answer
+                    turn.taken()  # it may be another thread that goes on
             finally:
                 self._finish()
 
@@ -340,9 +320,10 @@ class _Many:
     def _batch(self, batch: list[Entry]) -> Iterator[Answer]:
         """The answers to prompts of one call of `generate`; by themselves where that fails."""
         ids, mask = left_padded([entry.ids for entry in batch])
+        dtypes = dict.fromkeys(("beta", "temperature"), torch.float32) | {"seed": torch.int64}
         of_rows = {
-            name: torch.tensor([getattr(entry, name) for entry in batch])
-            for name in ("beta", "temperature", "seed")
+            name: torch.tensor([getattr(entry, name) for entry in batch], dtype=dtype, device="cpu")
+            for name, dtype in dtypes.items()
         }
         kwargs = {n: v for n, v in self.kwargs.items() if n not in ("max_length", "max_new_tokens")}
         try:

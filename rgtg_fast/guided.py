@@ -241,6 +241,11 @@ class RewardGuided:
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
         if rm is None:
+            if isinstance(self.reward_model, SiblingScorer) and self.k > self.reward_model.k:
+                raise ValueError(
+                    f"k={self.k} candidates asked for, and reward_model was made for "
+                    f"k={self.reward_model.k}; pass make_scorer(..., k={self.k})"
+                )
             if isinstance(self.reward_model, NextTokenScorer):
                 self.reward_model.capacity = self.reward_model.reserved = max_length
             return self.reward_model

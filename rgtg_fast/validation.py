@@ -97,10 +97,7 @@ def prunes(scorer: Any, prune: bool | None, all_rewards: bool) -> bool:
     return (can and not all_rewards) if prune is None else prune
 
 
-def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:
-    """Refuse arguments of `rgtg_fast.generate` that HF would misread or ignore; `own` are the names
-    of its own ones. A cache given under its other name is put under the one that this
-    version of transformers has for it."""
+def check_model(model: Any) -> None:
     if not hasattr(model, "generate") or not hasattr(model, "config"):
         raise ValueError(
             f"model must be a causal language model with a generate method; got "
@@ -111,6 +108,13 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
             f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only causal "
             "language model"
         )
+
+
+def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[str]) -> None:
+    """Refuse arguments of `rgtg_fast.generate` that HF would misread or ignore; `own` are the names
+    of its own ones. A cache given under its other name is put under the one that this
+    version of transformers has for it."""
+    check_model(model)
     for name in CACHE_NAMES:
         if name != CACHE and name in kwargs:
             if CACHE in kwargs:
@@ -122,6 +126,8 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any], own: Iterable[st
         raise ValueError(f"generation_config must be a GenerationConfig; got {given!r}")
     check_counts(kwargs, dict.get)
     check_counts(given)
+    options.lists({name: kwargs.get(name) for name in ("logits_processor", "stopping_criteria")})
+    options.eos(kwargs.get("eos_token_id"))
     check_streamers(kwargs.get("streamer"), None)
     check_mode({name: kwargs.get(name) for name in _OTHER_MODES})
     if kwargs.get("cache_implementation") == "paged":
@@ -264,10 +270,7 @@ def check_range(name: str, ids: Tensor, rows: int, owner: str) -> None:
 
 def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) -> None:
     """The merged generation configuration, and k against the vocabulary."""
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; pass a decoder-only one"
-        )
+    check_model(model)
     check_counts(config)
     check_mode({name: getattr(config, name, None) for name in _OTHER_MODES})
     mode = config.get_generation_mode()

@@ -49,6 +49,7 @@ class NextTokenScorer(ScorerRows):
                 "causal LM (AutoModelForCausalLM)"
             )
         self.model, self.rm, self.backend = model, ModelParts(model), backend
+        self.vocabulary = self.rm.vocab_size
         self.begin(0)
 
     @property
@@ -89,10 +90,13 @@ class NextTokenScorer(ScorerRows):
     ) -> Tensor:
         """Rewards fp32 [n, k] of the candidates `ids` int64 [n, k] behind the prefix of each row;
         -inf for ids past this model's vocabulary, NaN for those not in `keep` bool [n, k]."""
-        rows = self.rows_of(handles)
+        self.scored = []
+        names, rows = self.rows_of(handles)
+        self.check_candidates(ids, len(names))
+        if not names:
+            return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         self._catch_up(rows)
-        self.scored = list(self.handles if rows is None else handles or ())
-        self.ids = ids.to(self.device)
+        self.ids, self.scored = ids.to(self.device, torch.int64), list(names)
         last = self.head.weight.shape[0] - 1
         state = self.state if rows is None else self.state[rows]
         rewards = self._rewards(state, self.ids.clamp(max=last))
@@ -104,8 +108,10 @@ class NextTokenScorer(ScorerRows):
     @torch.no_grad()
     def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
         """Append candidate `slot` int64 [n] of the last scored ids to the rows."""
-        slot = slot.to(self.device)
         rows, at = self.scored_rows(handles, slot)
+        if not len(slot):
+            return
+        slot = slot.to(self.device, torch.int64)
         ids = self.ids if at is None else self.ids[at]
         chosen = ids.gather(1, slot[:, None]).clamp(max=self.head.weight.shape[0] - 1)
         put(self.chosen, chosen[:, 0], rows)

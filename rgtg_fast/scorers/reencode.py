@@ -41,6 +41,8 @@ class ReencodeScorer(RewardModelScorer):
         super().__init__(rm, k, **kwargs)
         self.pooled, self.keeps_text = pooled, False  # it can always be encoded anew
         self.tokenizer, self.reward_tokenizer = tokenizer, reward_tokenizer
+        if reward_tokenizer is not None:
+            self.vocabulary = None  # the ids are the language model's
         self.prompt_tokenizer = prompt_tokenizer or tokenizer
         pad = getattr(rm.text_config, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < rm.vocab_size else 0

@@ -35,7 +35,7 @@ class SiblingScorer(RewardModelScorer):
 
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
-        self.fused = fused
+        self.fused, self.most = fused, k
         self.compiled: CompiledSiblings | None = None  # what `forward` of a call is to run by
         if fused and attention_kernel(self.backend, rm.device) is None:
             raise Unsupported(f"no compiled kernel of candidate_attention runs on {rm.device}")

@@ -15,8 +15,19 @@ _in_use: dict[int, list[Any]] = {}
 _looking = threading.Lock()
 
 
+class Turn:
+    """The turn of a call, whose thread must not wait for it."""
+
+    def __init__(self, entry: list[Any]) -> None:
+        self.entry = entry
+
+    def taken(self) -> None:
+        """It is this thread that goes on with the call."""
+        self.entry[2] = threading.get_ident()
+
+
 @contextmanager
-def alone(reward_model: Any) -> Iterator[None]:
+def alone(reward_model: Any) -> Iterator[Turn]:
     """One call at a time on a scorer.
 
     Calls of other threads wait for the one before to end. (What is made of a reward model is made
@@ -24,7 +35,7 @@ def alone(reward_model: Any) -> Iterator[None]:
     it serves, would overwrite that call's text: it is a `ValueError`.
     """
     if not is_scorer(reward_model):
-        yield
+        yield Turn([None, 0, None])
         return
     key = id(reward_model)
     with _looking:
@@ -32,14 +43,16 @@ def alone(reward_model: Any) -> Iterator[None]:
         if entry[2] == threading.get_ident():
             raise ValueError(
                 f"reward_model {type(reward_model).__name__} serves the call within which this one "
-                "is made; pass the inner call a scorer object of its own"
+                "is made, or a generate_many that this thread has begun and not ended; pass one of "
+                "the two a scorer object of its own"
             )
         entry[1] += 1
     try:
         with entry[0]:
-            entry[2] = threading.get_ident()
+            turn = Turn(entry)
             try:
-                yield
+                turn.taken()
+                yield turn
             finally:
                 entry[2] = None
     finally:
