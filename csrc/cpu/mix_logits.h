@@ -3,6 +3,7 @@
 
 #include "gumbel.h"
 #include "log_sum.h"
+#include "tempered_sum.h"
 #include "topk_list.h"
 #include "widen.h"
 
@@ -43,30 +44,6 @@ struct Mixture {
   float temperature;  // 0: none
   bool noise;
   int64_t seed, position;
-};
-
-// sum(exp(t - reference)) of the tempered mixture t, and the same weighted by t - rows[0].
-struct TemperedSum {
-  float reference = -kInf<float>;
-  double total = 0, gap = 0;
-
-  void rebase(float new_reference) {
-    if (total == 0) {
-      reference = new_reference;
-      return;
-    }
-    const double factor = std::exp(static_cast<double>(reference) - new_reference);
-    total *= factor, gap *= factor, reference = new_reference;
-  }
-  void merge(TemperedSum other) {
-    if (other.total == 0) return;
-    if (other.reference > reference) {
-      rebase(other.reference);
-    } else {
-      other.rebase(reference);
-    }
-    total += other.total, gap += other.gap;
-  }
 };
 
 struct MixedSlice {

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from cuda_emulated import emulator
 from hypothesis import strategies as st
 from op_arguments import draw_logits, examples, generator
 from op_support import FLOATS, SIMD_LEVELS, simd_level, threads
 from parity import BACKENDS, INF, NAN, backends_of, check_mix_logits, crossed
+from test_cuda_emulated import mutant
 
 from rgtg_fast import ops
 from rgtg_fast.ops import reference
@@ -297,3 +299,40 @@ TWO = [torch.zeros(2, 9), torch.zeros(2, 9)]
 def test_errors_name_the_argument_and_the_way_out(arguments, message):
     with pytest.raises(ValueError, match=message):
         ops.mix_logits(*arguments)
+
+
+@over("slicing", [(1, 20), (2, 10), (4, 5), (20, 1)])
+@over("kind", ["ascending", "equal", "normal"])
+def test_the_cuda_kernel_gives_the_same_ids_however_a_row_is_cut(slicing, kind):
+    logits = [draw_logits(kind, 1, 40_001).half(), torch.zeros(1, 40_900)]
+    given = logits, torch.ones(1, 2), 64
+    for draw in ((), drawing(1)):
+        got = emulator().mix_logits(*given, None, *draw, slicing=slicing)
+        want = reference.mix_logits(*given, None, *draw)
+        assert torch.equal(got[1], want[1])
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, want, strict=True))
+
+
+MUTATIONS = [
+    ("at < vocab ? widen(row[at])", "at <= vocab ? widen(row[at])"),  # reads outside
+    ("add_rn(mixed, mul_rn(weight[i], logit))", "mixed + weight[i] * logit * 1.000001f"),
+    ("count > kMixKept", "false"),
+    ("rounds).value - 1", "rounds).value"),
+    ("if (thread == 0) {", "if (thread == 1) {"),  # not seen by the block that merges
+    ("part.rebase(largest);", ";"),
+]
+
+
+@pytest.mark.slow
+@over(("old", "new"), MUTATIONS)
+def test_a_fault_in_the_cuda_kernel_is_found(tmp_path, old, new):
+    broken = mutant(tmp_path, "mix_logits.cuh", old, new)
+    with pytest.raises(AssertionError):
+        for kind in ("ascending", "ties", "normal"):
+            logits = [draw_logits(kind, 1, 20_001).float(), randn(1, 20_001, seed=1)]
+            given = logits, torch.tensor([[1.0, 0.3]]), 64
+            for slicing in ((2, 5), None):
+                got = broken.mix_logits(*given, slicing=slicing)
+                want = reference.mix_logits(*given)
+                assert torch.equal(got[1], want[1])
+                assert torch.allclose(got[0], want[0], atol=1e-4)
