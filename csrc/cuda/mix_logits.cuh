@@ -14,8 +14,9 @@
 namespace rgtg::cuda {
 
 constexpr int kMaxMixed = 4;   // tensors of a mixture
-constexpr int kMixBlocks = 3;  // per multiprocessor, as registers allow
-constexpr int kMixItems = 8;   // of a thread in a tile
+constexpr int kMixBlocks = 2;  // per multiprocessor, as registers allow
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // above -inf alone
+constexpr int kMixItems = 4;                                     // of a thread in a tile
 constexpr int kMixTile = kMixItems * kThreads;
 // Keys that may be queued before a tile that is queued whole.
 constexpr int kMixKept = kQueue - kMixTile;
@@ -59,7 +60,6 @@ struct MixRow {
   int64_t seed, position;
 
   __device__ MixRow(const MixArguments& a, int64_t row) {
-    constexpr float kLowest = std::numeric_limits<float>::lowest();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       logits[i] = a.logits[i];

@@ -170,7 +170,8 @@ def mixture_weights(weights: Sequence[float] | Tensor, count: int, first: Tensor
         and not bool(torch.isfinite(weights).all())
     ):
         raise ValueError(f"weights={weights.tolist()}; every element must be finite")
-    return weights.to(torch.float32).expand(rows, count)
+    weights = weights.to(torch.float32)
+    return weights if weights.dim() == 2 else weights.expand(rows, count)
 
 
 def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:
