@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +32,14 @@ from .decode.warpers import take_temperature, trailing
 from .models import foreign
 from .models.language_model import LanguageModel
 from .models.on_base import OnBase
-from .models.reward_model import RewardModel, as_reward_model
+from .models.reward_model import Label, RewardModel
 from .output import RewardGuidedOutput
 from .prompts import check_prompts
 from .scorers.base import Scorer
-from .scorers.factory import is_scorer, make_scorer
+from .scorers.factory import assembled, make_scorer
 from .scorers.next_token import NextTokenScorer
+from .scorers.rewards import Reward, WeightedRewards, of_rows
+from .scorers.sources import taken_apart
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -66,7 +68,8 @@ class RewardGuided:
     reward_tokenizer: Any = None
     tokenizer: Any = None
     reward_head: Callable[[Tensor], Tensor] | None = None
-    reward_label: str | int | None = None
+    reward_label: Label = None
+    reward_kind: str | None = None
     reward_method: str = "auto"
     eos_reward: str = "auto"
     output_candidates: bool = False
@@ -86,11 +89,11 @@ class RewardGuided:
         check.check_options(self)
         self.taken_apart()
 
-    def taken_apart(self) -> RewardModel | None:
-        """The reward model as it is now: its head or modules may be others at the next call."""
-        if is_scorer(self.reward_model):
-            return None
-        return as_reward_model(self.reward_model, self.reward_head, self.reward_label)
+    def taken_apart(self) -> Reward | WeightedRewards:
+        """The reward as it is now: a model's head or modules may be others at the next call."""
+        own = {n: getattr(self, n) for n in Reward.__dataclass_fields__ if n != "model"}
+        own_prompt = self.reward_input_ids is not None
+        return taken_apart(self.reward_model, Reward(None, **own), self.tokenizer, own_prompt)
 
     @torch.no_grad()
     def __call__(
@@ -150,16 +153,19 @@ class RewardGuided:
     ) -> Call:
         """Everything that the run will be made of, after every check that can be made before it."""
         check.check_options(self)  # again: they may have been set since
-        rm = self.taken_apart()
+        reward = self.taken_apart()
         batch = max(input_ids.shape[0], 1)
         copies = config.num_return_sequences or 1
-        checked = check_prompts(self, rm, model, input_ids, config, model_kwargs)
+        checked = check_prompts(self, reward, model, input_ids, config, model_kwargs)
         vocab_size, mask, reward_prompt, new_tokens, as_text = checked
         temperature, processors = take_temperature(logits_processor)
         policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
-        scorer = self.make_scorer(rm, as_text, max_length, config, vocab_size, found)
+        reward = of_rows(
+            reward, lambda n, v: check.per_row(n, v, batch // copies, batch, input_ids.device)
+        )
+        scorer = self.make_scorer(reward, as_text, max_length, config, vocab_size, found)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
@@ -233,40 +239,50 @@ class RewardGuided:
 
     def make_scorer(
         self,
-        rm: RewardModel | None,
-        as_text: bool,
+        reward: Reward | WeightedRewards,
+        as_text: Sequence[bool],
         max_length: int,
         config: GenerationConfig,
         vocab_size: int,
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
-        if rm is None:
-            if isinstance(self.reward_model, NextTokenScorer):
-                self.reward_model.capacity = self.reward_model.reserved = max_length
-            return self.reward_model
+        """The scorer of a reward; `as_text` says of its parts in order whether they read text."""
         own_prompt = self.reward_input_ids is not None
-        joint = (
-            found is not None
-            and isinstance(rm, OnBase)
-            and rm.base is found[0].base
-            and rm.can_share_forwards()
-            and not own_prompt
-            and self.reward_method in ("auto", "tree")
-        )
-        return make_scorer(
-            rm,
-            joint_way=found[1] if joint and found is not None else None,
-            k=self.k,
-            method=self.reward_method,
-            vocab_size=vocab_size,
-            tokenizer=self.tokenizer if as_text else None,
-            reward_tokenizer=self.reward_tokenizer if as_text else None,
-            own_prompt=own_prompt,
-            eos_ids=foreign.eos_tensor(config),
-            eos_reward=self.eos_reward,
-            max_length=max_length,
-            backend=self.backend,
-        )
+        texts, shared = iter(as_text), False
+
+        def make(reward: Reward) -> Scorer:
+            nonlocal shared
+            rm, by_text = reward.model, next(texts)
+            if not isinstance(rm, RewardModel):
+                if isinstance(rm, NextTokenScorer):
+                    rm.capacity = rm.reserved = max_length
+                return rm
+            joint = (
+                found is not None
+                and not shared  # one part gives the language model's logits
+                and isinstance(rm, OnBase)
+                and rm.base is found[0].base
+                and rm.can_share_forwards()
+                and not own_prompt
+                and reward.reward_method in ("auto", "tree")
+            )
+            shared |= joint
+            return make_scorer(
+                rm,
+                joint_way=found[1] if joint and found is not None else None,
+                k=self.k,
+                method=reward.reward_method or "auto",
+                vocab_size=vocab_size,
+                tokenizer=self.tokenizer if by_text else None,
+                reward_tokenizer=reward.reward_tokenizer if by_text else None,
+                own_prompt=own_prompt,
+                eos_ids=foreign.eos_tensor(config),
+                eos_reward=reward.eos_reward or "auto",
+                max_length=max_length,
+                backend=self.backend,
+            )
+
+        return assembled(reward, make)
 
     def _row_seeds(self, batch: int, do_sample: bool, device: torch.device) -> Tensor:
         seed = self.seed

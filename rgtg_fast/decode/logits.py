@@ -25,6 +25,7 @@ from ..models.padding import has_holes, positions_of
 from ..models.siblings import SiblingForward, fill_cache
 from ..scorers.causal import StaticForward, language_model
 from ..scorers.joint import JointScorer
+from ..scorers.weighted import leaves
 from .rows import Rows
 
 
@@ -253,8 +254,9 @@ def logits_source(
     if found is not None:
         view, way = found
         cache = model_kwargs[CACHE]
-        if isinstance(scorer, JointScorer):
-            return JointLogits(view, scorer, cache)
+        joint = next((s for s in leaves(scorer) if isinstance(s, JointScorer)), None)
+        if joint is not None:
+            return JointLogits(view, joint, cache)
         if way == "fused":
             return CachedLogits(view, attention_mask, config.max_length, backend, cache)
     return HFLogits(model, config, model_kwargs, len(attention_mask))

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scorers.base import RewardModelScorer, Scorer
+from ..scorers.base import Scorer
+from ..scorers.weighted import checked
 from .call import Call
 from .graphs import Runner
 from .kept import reuse_of
@@ -117,24 +118,14 @@ def weigh(call: Call, logprobs: Tensor, ids: Tensor, contest: Contest | None, ro
 
 def known(scorer: Scorer, ids: Tensor) -> Tensor | None:
     """Which candidates are tokens of the reward model, bool [B, k]; None for all."""
-    return scorer.known(ids) if isinstance(scorer, RewardModelScorer) else None
+    return scorer.known(ids) if hasattr(scorer, "known") else None
 
 
 def score(scorer: Scorer, ids: Tensor, keep: Tensor | None = None) -> Tensor:
     """Rewards [B, k] of the candidates (NaN of those not in `keep`, where it is given);
     `ValueError` where a scorer gives another shape."""
     rewards = scorer.score(ids) if keep is None else scorer.score(ids, keep)  # type: ignore[call-arg]
-    if not isinstance(rewards, Tensor):
-        raise ValueError(
-            f"{type(scorer).__name__}.score gave {type(rewards).__name__}; it must give a tensor "
-            f"of rewards {list(ids.shape)}"
-        )
-    if rewards.shape != ids.shape:
-        raise ValueError(
-            f"rewards has shape {list(rewards.shape)} for candidates {list(ids.shape)}; "
-            f"{type(scorer).__name__}.score must give one number for each candidate"
-        )
-    return rewards.to(ids.device, torch.float32)
+    return checked(scorer, rewards, ids).to(torch.float32)
 
 
 def wait_for_peers(done: bool, call: Call, rows: Rows) -> None:

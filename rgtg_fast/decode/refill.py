@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..scorers.weighted import WeightedRows
 from .call import Call
 from .loop import explain, known, weigh
 from .plan import ended
@@ -80,6 +81,8 @@ class Refill:
         """Take in prompts, whose answers begin with the next step."""
         assert self.joined is None
         prompts = [entry.ids for entry in entries]
+        if isinstance(self.call.scorer, WeightedRows):
+            self.call.scorer.of_prompts([entry.index for entry in entries])
         self.call.scorer.join(prompts)  # type: ignore[attr-defined]
         self.joined = self.call.source.join(prompts)  # type: ignore[attr-defined]
         self.rows += [Row(entry) for entry in entries]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from .factory import is_scorer
+from .sources import scorers_in
 
 # By the id of a scorer, which need not be hashable: its lock, how many calls want it, and the
 # thread of the call that has it.
@@ -17,21 +17,27 @@ _looking = threading.Lock()
 
 @contextmanager
 def alone(reward_model: Any) -> Iterator[None]:
-    """One call at a time on a scorer.
+    """One call at a time on each of the scorers that a reward is made of.
 
     Calls of other threads wait for the one before to end. (What is made of a reward model is made
     for each call, and needs no turn.) A call made by the scorer, or by a callback of the call that
     it serves, would overwrite that call's text: it is a `ValueError`.
     """
-    if not is_scorer(reward_model):
+    with ExitStack() as turns:
+        # In one order for all calls: else two of them might wait for each other.
+        for scorer in sorted(scorers_in(reward_model), key=id):
+            turns.enter_context(_turn(scorer))
         yield
-        return
-    key = id(reward_model)
+
+
+@contextmanager
+def _turn(scorer: Any) -> Iterator[None]:
+    key = id(scorer)
     with _looking:
         entry = _in_use.setdefault(key, [threading.Lock(), 0, None])
         if entry[2] == threading.get_ident():
             raise ValueError(
-                f"reward_model {type(reward_model).__name__} serves the call within which this one "
+                f"reward_model {type(scorer).__name__} serves the call within which this one "
                 "is made; pass the inner call a scorer object of its own"
             )
         entry[1] += 1

@@ -24,6 +24,8 @@ from rgtg_fast.models.reward_model import as_reward_model
 from rgtg_fast.scorers import (
     AttentionCreditScorer,
     AutoregressiveScorer,
+    LogprobScorer,
+    TextScorer,
     VocabRewardScorer,
     make_scorer,
 )
@@ -107,6 +109,69 @@ def next_token(kind: type, family: str) -> Schedule:
     return Schedule(scorer, full)
 
 
+def logprob(family: str) -> Schedule:
+    """Log-probs of whole answers: of what comes behind the prompt."""
+    lm = zoo.lm(family)
+    return Schedule(LogprobScorer(lm), logprobs_of(lm))
+
+
+def logprobs_of(lm: Any) -> Any:
+    def full(ids: Tensor, prompt: int) -> Tensor:
+        of_next = lm(ids).logits[:, :-1].double().log_softmax(-1)
+        of_each = of_next.gather(2, ids[:, 1:, None])[..., 0]
+        return of_each[:, prompt - 1 :].sum(1)
+
+    return full
+
+
+class Letters:
+    """A tokenizer of ids as letters."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(0x100 + i) for i in ids)
+
+
+def text() -> Schedule:
+    def reward(text: str) -> float:
+        return sum(ord(c) * 0.7**i for i, c in enumerate(reversed(text))) / 100
+
+    scorer = TextScorer(lambda texts: [reward(t) for t in texts], Letters())
+    decode = functools.partial(Letters().decode, skip_special_tokens=True)
+    return Schedule(
+        scorer,
+        lambda ids, prompt: torch.tensor([reward(decode(row)) for row in ids.tolist()]),
+        skips=True,
+    )
+
+
+def composed(reduction: str, *parts: Schedule) -> Schedule:
+    """Several scorers on the same rows."""
+    scorers = [part.scorer for part in parts]
+    sign = {"sum": (0.7, -0.3, 2.0)}.get(reduction, (1.5, 0.5, 1.0))[: len(parts)]
+    penalty = {"penalty": 0.5} if reduction == "pessimistic" else {}
+    reward = rgtg_fast.WeightedRewards(scorers, sign, reduction=reduction, offset=1.0, **penalty)
+
+    def full(ids: Tensor, prompt: int) -> Tensor:
+        each = torch.stack(
+            [w * p.reward(ids, prompt).double() for w, p in zip(sign, parts, strict=True)]
+        )
+        if reduction == "sum":
+            return (each.sum(0) + 1).float()
+        if reduction == "min":
+            return (each.min(0).values + 1).float()
+        return (each.mean(0) - 0.5 * each.std(0, correction=0) + 1).float()
+
+    return Schedule(make_scorer(reward, k=K), full, skips=any(p.skips for p in parts))
+
+
+def pair() -> Schedule:
+    """DPO's implicit reward."""
+    policy, reference = zoo.lm("llama"), zoo.lm("gpt2")
+    one, two = logprobs_of(policy), logprobs_of(reference)
+    scorer: Any = make_scorer((policy, reference), k=K)
+    return Schedule(scorer, lambda ids, prompt: (one(ids, prompt) - two(ids, prompt)).float())
+
+
 TREES = ("llama", "gpt2", "mistral", "gemma3", "llama4", "qwen2", "gpt_oss", "deepseek_v3", "gptj")
 CASES = {
     **{f"tree-{family}": functools.partial(separate, "tree", family) for family in TREES},
@@ -122,6 +187,21 @@ CASES = {
     },
     "credit-llama": lambda eos: credit("llama"),
     **{
+        f"logprob-{family}": lambda eos, family=family: logprob(family)
+        for family in ("gpt2", "bloom")
+    },
+    "pair": lambda eos: pair(),
+    "text": lambda eos: text(),
+    "sum-tree-farma": lambda eos: composed(
+        "sum", separate("tree", "llama", False), next_token(VocabRewardScorer, "mistral")
+    ),
+    "min-tree-reencode": lambda eos: composed(
+        "min", separate("tree", "gpt2", False), separate("reencode", "bert", False)
+    ),
+    "pessimistic-three": lambda eos: composed(
+        "pessimistic", separate("tree", "gemma3", False), text(), pair()
+    ),
+    **{
         f"{name}-{family}": lambda eos, kind=kind, family=family: next_token(kind, family)
         for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer))
         for family in ("llama", "mistral", "bloom")
@@ -129,9 +209,10 @@ CASES = {
 }
 # One of each scorer, and what each way of running one is most likely to get wrong.
 QUICK = ("tree-llama", "tree-llama4", "tree-gpt_oss", "expand-bloom", "reencode-llama")
-QUICK += ("joint-gemma3", "credit-llama", "genarm-mistral", "farma-bloom")
+QUICK += ("joint-gemma3", "credit-llama", "genarm-mistral", "farma-bloom", "logprob-bloom", "pair")
+QUICK += ("text", "sum-tree-farma", "min-tree-reencode", "pessimistic-three")
 MANY = ("tree-gemma3", "tree-gpt_oss", "expand-gpt_neo", "reencode-llama", "joint-llama")
-MANY += ("credit-llama", "genarm-llama", "farma-bloom")
+MANY += ("credit-llama", "genarm-llama", "farma-bloom", "pair", "pessimistic-three")
 
 
 def play(begin: Any, times: int) -> None:
