@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,11 +32,11 @@ from .decode.warpers import take_temperature, trailing
 from .models import foreign
 from .models.language_model import LanguageModel
 from .models.on_base import OnBase
-from .models.reward_model import Label, RewardModel
+from .models.reward_model import Label
 from .output import RewardGuidedOutput
 from .prompts import check_prompts
 from .scorers.base import Scorer
-from .scorers.factory import assembled, make_scorer
+from .scorers.factory import assembled, scorer_of
 from .scorers.next_token import NextTokenScorer
 from .scorers.rewards import Reward, WeightedRewards, of_rows
 from .scorers.sources import taken_apart
@@ -162,9 +162,9 @@ class RewardGuided:
         policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
-        reward = of_rows(
-            reward, lambda n, v: check.per_row(n, v, batch // copies, batch, input_ids.device)
-        )
+        if isinstance(reward, WeightedRewards):
+            of_row = batch // copies, batch, input_ids.device
+            reward = of_rows(reward, lambda name, value: check.per_row(name, value, *of_row))
         scorer = self.make_scorer(reward, as_text, max_length, config, vocab_size, found)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
@@ -248,15 +248,13 @@ class RewardGuided:
     ) -> Scorer:
         """The scorer of a reward; `as_text` says of its parts in order whether they read text."""
         own_prompt = self.reward_input_ids is not None
-        texts, shared = iter(as_text), False
+        texts, shared, eos_ids = iter(as_text), False, foreign.eos_tensor(config)
 
         def make(reward: Reward) -> Scorer:
             nonlocal shared
             rm, by_text = reward.model, next(texts)
-            if not isinstance(rm, RewardModel):
-                if isinstance(rm, NextTokenScorer):
-                    rm.capacity = rm.reserved = max_length
-                return rm
+            if isinstance(rm, NextTokenScorer):
+                rm.capacity = rm.reserved = max_length
             joint = (
                 found is not None
                 and not shared  # one part gives the language model's logits
@@ -267,22 +265,19 @@ class RewardGuided:
                 and reward.reward_method in ("auto", "tree")
             )
             shared |= joint
-            return make_scorer(
-                rm,
+            return scorer_of(
+                reward if by_text else replace(reward, reward_tokenizer=None),
                 joint_way=found[1] if joint and found is not None else None,
                 k=self.k,
-                method=reward.reward_method or "auto",
                 vocab_size=vocab_size,
-                tokenizer=self.tokenizer if by_text else None,
-                reward_tokenizer=reward.reward_tokenizer if by_text else None,
+                tokenizer=self.tokenizer,
                 own_prompt=own_prompt,
-                eos_ids=foreign.eos_tensor(config),
-                eos_reward=reward.eos_reward or "auto",
+                eos_ids=eos_ids,
                 max_length=max_length,
                 backend=self.backend,
             )
 
-        return assembled(reward, make)
+        return make(reward) if isinstance(reward, Reward) else assembled(reward, make)
 
     def _row_seeds(self, batch: int, do_sample: bool, device: torch.device) -> Tensor:
         seed = self.seed

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..models.foreign import hooks_of
-from ..scorers.weighted import leaves
+from ..scorers.weighted import leaves_of
 from .call import Call
 from .graphs import GRAPHS, Graph
 from .plan import SCORES_ALONE
@@ -67,7 +67,7 @@ def _why_not_models(source: Any, scorer: Any, device: torch.device) -> str | Non
     if not source.capturable:
         return "the language model runs on Hugging Face's own cache"
     of_reward: list[Any] = []
-    for part in leaves(scorer):
+    for part in leaves_of(scorer):
         if not getattr(part, "capturable", False):
             kind = getattr(part, "method", type(part).__name__)
             return f"scoring by {kind!r} does not keep its state in place on the device"

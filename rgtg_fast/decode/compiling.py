@@ -8,7 +8,7 @@ from typing import Any
 from ..models.compiled import CompiledSiblings
 from ..scorers.next_token import NextTokenScorer
 from ..scorers.tree import SiblingScorer
-from ..scorers.weighted import leaves
+from ..scorers.weighted import WeightedScorer
 from .call import Call
 from .capture import why_not_module
 from .logits import CachedLogits, JointLogits
@@ -19,7 +19,7 @@ WORTH = 64  # fewest steps of a captured graph that "auto" compiles for
 def choose_compiled(asked: bool | str, call: Call) -> None:
     """Have the forwards of a call compiled: where that is `asked` for (with a warning that says why
     where it is not possible), or "auto" finds that a graph serves enough steps."""
-    parts = list(leaves(call.scorer))
+    parts = call.scorer.leaves if isinstance(call.scorer, WeightedScorer) else [call.scorer]
     for part in parts:
         if isinstance(part, SiblingScorer | NextTokenScorer):
             part.compiled = None  # of an earlier call on the same object

@@ -25,7 +25,7 @@ from ..models.padding import has_holes, positions_of
 from ..models.siblings import SiblingForward, fill_cache
 from ..scorers.causal import StaticForward, language_model
 from ..scorers.joint import JointScorer
-from ..scorers.weighted import leaves
+from ..scorers.weighted import WeightedScorer
 from .rows import Rows
 
 
@@ -254,7 +254,8 @@ def logits_source(
     if found is not None:
         view, way = found
         cache = model_kwargs[CACHE]
-        joint = next((s for s in leaves(scorer) if isinstance(s, JointScorer)), None)
+        parts = scorer.leaves if isinstance(scorer, WeightedScorer) else [scorer]
+        joint = next((part for part in parts if isinstance(part, JointScorer)), None)
         if joint is not None:
             return JointLogits(view, joint, cache)
         if way == "fused":

@@ -180,9 +180,10 @@ def _labels(head: nn.Module) -> int:
 
 def _columns(label: Label, labels: int, model: Any) -> tuple[tuple[int, float], ...] | None:
     """The columns of the head that `label` names and their weights; None for a head of one."""
+    if label is None and labels == 1:
+        return None
     if not isinstance(label, (list, tuple, Mapping)):
-        column = _column(label, labels, model)
-        return None if column is None else ((column, 1.0),)
+        return ((_column(label, labels, model), 1.0),)
     weights = label.items() if isinstance(label, Mapping) else [(one, 1.0) for one in label]
     for one, weight in weights:
         real = isinstance(weight, Real) and not isinstance(weight, bool)
@@ -196,17 +197,15 @@ def _columns(label: Label, labels: int, model: Any) -> tuple[tuple[int, float], 
             f"reward_label={label!r} names {'a label twice' if columns else 'no label'}; pass a "
             "list of labels, or {label: weight}"
         )
-    return tuple((column, weight) for column, weight in columns if column is not None)
+    return tuple(columns)
 
 
-def _column(label: str | int | None, labels: int, model: Any) -> int | None:
-    """The column of the head that `label` names; None for a head of one number."""
+def _column(label: str | int | None, labels: int, model: Any) -> int:
+    """The column of the head that `label` names."""
     id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
     names = [str(id2label.get(i, i)) for i in range(labels)]
     shown = ", ".join(names[:8]) + (", ..." if labels > 8 else "")
     if labels == 1:
-        if label is None:
-            return None
         raise ValueError(
             f"reward_label={label!r} is for a model with several labels, and "
             f"{type(model).__name__} gives one number; leave it out"

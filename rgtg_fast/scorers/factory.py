@@ -66,7 +66,7 @@ def make_scorer(
     Example: `make_scorer(rm, k=10).method` is "tree" for a Llama-like reward model.
     """
     defaults = Reward(None, label, kind, head, reward_tokenizer, method, eos_reward)
-    options = {
+    options: dict[str, Any] = {
         "k": k,
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,
@@ -77,7 +77,7 @@ def make_scorer(
         "backend": backend,
     }
     apart = taken_apart(reward_model, defaults, tokenizer, own_prompt)
-    return assembled(apart, lambda reward: _scorer_of(reward, **options))
+    return assembled(apart, lambda reward: scorer_of(reward, **options))
 
 
 def assembled(reward: Reward | WeightedRewards, make: Callable[[Reward], Scorer]) -> Scorer:
@@ -87,7 +87,7 @@ def assembled(reward: Reward | WeightedRewards, make: Callable[[Reward], Scorer]
     return make(reward)
 
 
-def _scorer_of(
+def scorer_of(
     reward: Reward,
     *,
     k: int,

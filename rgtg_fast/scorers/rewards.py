@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -128,15 +128,11 @@ class WeightedRewards(Arithmetic):
         return made
 
 
-def leaves_of(reward: Any) -> Iterator[Reward]:
+def leaves_of(reward: Any) -> list[Reward]:
     """The rewards that a reward is made of, each as a `Reward`."""
     if isinstance(reward, WeightedRewards):
-        for part in reward.parts:
-            yield from leaves_of(part)
-    elif isinstance(reward, Reward) and isinstance(reward.model, (Reward, WeightedRewards)):
-        raise ValueError("Reward(...) is around one reward that is no Reward and no sum itself")
-    else:
-        yield reward if isinstance(reward, Reward) else Reward(reward)
+        return [leaf for part in reward.parts for leaf in leaves_of(part)]
+    return [reward if isinstance(reward, Reward) else Reward(reward)]
 
 
 def of_rows(reward: Any, rows: Any) -> Any:

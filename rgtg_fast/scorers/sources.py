@@ -41,8 +41,8 @@ def taken_apart(
 
     Raises `ValueError` for what is no reward, and options that do not go with it.
     """
-    scorers_in(reward_model)
     if isinstance(reward_model, WeightedRewards):
+        scorers_in(reward_model)
         for name in _OF_ONE:
             if getattr(options, name) is not None:
                 raise ValueError(
@@ -51,11 +51,13 @@ def taken_apart(
                 )
         parts = [taken_apart(p, options, tokenizer, own_prompt) for p in reward_model.parts]
         return reward_model.of(parts, reward_model.combination)
-    own = next(leaves_of(reward_model))
-    for name in Reward.__dataclass_fields__:
-        if name != "model" and getattr(own, name) is None:
-            own = replace(own, **{name: getattr(options, name)})
-    return _one(own, tokenizer, own_prompt)
+    own = reward_model
+    if not isinstance(own, Reward):
+        own = Reward(own)
+    elif isinstance(own.model, (Reward, WeightedRewards)):
+        raise ValueError("Reward(...) is around one reward that is no Reward and no sum itself")
+    given = {name: value for name, value in vars(own).items() if value is not None}
+    return _one(Reward(**vars(options) | {"model": own.model} | given), tokenizer, own_prompt)
 
 
 def _one(reward: Reward, tokenizer: Any, own_prompt: bool) -> Reward | WeightedRewards:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from .sources import scorers_in
+from torch import nn
+
+from .sources import is_scorer, scorers_in
 
 # By the id of a scorer, which need not be hashable: its lock, how many calls want it, and the
 # thread of the call that has it.
@@ -23,6 +25,9 @@ def alone(reward_model: Any) -> Iterator[None]:
     for each call, and needs no turn.) A call made by the scorer, or by a callback of the call that
     it serves, would overwrite that call's text: it is a `ValueError`.
     """
+    if isinstance(reward_model, nn.Module) and not is_scorer(reward_model):
+        yield
+        return
     with ExitStack() as turns:
         # In one order for all calls: else two of them might wait for each other.
         for scorer in sorted(scorers_in(reward_model), key=id):

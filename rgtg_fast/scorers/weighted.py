@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class WeightedScorer:
 
     def __init__(self, parts: Sequence[Scorer], combination: Combination) -> None:
         self.parts, self.combination = list(parts), combination
+        # The scorers that it is made of, of sums within it those.
+        self.leaves = [s for part in self.parts for s in leaves_of(part)]
         self._begin(None)
 
     @property
@@ -194,13 +196,9 @@ def combined(parts: Sequence[Scorer], combination: Combination) -> WeightedScore
     return (WeightedRows if rows else WeightedScorer)(parts, combination)
 
 
-def leaves(scorer: Any) -> Iterator[Any]:
-    """The scorers that a scorer is made of: itself, if it is made of no others."""
-    if isinstance(scorer, WeightedScorer):
-        for part in scorer.parts:
-            yield from leaves(part)
-    else:
-        yield scorer
+def leaves_of(scorer: Any) -> list[Any]:
+    """The scorers that a scorer is made of: itself, if it is no sum."""
+    return scorer.leaves if isinstance(scorer, WeightedScorer) else [scorer]
 
 
 def can_skip(scorer: Any) -> bool:
