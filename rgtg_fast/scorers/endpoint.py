@@ -102,8 +102,8 @@ class RewardEndpoint:
                 waiting[:0] = [batch[:half], batch[half:]]
             else:
                 raise ValueError(
-                    f"reward_model {self.url}: a text makes a request of {len(body) >> 20} MB; "
-                    "pass shorter prompts"
+                    f"reward_model {self.url}: a text makes a request of {len(body)} bytes, "
+                    f"and {LARGEST_BODY} are the most; pass shorter prompts"
                 )
 
     def _ask(self, endpoint: Endpoint, texts: list[str], body: bytes, ends: float) -> list[float]:
