@@ -44,6 +44,9 @@ def generate(
     compact: bool = True,
     reward_range: tuple[float, float] | None = None,
     prune: bool | None = None,
+    beta_schedule: Callable[[int], float] | None = None,
+    kl_budget: float | None = None,
+    min_entropy: float | None = None,
     cuda_graph: bool | None = None,
     compile: bool | str = "auto",
     speculate: bool | str | int = "auto",
@@ -127,6 +130,17 @@ def generate(
             of a candidate that is not scored goes unseen. Where plain sequences are returned, a
             candidate without a rival is not scored either: by "reencode" for each row, by "tree"
             at steps where no row has a rival; it then reads those tokens in one forward later.
+        beta_schedule: a function of the position in the answer (0, 1, ..): what beta is times
+            there. `beta_schedule=lambda t: min(1, t / 16)` lets the reward in slowly. `beta` in the
+            output says what beta was.
+        kl_budget: nats; at every step each row takes the beta, at most `beta`, at which the KL of
+            the ratio policy from π (the output's `kl`) is just that; `beta` where its KL is less,
+            0 where it is more without reward already (π has weight outside the candidates). With
+            `do_sample=True`. `beta` in the output says what beta was.
+        min_entropy: nats; where the entropy of π over the candidates alone is less, a row takes its
+            token without reward, and the reward model is not asked: it reads those tokens in one
+            forward when it is next. `rewards` is NaN there, `candidates_scored` 0, and `gating` in
+            the output says what was saved.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no
@@ -195,6 +209,9 @@ def generate(
             compact=compact,
             reward_range=reward_range,
             prune=prune,
+            beta_schedule=beta_schedule,
+            kl_budget=kl_budget,
+            min_entropy=min_entropy,
             cuda_graph=cuda_graph,
             compile=compile,
             speculate=speculate,

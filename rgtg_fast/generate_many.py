@@ -247,7 +247,7 @@ class _Many:
         to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
         scorer = guide.make_scorer(self.reward, *to_scorer)
         of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
-        policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0)
+        policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0, self.bound)
         policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
         policy.prune = check.prunes(scorer, guide.prune, False)
         call = Call(
@@ -260,6 +260,7 @@ class _Many:
             processors=processors,
             criteria=prepared.criteria,
             epilogue=policy.reward_range is None
+            and policy.kl_budget is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(self.device),
         )
@@ -380,14 +381,18 @@ class _Many:
             yield self._answer(Row(entry, tokens[:n], columns[i][:n]))
 
     def _columns(self, out: Any, tokens: Tensor, of_rows: dict[str, Tensor]) -> Tensor:
-        """The `COLUMNS` [B, T, 4] of tokens [B, T] in the output of `generate`."""
+        """The `COLUMNS` [B, T, 5] of tokens [B, T] in the output of `generate`."""
         drawn = out.candidate_ids == tokens[..., None]
         logprobs = torch.where(drawn, out.candidate_logprobs, 0.0).sum(-1)
         log_ratio = -logprobs
+        beta = out.beta
+        if beta is None:
+            beta = of_rows["beta"].to(drawn.device, torch.float32)[:, None].expand_as(out.rewards)
         if self.samples:
-            names = "beta", "temperature"
-            beta, temperature = (of_rows[n].to(drawn.device)[:, None, None] for n in names)
-            scores = (out.candidate_logprobs + beta * out.candidate_rewards) / temperature
+            temperature = of_rows["temperature"].to(drawn.device)[:, None, None]
+            scored = (out.candidates_scored > 0)[..., None]
+            tilt = torch.where(scored, beta[..., None] * out.candidate_rewards, 0.0)
+            scores = (out.candidate_logprobs + tilt) / temperature
             logq = torch.where(drawn, torch.log_softmax(scores, -1), 0.0).sum(-1)
             log_ratio = (logq - logprobs).masked_fill(out.kl.isnan(), torch.nan)
-        return torch.stack([out.rewards, out.kl, logprobs, log_ratio], -1)
+        return torch.stack([out.rewards, out.kl, logprobs, log_ratio, beta], -1)

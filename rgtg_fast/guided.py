@@ -28,6 +28,7 @@ from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
 from .decode.speculation import speculate
+from .decode.steering import schedule_of
 from .decode.warpers import take_temperature, trailing
 from .models import foreign
 from .models.language_model import LanguageModel
@@ -37,6 +38,7 @@ from .output import RewardGuidedOutput
 from .prompts import check_prompts
 from .scorers.base import Scorer
 from .scorers.factory import assembled, scorer_of
+from .scorers.lazy import LazyScorer, lazily
 from .scorers.next_token import NextTokenScorer
 from .scorers.rewards import Reward, WeightedRewards, of_rows
 from .scorers.sources import taken_apart
@@ -80,6 +82,9 @@ class RewardGuided:
     compact: bool = True
     reward_range: tuple[float, float] | None = None
     prune: bool | None = None
+    beta_schedule: Callable[[int], float] | None = None
+    kl_budget: float | None = None
+    min_entropy: float | None = None
     cuda_graph: bool | None = None
     compile: bool | str = "auto"
     speculate: bool | str | int = "auto"
@@ -133,6 +138,8 @@ class RewardGuided:
                 own_streamer.put(input_ids.cpu())
             try:
                 result = (speculate if call.speculation else decode)(call, input_ids)
+                if isinstance(call.scorer, LazyScorer) and isinstance(result, dict):
+                    result["gating"] = call.scorer.report(result, self.k)
             finally:
                 if hasattr(call.scorer, "finish"):
                     call.scorer.finish()
@@ -159,7 +166,7 @@ class RewardGuided:
         checked = check_prompts(self, reward, model, input_ids, config, model_kwargs)
         vocab_size, mask, reward_prompt, new_tokens, as_text = checked
         temperature, processors = take_temperature(logits_processor)
-        policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature)
+        policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature, new_tokens)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
         if isinstance(reward, WeightedRewards):
@@ -195,6 +202,7 @@ class RewardGuided:
             criteria=criteria,
             streamer=streamer,
             epilogue=policy.reward_range is None
+            and policy.kl_budget is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(input_ids.device),
         )
@@ -220,10 +228,18 @@ class RewardGuided:
         device: torch.device,
         config: GenerationConfig,
         temperature: float,
+        steps: int,
     ) -> RatioPolicy:
-        """The ratio policy of a call; `temperature` is that of the generation configuration."""
+        """The ratio policy of a call of `steps` at most; `temperature` is that of the generation
+        configuration."""
         own = temperature if self.temperature is None else self.temperature
         do_sample = bool(config.do_sample)
+        if self.kl_budget is not None and not do_sample:
+            raise ValueError(
+                "kl_budget= is of a policy that is drawn from, and a greedy one always takes its "
+                "best token; pass do_sample=True, or beta= alone"
+            )
+        factor = self.beta_schedule
         low_high = self.reward_range
         return RatioPolicy(
             k=self.k,
@@ -235,6 +251,9 @@ class RewardGuided:
             check_nan=True if self.check_nan is None and device.type == "cpu" else self.check_nan,
             backend=self.backend,
             reward_range=None if low_high is None else (float(low_high[0]), float(low_high[1])),
+            schedule=None if factor is None else schedule_of(factor, steps, device),
+            kl_budget=None if self.kl_budget is None else float(self.kl_budget),
+            min_entropy=None if self.min_entropy is None else float(self.min_entropy),
         )
 
     def make_scorer(
@@ -262,6 +281,7 @@ class RewardGuided:
                 and rm.base is found[0].base
                 and rm.can_share_forwards()
                 and not own_prompt
+                and self.min_entropy is None  # its forwards are the language model's
                 and reward.reward_method in ("auto", "tree")
             )
             shared |= joint
@@ -277,7 +297,8 @@ class RewardGuided:
                 backend=self.backend,
             )
 
-        return make(reward) if isinstance(reward, Reward) else assembled(reward, make)
+        scorer = make(reward) if isinstance(reward, Reward) else assembled(reward, make)
+        return scorer if self.min_entropy is None else lazily(scorer)
 
     def _row_seeds(self, batch: int, do_sample: bool, device: torch.device) -> Tensor:
         seed = self.seed

@@ -58,6 +58,7 @@ def check_options(guide: Any) -> None:
     if guide.sync_every is not None:
         guide.sync_every = options.integer("sync_every", guide.sync_every, 1)
     options.reward_range(guide.reward_range, guide.prune)
+    options.steering(guide.beta_schedule, guide.kl_budget, guide.min_entropy)
     options.flags({n: getattr(guide, n) for n in ("output_candidates", "compact")})
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
     options.auto_or_flag("compile", guide.compile)

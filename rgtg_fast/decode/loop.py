@@ -109,11 +109,13 @@ def weigh(call: Call, logprobs: Tensor, ids: Tensor, contest: Contest | None, ro
     if call.epilogue and contest is None:
         hidden, weight, bias = call.scorer.linear(ids)  # type: ignore[attr-defined]
         slot, rewards, logq = call.policy.step(logprobs, hidden, weight, bias, ids, rows.position)
-        return Choice(slot, ids, logprobs, rewards, logq)
-    scored = None if contest is None else contest.scored
+        beta = call.policy.step_beta(logprobs, rewards, rows.position, None)
+        return Choice(slot, ids, logprobs, rewards, logq, beta=beta)
+    scored, gated = (None, None) if contest is None else (contest.scored, contest.gated)
     rewards = call.policy.bounded(score(call.scorer, ids, scored))
-    slot, logq = call.policy.select(logprobs, rewards, ids, rows.position, contest)
-    return Choice(slot, ids, logprobs, rewards, logq, scored)
+    beta = call.policy.step_beta(logprobs, rewards, rows.position, contest)
+    slot, logq = call.policy.select(logprobs, rewards, ids, rows.position, contest, beta)
+    return Choice(slot, ids, logprobs, rewards, logq, scored, gated, beta)
 
 
 def known(scorer: Scorer, ids: Tensor) -> Tensor | None:

@@ -215,7 +215,7 @@ def test_long_texts_are_fewer_to_a_request(monkeypatch):
     with server(good) as (url, asked):
         assert RewardEndpoint(url)(texts) == lengths(texts)
         assert len(asked) > 4
-        with pytest.raises(ValueError, match="of 215 bytes, and 200 are the most; pass"):
+        with pytest.raises(ValueError, match="of 216 bytes, and 200 are the most; pass"):
             RewardEndpoint(url)(["a" * 201])
 
 
