@@ -17,6 +17,7 @@ from .expand import ExpandScorer
 from .joint import JointScorer
 from .probe import WAYS, Verdict, probe
 from .reencode import ReencodeScorer
+from .retokenize import RetokenizeScorer
 from .rewards import Reward, WeightedRewards
 from .sources import taken_apart
 from .tree import TreeScorer
@@ -106,8 +107,10 @@ def scorer_of(
     method, reward_tokenizer = reward.reward_method or "auto", reward.reward_tokenizer
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
     tried = {"auto": ("tree", "expand"), "reencode": ()}.get(method, (method,))
+    if as_text:
+        tried = ("tree",) if method == "auto" else ()
     shared = joint_way is not None and isinstance(rm, OnBase)
-    verdict = probe(rm, max_length, () if as_text or shared else tried, backend)
+    verdict = probe(rm, max_length, () if shared else tried, backend)
     chosen = "joint" if shared else _choose(rm, verdict, method, as_text)
     of_text = as_text or verdict.pooled
     common: dict[str, Any] = {
@@ -126,7 +129,12 @@ def scorer_of(
                 "reward_tokenizer": reward_tokenizer,
                 "prompt_tokenizer": reward_tokenizer if own_prompt else tokenizer,
             }
-        scorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
+        way = verdict.way("tree") if as_text and method == "auto" else None
+        if way is not None:
+            common["capacity"] = 0  # in the language model's tokens, and these are others
+            scorer = RetokenizeScorer(rm, k, fused=way == "fused", **common)
+        else:
+            scorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
     elif chosen == "tree":
         scorer = TreeScorer(rm, k, fused=verdict.way("tree") == "fused", **common)
     else:

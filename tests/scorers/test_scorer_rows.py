@@ -127,8 +127,45 @@ def logprobs_of(lm: Any) -> Any:
 class Letters:
     """A tokenizer of ids as letters."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return "".join(chr(0x100 + i) for i in ids)
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(0x100 + i): i for i in range(zoo.VOCAB)}
+
+    def decode(self, ids: Any, skip_special_tokens: bool) -> str:
+        return "".join(chr(0x100 + int(i)) for i in ids)
+
+
+class Merges(Letters):
+    """Other tokens: runs of up to three letters that rise are one, which more text may change."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"other": 0}
+
+    def __call__(self, texts: list[str], truncation: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(text) for text in texts]}
+
+    def encode(self, text: str) -> list[int]:
+        tokens = [zoo.BOS]
+        while text:
+            end = 1
+            while end < min(3, len(text)) and text[end - 1] < text[end]:
+                end += 1
+            tokens.append(3 + sum(map(ord, text[:end])) % (zoo.VOCAB - 3))
+            text = text[end:]
+        return tokens
+
+
+def retokenized(family: str) -> Schedule:
+    """A causal reward model behind other tokens."""
+    rm, letters, merges = zoo.rm(family), Letters(), Merges()
+    scorer: Any = make_scorer(rm, k=K, tokenizer=letters, reward_tokenizer=merges)
+    assert scorer.method == "retokenize"
+    reward = public(rm)
+
+    def full(ids: Tensor, prompt: int) -> Tensor:
+        texts = [letters.decode(row, skip_special_tokens=True) for row in ids]
+        return torch.cat([reward(torch.tensor([merges.encode(text)])) for text in texts])
+
+    return Schedule(scorer, full, skips=True)
 
 
 def text() -> Schedule:
@@ -191,6 +228,9 @@ CASES = {
         for family in ("gpt2", "bloom")
     },
     "pair": lambda eos: pair(),
+    "retokenize-llama": lambda eos: retokenized("llama"),
+    "retokenize-gptj": lambda eos: retokenized("gptj"),
+    "retokenize-gemma3": lambda eos: retokenized("gemma3"),
     "text": lambda eos: text(),
     "sum-tree-farma": lambda eos: composed(
         "sum", separate("tree", "llama", False), next_token(VocabRewardScorer, "mistral")
@@ -210,9 +250,23 @@ CASES = {
 # One of each scorer, and what each way of running one is most likely to get wrong.
 QUICK = ("tree-llama", "tree-llama4", "tree-gpt_oss", "expand-bloom", "reencode-llama")
 QUICK += ("joint-gemma3", "credit-llama", "genarm-mistral", "farma-bloom", "logprob-bloom", "pair")
-QUICK += ("text", "sum-tree-farma", "min-tree-reencode", "pessimistic-three")
+QUICK += (
+    "retokenize-gptj",
+    "retokenize-gemma3",
+    "text",
+    "sum-tree-farma",
+    "min-tree-reencode",
+    "pessimistic-three",
+)
 MANY = ("tree-gemma3", "tree-gpt_oss", "expand-gpt_neo", "reencode-llama", "joint-llama")
-MANY += ("credit-llama", "genarm-llama", "farma-bloom", "pair", "pessimistic-three")
+MANY += (
+    "credit-llama",
+    "genarm-llama",
+    "farma-bloom",
+    "pair",
+    "pessimistic-three",
+    "retokenize-llama",
+)
 
 
 def play(begin: Any, times: int) -> None:
