@@ -86,7 +86,8 @@ def generate(
         reward_input_ids: the reward model's own rendering of the prompts, int64 [B, P'], with
             `reward_attention_mask` (padding on the left); the answer's tokens are shared.
         reward_tokenizer, tokenizer: the two tokenizers. Where their vocabularies differ, each
-            candidate text is decoded and encoded again.
+            candidate text is decoded and encoded again; a causal reward model runs the tokens that
+            are new alone, on k copies of a cache (with `reward_method="auto"`).
         reward_head: hidden states [..., H] -> rewards [...] or [..., 1], where no head is found.
         reward_label: of a model with several labels, the one to be likely: a name in its `id2label`
             ("POSITIVE") or an index. The reward is the label's log-probability: its log-softmax

@@ -56,7 +56,8 @@ def make_scorer(
     (with one `UserWarning` per model that names the reason and the cost). `method` asks for one; it
     raises `ValueError` where the probe says it would be wrong. `max_length` bounds prompt + answer,
     `vocab_size` is the language model's. Two tokenizers with different vocabularies mean that texts
-    are decoded and encoded again; `own_prompt` says that the prompt is in the reward model's ids.
+    are decoded and encoded again, by a `RetokenizeScorer` where `method` is "auto" and a cache is
+    right for the model; `own_prompt` says that the prompt is in the reward model's ids.
     A `reward_model` that is a scorer already is returned as it is: `help(rgtg_fast.scorers)` lists
     the kinds of those. It may be all that `generate` takes, sums of rewards too; `head`, `label`
     and `kind` are `generate`'s `reward_head`, `reward_label` and `reward_kind`.
