@@ -14,6 +14,8 @@ from .generate_many import generate_many
 from .models.on_base import RewardAdapter, RewardHead
 from .ops.installation import show_config
 from .output import Answer, RewardGuidedOutput
+from .scorers.endpoint import RewardEndpoint
+from .scorers.rewards import Reward, WeightedRewards
 
 try:
     __version__ = version("rgtg_fast")
@@ -22,11 +24,14 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "Answer",
+    "Reward",
     "RewardAdapter",
+    "RewardEndpoint",
     "RewardGuided",
     "RewardGuidedOutput",
     "RewardHead",
     "SuffixDrafter",
+    "WeightedRewards",
     "free_graphs",
     "generate",
     "generate_many",

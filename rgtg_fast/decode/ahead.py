@@ -138,6 +138,8 @@ def _why_not(call: Call) -> str | None:
     if type(call.scorer) not in (TreeScorer, JointScorer) or not call.scorer.fused:  # type: ignore[attr-defined]
         kind = getattr(call.scorer, "method", type(call.scorer).__name__)
         return f"rewards by {kind!r} are of one position at a time"
+    if call.policy.schedule is not None or call.policy.kl_budget is not None:
+        return "beta_schedule= and kl_budget= set beta at one step at a time"
     if call.record.wants_logits:
         return "output_scores and output_logits are wanted of every step"
     if call.streamer is not None and len(call.policy.seeds) > 1:

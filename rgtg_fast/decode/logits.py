@@ -25,6 +25,7 @@ from ..models.padding import has_holes, positions_of
 from ..models.siblings import SiblingForward, fill_cache
 from ..scorers.causal import StaticForward, language_model
 from ..scorers.joint import JointScorer
+from ..scorers.weighted import WeightedScorer
 from .rows import Rows
 
 
@@ -309,8 +310,10 @@ def logits_source(
     if found is not None:
         view, way = found
         cache = model_kwargs[CACHE]
-        if isinstance(scorer, JointScorer):
-            return JointLogits(view, scorer, attention_mask, cache)
+        parts = scorer.leaves if isinstance(scorer, WeightedScorer) else [scorer]
+        joint = next((part for part in parts if isinstance(part, JointScorer)), None)
+        if joint is not None:
+            return JointLogits(view, joint, attention_mask, cache)
         if way == "fused":
             return CachedLogits(view, attention_mask, config.max_length, backend, cache)
     return HFLogits(model, config, model_kwargs, len(attention_mask))
