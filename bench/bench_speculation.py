@@ -5,17 +5,25 @@
     python bench/bench_speculation.py --entropy 0.8 --top-p 0.95 --batch 1 16
     python bench/bench_speculation.py --temperatures 0.5 1 2 --kl 0 0.05 0.2 1
 
+    python bench/bench_speculation.py --reward head
+    python bench/bench_speculation.py --embedded 100
+
 LM and reward model of one shape with random weights, sampled answers, nothing stops early. How much
 a reward changes is set by beta, found for each KL per token (mean over an answer, in nats). Every
 contender must give the tokens of `speculate=False`; in bf16 near-ties may differ and are counted.
 Anchors: Hugging Face's own generate, and the loop of this package with rewards that are all zero.
-`right 70 %` has guesses of the next tokens for nothing, of which that share is the guided text's.
-All run in turns, and the shortest time of each counts; the ratio is to plain.
+`no guesses`: without the index of suffixes; texts of random weights repeat themselves. `right 70 %`
+has guesses of the next tokens for nothing, of which that share is the guided text's. All run in
+turns, with a new seed in each, as what a contender has learnt of a text must not serve it twice;
+the ratio is the median of a turn's ratios to plain. `--embedded`: forwards per token of the models
+of the demo, on so many prompts.
 """
 
 import argparse
 import json
+import statistics
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -23,14 +31,16 @@ from bench_generate import environment
 from generate_models import SHAPES, build_models, sharpen
 
 import rgtg_fast
+from rgtg_fast.decode import ahead
+from rgtg_fast.demo.run import load_assets
 
-SEED = 1
 SEARCHED = 16  # tokens that beta is found on
 CONTENDERS = {
     "plain": "plain HF generate",
     "no reward": "our loop, rewards zero",
     "off": "guided, one by one",
     "auto": "guided, speculate='auto'",
+    "no guesses": "auto, no guesses",
     "2": "guided, speculate=2",
     "4": "guided, speculate=4",
     "8": "guided, speculate=8",
@@ -53,6 +63,22 @@ class Zeros:
 
     def keep_rows(self, rows):
         self.rewards = self.rewards[rows]
+
+
+class Silent:
+    """A drafter without a guess."""
+
+    def begin(self, prompts, mask):
+        self.none = torch.full((len(prompts), 1), -1)
+
+    def draft(self, rows, ahead, counts, n, policy):
+        return self.none
+
+    def keep_rows(self, rows):
+        self.none = self.none[rows]
+
+    def finish(self):
+        pass
 
 
 class Right:
@@ -93,17 +119,24 @@ class Case:
             self.options["top_p"] = args.top_p
         self.beta = 0.0
         self.beta = self.beta_for(kl) if kl else 0.0
-        self.answer = self.guided(speculate=False, return_dict_in_generate=True)
-        self.kl = self.answer.kl.mean().item()
+        self.answers, self.kls = {}, []
 
-    def guided(self, **options):
+    def answer(self, seed):
+        """The tokens of one by one."""
+        if seed not in self.answers:
+            out = self.guided(seed, speculate=False, return_dict_in_generate=True)
+            self.answers[seed] = out.sequences
+            self.kls.append(out.kl.mean().item())
+        return self.answers[seed]
+
+    def guided(self, seed, **options):
         options = {"reward_model": self.rm, "beta": self.beta, **options}
         return rgtg_fast.generate(
             self.lm,
             self.ids,
             attention_mask=torch.ones_like(self.ids),
             k=self.k,
-            seed=SEED,
+            seed=seed,
             **{"max_new_tokens": self.new, **self.options, **options},
         )
 
@@ -119,81 +152,123 @@ class Case:
 
     def mean_kl(self, beta):
         few = {"speculate": False, "return_dict_in_generate": True, "max_new_tokens": SEARCHED}
-        out = self.guided(beta=beta, **few)
+        out = self.guided(0, beta=beta, **few)
         return out.kl.nanmean().item()
 
-    def run(self, name):
+    def run(self, name, seed):
+        """The output of one contender."""
         if name == "plain":
+            torch.manual_seed(seed)
             return self.lm.generate(
                 self.ids,
                 attention_mask=torch.ones_like(self.ids),
                 max_new_tokens=self.new,
                 min_new_tokens=self.new,
+                return_dict_in_generate=True,
                 **self.options,
             )
+        options = {"return_dict_in_generate": True}
         if name == "no reward":
-            return self.guided(reward_model=Zeros(), beta=0.0)
-        if name == "off":
-            return self.guided(speculate=False)
-        if name.startswith("right"):
-            answers = self.answer.sequences[:, self.ids.shape[1] :]
-            return self.guided(assistant_model=Right(answers, int(name.split()[1]) / 100))
-        return self.guided(speculate=name if name == "auto" else int(name))
-
-    def differing(self, name, got):
-        """Rows whose tokens are not those of one by one."""
-        if name in ("plain", "no reward"):
-            return 0
-        return int((got != self.answer.sequences).any(1).sum())
-
-    def forwards(self, name):
-        """Forwards per token of an answer, of the reward model and of the language model."""
-        if name in ("plain", "no reward", "off"):
-            return None
-        options = {"speculate": name if name == "auto" else int(name)} if name[0] != "r" else {}
-        if name.startswith("right"):
-            answers = self.answer.sequences[:, self.ids.shape[1] :]
+            return self.guided(seed, reward_model=Zeros(), beta=0.0, **options)
+        if name == "no guesses":
+            options["assistant_model"] = Silent()
+        elif name.startswith("right"):
+            answers = self.answer(seed)[:, self.ids.shape[1] :]
             options["assistant_model"] = Right(answers, int(name.split()[1]) / 100)
-        did = self.guided(return_dict_in_generate=True, **options).speculation
-        if did is None:
-            return None
-        return [did["reward_forwards"] / self.new, did["lm_forwards"] / self.new, did["acceptance"]]
+        elif name != "auto":
+            options["speculate"] = False if name == "off" else int(name)
+        return self.guided(seed, **options)
 
 
 def measure(case, contenders, repeats, exact):
-    """Seconds of each run by contender, rows that differ, forwards per token."""
-    runs = {name: [] for name in contenders}
-    differing = {}
-    for repeat in range(repeats + 1):  # the first warms up
+    """Seconds of each run by contender, rows that differ, and forwards per token of the reward
+    model and of the language model, and the share of drafts kept."""
+    runs, forwards = {name: [] for name in contenders}, {}
+    differing = dict.fromkeys(contenders, 0)
+    learnt = {name: weakref.WeakKeyDictionary() for name in contenders}
+    for seed in range(1, repeats + 2):  # the first warms up
+        wanted = case.answer(seed)
         for name in contenders:
+            ahead._learnt = learnt[name]  # what one has learnt of a text must not serve another
             start = time.perf_counter()
-            got = case.run(name)
+            out = case.run(name, seed)
             seconds = time.perf_counter() - start
-            if repeat:
-                runs[name].append(seconds)
-            differing[name] = max(differing.get(name, 0), case.differing(name, got))
+            if name not in ("plain", "no reward"):
+                differing[name] += int((out.sequences != wanted).any(1).sum())
             if exact and differing[name]:
                 raise SystemExit(f"{name} gives other tokens than one by one: no timings")
-    return runs, differing, {name: case.forwards(name) for name in contenders}
+            did = getattr(out, "speculation", None)
+            if seed == 1:
+                continue
+            runs[name].append(seconds)
+            if did:
+                kept = did["acceptance"]
+                each = [did["reward_forwards"] / case.new, did["lm_forwards"] / case.new]
+                forwards.setdefault(name, []).append([*each, 1.0 if kept is None else kept])
+    means = {
+        n: [sum(column) / len(f) for column in zip(*f, strict=True)] for n, f in forwards.items()
+    }
+    return runs, differing, means
 
 
 def show(case, batch, temperature, asked, runs, differing, forwards):
+    kl = statistics.mean(case.kls)
     print(
-        f"\nB={batch}, T={temperature:g}, KL asked {asked:g}, measured {case.kl:.3f} in all "
+        f"\nB={batch}, T={temperature:g}, KL asked {asked:g}, measured {kl:.3f} in all "
         f"(beta {case.beta:.3g})"
     )
     print(
         f"{'':26} {'ms/token':>9} {'ratio':>6} {'RM fw':>6} {'LM fw':>6} {'kept':>5} {'differ':>6}"
     )
-    plain = min(runs["plain"])
     for name, seconds in runs.items():
-        best = min(seconds)
-        rm, lm, kept = forwards[name] or (None, None, None)
-        cells = ["" if x is None else f"{x:.2f}" for x in (rm, lm, kept)]
+        ratio = statistics.median(s / p for s, p in zip(seconds, runs["plain"], strict=True))
+        cells = ["" if x is None else f"{x:.2f}" for x in forwards.get(name, [None] * 3)]
         print(
-            f"{CONTENDERS[name]:26} {best / case.new * 1e3:9.2f} {best / plain:6.2f} "
-            f"{cells[0]:>6} {cells[1]:>6} {cells[2]:>5} {differing[name]:6d}"
+            f"{CONTENDERS[name]:26} {statistics.median(seconds) / case.new * 1e3:9.2f} "
+            f"{ratio:6.2f} {cells[0]:>6} {cells[1]:>6} {cells[2]:>5} {differing[name]:6d}"
         )
+
+
+def embedded(count):
+    """Forwards per token of the demo's models, with the texts before as guesses; a point each."""
+    assets = load_assets()
+    points = []
+    print(f"{'beta':>5} {'':8} {'KL':>6} {'RM fw':>6} {'LM fw':>6} {'kept':>5} {'differ':>6}")
+    for beta in (2.0, 4.0, 8.0):
+        for do_sample in (True, False):
+            for speculate in ("auto", 8):
+                drafter = rgtg_fast.SuffixDrafter()
+                did, kl, differing = [], [], 0
+                for seed, prompt in enumerate(assets.prompts["test"][:count]):
+                    options = {
+                        **assets.tokenizer(prompt, return_tensors="pt"),
+                        "reward_model": assets.reward_models["rm_partial"],
+                        "beta": beta,
+                        "do_sample": do_sample,
+                        "seed": seed,
+                        "max_new_tokens": 60,
+                        "return_dict_in_generate": True,
+                    }
+                    want = rgtg_fast.generate(assets.lm, **options, speculate=False)
+                    own = {"speculate": speculate, "assistant_model": drafter}
+                    got = rgtg_fast.generate(assets.lm, **options, **own)
+                    differing += not torch.equal(got.sequences, want.sequences)
+                    did.append(got.speculation)
+                    kl.append(want.kl.nanmean().item())
+                tokens = sum(d["tokens"] for d in did)
+                rm, lm = (
+                    sum(d[n] for d in did) / tokens for n in ("reward_forwards", "lm_forwards")
+                )
+                kept = statistics.mean(d["acceptance"] or 0.0 for d in did)
+                names = "beta", "do_sample", "speculate", "kl", "rm", "lm", "kept", "differing"
+                values = beta, do_sample, speculate, statistics.mean(kl), rm, lm, kept, differing
+                points.append(dict(zip(names, values, strict=True)))
+                how = f"{'sampled' if do_sample else 'greedy'} {speculate}"
+                print(
+                    f"{beta:5g} {how:13} {values[3]:6.3f} {rm:6.2f} {lm:6.2f} {kept:5.2f} "
+                    f"{differing:6d}"
+                )
+    return points
 
 
 def parse_args(argv=None):
@@ -212,6 +287,8 @@ def parse_args(argv=None):
     add("--repeats", type=int, default=5)
     add("--threads", type=int)
     add("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    add("--reward", choices=["separate", "head"], default="separate")
+    add("--embedded", type=int, help="prompts of the demo")
     add("--quick", action="store_true", help="tiny models, to see that it runs")
     add("--json", type=Path)
     return parser.parse_args(argv)
@@ -223,12 +300,18 @@ def main(argv=None):
         args.prompt, args.new, args.repeats, args.k = 8, 8, 1, 4
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.embedded:
+        return write(args, embedded(args.embedded))
     dtype = getattr(torch, args.dtype)
     models = build_models(
         args.shape, args.prompt + args.new, dtype, small=512 if args.quick else None
     )
     if args.entropy:
         sharpen(models[0], args.k, args.entropy)
+    if args.reward == "head":
+        width = models[0].config.hidden_size
+        weight = torch.randn(width, generator=torch.Generator().manual_seed(3)) / width**0.5
+        models = models[0], rgtg_fast.RewardHead(models[0], weight.to(dtype))
     contenders = list(dict.fromkeys(["plain", *args.contenders]))
     points = []
     for batch in args.batch:
@@ -238,10 +321,14 @@ def main(argv=None):
                 found = measure(case, contenders, args.repeats, dtype == torch.float32)
                 show(case, batch, temperature, kl, *found)
                 point = {"batch": batch, "temperature": temperature, "kl_asked": kl}
-                point |= {"kl": case.kl, "beta": case.beta}
+                point |= {"kl": statistics.mean(case.kls), "beta": case.beta}
                 points.append(
                     point | dict(zip(("runs", "differing", "forwards"), found, strict=True))
                 )
+    write(args, points)
+
+
+def write(args, points):
     if args.json:
         options = {n: str(v) if isinstance(v, Path) else v for n, v in vars(args).items()}
         report = {"environment": environment("cpu"), "options": options, "points": points}

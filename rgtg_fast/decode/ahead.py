@@ -70,14 +70,16 @@ class Speculation:
         count, _ = self.costs.best(most, self.right())
         return max(count, 1) if self.guessing(count > 0) else 0
 
-    def goes_on(self, drafted: int, nodes: int, then: int, yields: float, more: float) -> bool:
-        """Whether to draft a position after `drafted`, with `nodes` candidates, which yield
-        `yields` tokens by expectation; with it they are `then` candidates and `more` tokens."""
+    def goes_on(
+        self, drafted: int, forwards: int, nodes: int, then: int, yields: float, more: float
+    ) -> bool:
+        """Whether to draft a position after `drafted`, `forwards` of which took one of the language
+        model; the rest as for `Costs.one_more_pays`."""
         if not more:
             return False
         most = 0 if self.drafter is None else self.most - drafted - 1
         _, each = self.costs.best(most, self.right())
-        pays = self.costs.one_more_pays(drafted, nodes, then, yields, more, each)
+        pays = self.costs.one_more_pays(forwards, nodes, then, yields, more, each)
         return self.drafting(pays) if drafted == 1 else pays
 
     def report(self) -> dict[str, Any]:

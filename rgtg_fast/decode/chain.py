@@ -75,6 +75,7 @@ class Chain:
         self.reached = rows.unfinished.double().tolist()
         self.yields = 0.0
         self.nodes = 0  # candidates to score
+        self.free = 0  # positions that took no forward
 
     @property
     def depth(self) -> int:
@@ -128,6 +129,7 @@ class Drafting:
         logits = self.source.known() if logits is None else logits
         if logits is not None:
             self._append(chain, logits[:, None], rows.last()[:, :0], going.long())
+            chain.free = 1
             going = self._going(chain)
         while bool(going.any()):
             self._extend(chain, going)
@@ -249,7 +251,9 @@ class Drafting:
         more = chain.count.new_tensor(chain.reached, dtype=torch.float64).where(going, 0.0)
         # As many candidates at a position as there were at those so far.
         nodes = chain.nodes + round(chain.nodes / int(chain.count.sum()) * int((more > 0).sum()))
-        if not s.goes_on(chain.depth, chain.nodes, nodes, chain.yields, float(more.sum())):
+        forwards = chain.depth - chain.free
+        known = chain.depth, forwards, chain.nodes, nodes, chain.yields
+        if not s.goes_on(*known, float(more.sum())):
             return torch.zeros_like(going)
         return more > 0
 

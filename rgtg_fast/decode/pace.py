@@ -87,15 +87,17 @@ class Costs:
         return count, limit if count else least
 
     def one_more_pays(
-        self, drafted: int, nodes: int, then: int, yields: float, more: float, each: float | None
+        self, forwards: int, nodes: int, then: int, yields: float, more: float, each: float | None
     ) -> bool:
-        """Whether to draft a position after `drafted`, which yield `yields` tokens by expectation
-        and have `nodes` candidates; with it, at `each` seconds, they are `then` candidates and
-        `more` tokens more. Never before anything was timed."""
+        """Whether to draft a position behind those that yield `yields` tokens by expectation, have
+        `nodes` candidates, and took `forwards` of `each` seconds; with one forward more, they are
+        `then` candidates and `more` tokens more. Never before a round was timed."""
         now, later = self.reward(nodes // NODES), self.reward(then // NODES)
-        if now is None or later is None or each is None:
+        if now is None or later is None:
             return False
-        now, later = now + drafted * each, later + (drafted + 1) * each
+        if each is None:  # it has to be tried to be known
+            return True
+        now, later = now + forwards * each, later + (forwards + 1) * each
         return later * yields < MARGIN * now * (yields + more)
 
 

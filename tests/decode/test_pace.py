@@ -44,11 +44,15 @@ def test_guesses_are_made_while_a_longer_forward_gains_more_than_it_costs():
 
 def test_a_position_more_is_drafted_where_a_token_gets_cheaper_by_it():
     found = costs((0.0, 0.1), (1.0, 0.2))
-    one_more = {"drafted": 1, "nodes": 4, "then": 8, "yields": 1.0}
+    one_more = {"forwards": 1, "nodes": 4, "then": 8, "yields": 1.0}
     assert found.one_more_pays(**one_more, more=0.9, each=0.1)
     assert not found.one_more_pays(**one_more, more=0.1, each=0.1)
     assert not found.one_more_pays(**one_more, more=0.7, each=5.0)
+    free = one_more | {"forwards": 0}
+    assert not found.one_more_pays(**free, more=0.45, each=0.5)
+    assert found.one_more_pays(**one_more, more=0.45, each=0.5)
     assert not Costs().one_more_pays(**one_more, more=0.9, each=None)
+    assert found.one_more_pays(**one_more, more=0.1, each=None)
 
 
 def test_what_does_not_pay_is_tried_again_now_and_then():
