@@ -15,9 +15,11 @@ from transformers import LogitsProcessorList
 
 from . import ops
 from . import validation as check
+from .decode import many_options
 from .decode import options as numbers
 from .decode.call import Call
 from .decode.logits import RowSource, logits_source, plain_language_model
+from .decode.modes import Modes
 from .decode.plan import SCORES_ALONE, Plan, eos_ids, make_plan
 from .decode.record import Record
 from .decode.refill import COLUMNS, Entry, Refill, Row
@@ -25,36 +27,16 @@ from .decode.warpers import take_temperature, trailing
 from .generate import generate, stop_strings_as_criterion
 from .guided import OneCall
 from .models import foreign
-from .models.foreign import CACHE
 from .models.padding import left_padded
+from .models.reward_model import RewardModel
 from .output import Answer
-from .prompts import Prepared, check_prompts, prepared_for
+from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
+from .scorers.rewards import leaves_of, of_rows
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
 FIRST_BOUND = 1024  # tokens of prompt and answer that the models are probed for at first
-
-_OF_A_BATCH = "belongs to a batch of one call; every prompt is a row by itself here"
-_REFUSED = {
-    "num_return_sequences": "give a prompt several times for several answers",
-    "return_dict_in_generate": "an answer always has its rewards and KL",
-    "attention_mask": "prompts come without padding",
-    "reward_input_ids": "the reward model sees each prompt as it is",
-    "reward_attention_mask": "the reward model sees each prompt as it is",
-    "streamer": "answers come in the order they end; call generate for one",
-    **dict.fromkeys(("assistant_model", "speculate"), "its rows take one token at a time"),
-    **dict.fromkeys(("cuda_graph", "compile"), "its rows come and go, and no step is like another"),
-    "synced_gpus": "ranks would wait for each other's prompts",
-    **dict.fromkeys(("output_candidates", "output_scores", "output_logits"), _OF_A_BATCH),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "compact"), _OF_A_BATCH),
-    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "position_ids"), _OF_A_BATCH),
-    **dict.fromkeys((CACHE, "cache", "past_key_values", "cache_implementation"), _OF_A_BATCH),
-}
-
-
-# What of these may be given, as it asks for nothing.
-_NO_MATTER = {"speculate": ("auto", False), "compile": ("auto", False), "cuda_graph": (False,)}
 
 
 def generate_many(
@@ -89,11 +71,11 @@ def generate_many(
         An iterator of `Answer`s. A prompt that cannot be answered (empty, too long, ids out of
         range, a NaN reward) gives one with `error`, and takes no other with it. Closing the
         iterator, an exception and an interrupt free everything. A scorer given as `reward_model`
-        serves this run alone until it ends.
+        serves this run alone until it ends. Autocast is, for all answers, as it was at the call.
 
     Raises:
         ValueError: before the first prompt is read: an option out of range, one that cannot be
-            taken, models that do not match.
+            taken, models that do not match, a single prompt in the place of several.
 
     Models that need Hugging Face's own cache, and scorers whose rows cannot come and go
     (`scorers.base.RowScorer`), run in batches of prompts in their order, padded, as `generate`
@@ -104,15 +86,10 @@ def generate_many(
         for answer in rgtg_fast.generate_many(lm, texts, reward_model=rm, tokenizer=tok, seed=0):
             print(answer.index, answer.text, answer.rewards[-1])
     """
-    for name, instead in _REFUSED.items():
-        given = options.get(name)
-        if given is not None and given not in _NO_MATTER.get(name, ()):
-            raise ValueError(f"{name}= is not an option of generate_many: {instead}")
-    if options.get("speculate", "auto") not in (False, "auto"):
-        raise ValueError(
-            f"speculate={options['speculate']!r}: rows of generate_many take one token at a time; "
-            "leave it out"
-        )
+    many_options.check_options(options)
+    many_options.check_tokenizer(tokenizer)
+    of_prompts = {name: options.get(name) for name in ("beta", "temperature", "seed")}
+    many_options.check_prompts(prompts, of_prompts)
     batch_size = numbers.integer("batch_size", batch_size, 1)
     return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 
@@ -127,13 +104,17 @@ class _Many:
         own = {f.name for f in fields(OneCall)}
         self.guiding = {name: given[name] for name in given if name in own}
         self.kwargs = {name: value for name, value in given.items() if name not in own}
+        check.check_model(model)
         self.device = model.get_input_embeddings().weight.device
         pad = model.generation_config.pad_token_id
         any_prompt = torch.tensor([1 if pad == 0 else 0], device=self.device)
         check.check_call(model, any_prompt[None], self.kwargs, own)
         self.guide = OneCall(reward_model, tokenizer=tokenizer, **self.guiding)
         check.check_options(self.guide)
-        self.rm = self.guide.taken_apart()
+        self.reward = self.guide.taken_apart()
+        models = [part.model for part in leaves_of(self.reward)]
+        devices = self.device, *(rm.device for rm in models if isinstance(rm, RewardModel))
+        self.modes = Modes(["cpu", *(device.type for device in devices)])
         stop_strings_as_criterion(model, tokenizer, self.kwargs)
         first = prepared_for(
             self.model, any_prompt, self.kwargs
@@ -154,11 +135,13 @@ class _Many:
     def answers(self, prompts: Iterable[Any]) -> Iterator[Answer]:
         entries = self._entries(prompts)
         if not self._can_refill():
-            yield from self._in_batches(entries)
+            yield from self.modes.within(self._in_batches(entries))
             return
-        with alone(self.guide.reward_model):
+        with alone(self.guide.reward_model) as turn:
             try:
-                yield from self._refilled(entries)
+                for answer in self.modes.within(self._refilled(entries)):
+                    yield answer
+                    turn.taken()  # it may be another thread that goes on
             finally:
                 self._finish()
 
@@ -201,7 +184,7 @@ class _Many:
         prepared = prepared_for(self.model, ids, self.kwargs)
         checked = check_prompts(
             self.guide,
-            self.rm,
+            self.reward,
             self.model,
             prepared.input_ids,
             prepared.config,
@@ -210,6 +193,7 @@ class _Many:
         temperature, processors = take_temperature(prepared.processors)
         plan = self._plan(prepared, checked.new_tokens, processors)
         own = self.guide.temperature
+        of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
         alike = all(type(processor) in SCORES_ALONE for processor in processors)
         return Entry(
             index,
@@ -229,11 +213,13 @@ class _Many:
         for; without any row yet."""
         guide, (ids, *_) = self.guide, prepared
         checked = check_prompts(
-            guide, self.rm, self.model, ids, prepared.config, prepared.model_kwargs
+            guide, self.reward, self.model, ids, prepared.config, prepared.model_kwargs
         )
         limits = [check.position_limit(self.model, self.model.config.get_text_config())]
-        if self.rm is not None and not checked.as_text:
-            limits.append(check.position_limit(self.rm.base, self.rm.text_config))
+        for part, by_text in zip(leaves_of(self.reward), checked.as_text, strict=True):
+            rm = parts_of(part)
+            if rm is not None and not by_text:
+                limits.append(check.position_limit(rm.base, rm.text_config))
         self.bound = min([bound, *(limit for limit in limits if limit is not None)])
         config = copy.copy(prepared.config)
         config.max_length = self.bound
@@ -241,9 +227,9 @@ class _Many:
         rest = config, prepared.model_kwargs, guide.backend
         found = plain_language_model(self.model, ids, checked.mask, *rest)
         to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
-        scorer = guide.make_scorer(self.rm, *to_scorer)
+        scorer = guide.make_scorer(self.reward, *to_scorer)
         of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
-        policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0)
+        policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0, self.bound)
         policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
         policy.prune = check.prunes(scorer, guide.prune, False)
         call = Call(
@@ -256,6 +242,7 @@ class _Many:
             processors=processors,
             criteria=prepared.criteria,
             epilogue=policy.reward_range is None
+            and policy.kl_budget is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(self.device),
         )
@@ -340,22 +327,25 @@ class _Many:
     def _batch(self, batch: list[Entry]) -> Iterator[Answer]:
         """The answers to prompts of one call of `generate`; by themselves where that fails."""
         ids, mask = left_padded([entry.ids for entry in batch])
-        of_rows = {
-            name: torch.tensor([getattr(entry, name) for entry in batch])
-            for name in ("beta", "temperature", "seed")
+        dtypes = dict.fromkeys(("beta", "temperature"), torch.float32) | {"seed": torch.int64}
+        numbers_of_rows = {
+            name: torch.tensor([getattr(entry, name) for entry in batch], dtype=dtype, device="cpu")
+            for name, dtype in dtypes.items()
         }
+        indices = [entry.index for entry in batch]
+        reward = of_rows(self.guide.reward_model, lambda name, values: values[indices])
         kwargs = {n: v for n, v in self.kwargs.items() if n not in ("max_length", "max_new_tokens")}
         try:
             out: Any = generate(
                 self.model,
                 ids,
                 attention_mask=mask,
-                reward_model=self.guide.reward_model,
+                reward_model=reward,
                 tokenizer=self.tokenizer,
                 max_new_tokens=max(entry.steps for entry in batch),
                 return_dict_in_generate=True,
                 output_candidates=True,
-                **self.guiding | of_rows,
+                **self.guiding | numbers_of_rows,
                 **kwargs,
             )
         except ValueError as error:
@@ -366,7 +356,7 @@ class _Many:
                 yield from self._batch([entry])
             return
         chosen = out.sequences[:, ids.shape[1] :]
-        columns = self._columns(out, chosen, of_rows).tolist()
+        columns = self._columns(out, chosen, numbers_of_rows).tolist()
         for i, entry in enumerate(batch):
             tokens = chosen[i].tolist()[: entry.steps]
             ends = [at + 1 for at, token in enumerate(tokens) if token in self.eos]
@@ -374,14 +364,18 @@ class _Many:
             yield self._answer(Row(entry, tokens[:n], columns[i][:n]))
 
     def _columns(self, out: Any, tokens: Tensor, of_rows: dict[str, Tensor]) -> Tensor:
-        """The `COLUMNS` [B, T, 4] of tokens [B, T] in the output of `generate`."""
+        """The `COLUMNS` [B, T, 5] of tokens [B, T] in the output of `generate`."""
         drawn = out.candidate_ids == tokens[..., None]
         logprobs = torch.where(drawn, out.candidate_logprobs, 0.0).sum(-1)
         log_ratio = -logprobs
+        beta = out.beta
+        if beta is None:
+            beta = of_rows["beta"].to(drawn.device, torch.float32)[:, None].expand_as(out.rewards)
         if self.samples:
-            names = "beta", "temperature"
-            beta, temperature = (of_rows[n].to(drawn.device)[:, None, None] for n in names)
-            scores = (out.candidate_logprobs + beta * out.candidate_rewards) / temperature
+            temperature = of_rows["temperature"].to(drawn.device)[:, None, None]
+            scored = (out.candidates_scored > 0)[..., None]
+            tilt = torch.where(scored, beta[..., None] * out.candidate_rewards, 0.0)
+            scores = (out.candidate_logprobs + tilt) / temperature
             logq = torch.where(drawn, torch.log_softmax(scores, -1), 0.0).sum(-1)
             log_ratio = (logq - logprobs).masked_fill(out.kl.isnan(), torch.nan)
-        return torch.stack([out.rewards, out.kl, logprobs, log_ratio], -1)
+        return torch.stack([out.rewards, out.kl, logprobs, log_ratio, beta], -1)

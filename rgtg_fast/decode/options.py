@@ -136,6 +136,21 @@ def reward_range(value: Any, prune: Any) -> None:
         raise ValueError(f"reward_range={value!r}; pass two finite numbers (lo, hi) with lo < hi")
 
 
+def steering(schedule: Any, kl_budget: Any, min_entropy: Any) -> None:
+    """A function or None, nats > 0 or None, nats >= 0 or None."""
+    if schedule is not None and not callable(schedule):
+        raise ValueError(
+            f"beta_schedule={schedule!r}; pass a function of the position in the answer (an int "
+            "from 0) that gives what beta is times there, such as lambda t: min(1, t / 16)"
+        )
+    for name, value in (("kl_budget", kl_budget), ("min_entropy", min_entropy)):
+        if value is None:
+            continue
+        number(name, value)
+        if isinstance(value, Tensor) or value < 0 or (name == "kl_budget" and value == 0):
+            raise ValueError(f"{name}={value!r}; pass a positive number of nats, or None")
+
+
 def of_prompt(name: str, value: Any, index: int) -> float:
     """What a prompt has of an option that is a number, or a tensor [N] of one for each."""
     if not isinstance(value, Tensor) or value.dim() == 0:
@@ -153,15 +168,38 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> Tensor:
         prompt = tokenizer(prompt)["input_ids"]
     if not isinstance(prompt, Tensor):
         try:
-            prompt = torch.tensor(prompt, dtype=torch.int64 if len(prompt) == 0 else None)
+            dtype = torch.int64 if len(prompt) == 0 else None
+            prompt = torch.tensor(prompt, dtype=dtype, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"the prompt must be a text, a list of token ids or int64 [P]; got "
                 f"{type(prompt).__name__}: {error}"
             ) from None
+    if prompt.device.type == "meta" or prompt.layout is not torch.strided:
+        raise ValueError(f"the prompt is a tensor without ids to read: {prompt!r}")
     if prompt.dim() != 1:
         raise ValueError(f"the prompt has shape {list(prompt.shape)}; pass token ids [P]")
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty; pass at least one token, for example the BOS token")
     return prompt
+
+
+def lists(values: dict[str, Any]) -> None:
+    """Each of the values by name must be a list or None."""
+    for name, value in values.items():
+        if not (value is None or isinstance(value, (list, tuple))):
+            raise ValueError(f"{name} must be a list; got {value!r}; pass [{name}]")
+
+
+def eos(value: Any) -> None:
+    """None, an id or a list or tensor of ids."""
+    if isinstance(value, Tensor):
+        whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    else:
+        ids = value if isinstance(value, (list, tuple, set)) else [value]
+        whole = all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
+    if not (value is None or whole):
+        raise ValueError(f"eos_token_id={value!r}; pass an id, or a list of ids")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

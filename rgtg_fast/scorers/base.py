@@ -89,6 +89,7 @@ class RewardModelScorer(ScorerRows):
         backend: ops.Backend = "auto",
     ) -> None:
         self.rm, self.k, self.capacity, self.backend = rm, k, capacity, backend
+        self.vocabulary = rm.vocab_size
         keeps_eos = eos_reward == "hidden" or eos_ids is None
         self.eos_ids = None if keeps_eos else eos_ids.to(rm.device)  # type: ignore[union-attr]
         # Whether cropping has to run a row's new last token again: for its reward.
@@ -112,13 +113,16 @@ class RewardModelScorer(ScorerRows):
     def score(
         self, ids: Tensor, keep: Tensor | None = None, handles: Sequence[int] | None = None
     ) -> Tensor:
-        rows = self.rows_of(handles)
-        ids_here = ids.to(self.device)
+        self.scored = []
+        names, rows = self.rows_of(handles)
+        self.check_candidates(ids, len(names))
+        if not names:
+            return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        ids_here = ids.to(self.device, torch.int64)
         keep = None if keep is None else keep.to(self.device)
         known = self.known(ids_here)
         if known is not None:
             ids_here = ids_here.where(known, 0)
-        self.scored = list(self.handles if rows is None else handles or ())
         if keep is None:
             rewards = self._score(ids_here, rows)
         else:
@@ -132,7 +136,7 @@ class RewardModelScorer(ScorerRows):
             rewards = torch.where(is_eos, last[:, None], rewards)
         if keep is not None:
             rewards = rewards.masked_fill(~keep, torch.nan)
-        self.ids, self.rewards = ids_here, rewards
+        self.ids, self.rewards, self.scored = ids_here, rewards, list(names)
         return rewards.to(ids.device)
 
     def known(self, ids: Tensor) -> Tensor | None:
@@ -145,8 +149,10 @@ class RewardModelScorer(ScorerRows):
 
     @torch.no_grad()
     def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
-        slot = slot.to(self.device)
         rows, at = self.scored_rows(handles, slot)
+        if not len(slot):
+            return
+        slot = slot.to(self.device, torch.int64)
         if self.eos_ids is not None:
             last = (self.rewards if at is None else self.rewards[at]).gather(1, slot[:, None])[:, 0]
             put(self.last_reward, last, rows)

@@ -30,6 +30,7 @@ class NextTokenScorer(ScorerRows):
     """
 
     method = "next_token"
+    notes = False  # whether `_note` is to hear of every token that rows are extended with
     capacity = 0
     reserved = 0  # slots of the cache
     compiled: CompiledSiblings | None = None  # the forward of one call; set before its prompts
@@ -49,6 +50,7 @@ class NextTokenScorer(ScorerRows):
                 "causal LM (AutoModelForCausalLM)"
             )
         self.model, self.rm, self.backend = model, ModelParts(model), backend
+        self.vocabulary = self.rm.vocab_size
         self.begin(0)
 
     @property
@@ -89,10 +91,13 @@ class NextTokenScorer(ScorerRows):
     ) -> Tensor:
         """Rewards fp32 [n, k] of the candidates `ids` int64 [n, k] behind the prefix of each row;
         -inf for ids past this model's vocabulary, NaN for those not in `keep` bool [n, k]."""
-        rows = self.rows_of(handles)
+        self.scored = []
+        names, rows = self.rows_of(handles)
+        self.check_candidates(ids, len(names))
+        if not names:
+            return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         self._catch_up(rows)
-        self.scored = list(self.handles if rows is None else handles or ())
-        self.ids = ids.to(self.device)
+        self.ids, self.scored = ids.to(self.device, torch.int64), list(names)
         last = self.head.weight.shape[0] - 1
         state = self.state if rows is None else self.state[rows]
         rewards = self._rewards(state, self.ids.clamp(max=last))
@@ -104,13 +109,19 @@ class NextTokenScorer(ScorerRows):
     @torch.no_grad()
     def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
         """Append candidate `slot` int64 [n] of the last scored ids to the rows."""
-        slot = slot.to(self.device)
         rows, at = self.scored_rows(handles, slot)
+        if not len(slot):
+            return
+        slot = slot.to(self.device, torch.int64)
         ids = self.ids if at is None else self.ids[at]
         chosen = ids.gather(1, slot[:, None]).clamp(max=self.head.weight.shape[0] - 1)
         put(self.chosen, chosen[:, 0], rows)
         self.texts.extend(chosen, 1, rows)
         self._set_waiting(rows, True)
+        self._committed(slot, rows, at)
+
+    def _committed(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
+        """Candidates `slot` [n] have joined the rows; `at` are their places among those scored."""
 
     def finish(self) -> None:
         """Let go of the call's cache, twin and logits."""
@@ -157,16 +168,27 @@ class NextTokenScorer(ScorerRows):
     def _extend(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> None:
         self._catch_up(rows)
         numbers = torch.arange(len(self.chosen), device=self.device) if rows is None else rows
+        before = self.texts.counts[numbers]
+        self.texts.extend(ids, counts, rows)
         if self.static is not None:
             hidden = self.static.forward.extend(ids, counts, rows)
+            for at in range(ids.shape[1] if self.notes else 0):
+                real = counts > at
+                state = self.state[numbers[real]]
+                if at:
+                    state = self._of_hidden(self.static, hidden[real, at - 1])
+                self._note(state, ids[real, at], before[real] + at, numbers[real])
             real = counts > 0
             state = self._of_hidden(self.static, at_counts(hidden, counts)[:, 0][real])
             self.state[numbers[real]] = state.to(self.state.dtype)
         else:
             for at in range(ids.shape[1]):
                 real = counts > at
+                if self.notes:
+                    self._note(
+                        self.state[numbers[real]], ids[real, at], before[real] + at, numbers[real]
+                    )
                 self._step(ids[real][:, at : at + 1], numbers[real])
-        self.texts.extend(ids, counts, rows)
         last = at_counts(ids[..., None], counts)[:, 0, 0]
         put(self.chosen, last.where(counts > 0, self.chosen[numbers]), rows)
 
@@ -227,6 +249,9 @@ class NextTokenScorer(ScorerRows):
         cache = empty_cache(self.parts.text_config)
         options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
         return self._forward(ids, cache=cache, **options)
+
+    def _note(self, states: Tensor, ids: Tensor, places: Tensor, rows: Tensor) -> None:
+        """Tokens `ids` [n] come behind prefixes of these states [n, ..], to places [n] of rows."""
 
     @abstractmethod
     def _of_hidden(self, static: StaticForward, hidden: Tensor) -> Tensor:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from .rewards import Arithmetic
 
-class ScorerRows(ABC):
+
+class ScorerRows(Arithmetic, ABC):
     """Handles, and the checks of what is done to the rows behind them.
 
     Subclasses number their rows 0..B-1 in the order they came in, and those behind one that leaves
@@ -20,6 +24,9 @@ class ScorerRows(ABC):
 
     handles: list[int]  # of the rows, in their order
     scored: list[int | None]  # of the rows last scored; None: changed since
+    ids: Tensor  # int64 [n, k], their candidates
+    vocabulary: int | None = None  # ids of prompts are below it; None: they are not looked at
+    most: int | None = None  # candidates that a row can have; None: any number
     _given: int
 
     @property
@@ -34,7 +41,8 @@ class ScorerRows(ABC):
     @torch.no_grad()
     def join(self, prompts: Sequence[Tensor]) -> list[int]:
         """Rows with these prompts (int64 [P] each, without padding) come in behind the others."""
-        rows = [self._as_row("prompts", i, prompt) for i, prompt in enumerate(prompts)]
+        given = _listed("prompts", prompts)
+        rows = [self._as_row("prompts", i, prompt) for i, prompt in enumerate(given)]
         if not rows:
             return []
         self._join(rows)
@@ -46,8 +54,7 @@ class ScorerRows(ABC):
     @torch.no_grad()
     def leave(self, handles: Sequence[int]) -> None:
         """Let the rows go, and what they hold."""
-        self.rows_of(handles)
-        gone = set(handles)
+        gone = set(self.rows_of(handles)[0])
         if gone:
             kept = [i for i, handle in enumerate(self.handles) if handle not in gone]
             self.keep_rows(torch.tensor(kept, dtype=torch.int64, device=self.device))
@@ -55,10 +62,11 @@ class ScorerRows(ABC):
     @torch.no_grad()
     def extend(self, handles: Sequence[int], ids: Sequence[Tensor]) -> None:
         """Append tokens, `ids[i]` int64 [n_i], to each of the rows: n_i >= 0 of them."""
-        rows = self.rows_of(handles)
-        if len(ids) != len(handles):
-            raise ValueError(f"ids has the tokens of {len(ids)} rows for {len(handles)} handles")
-        tokens = [self._as_row("ids", i, row, 0) for i, row in enumerate(ids)]
+        handles, rows = self.rows_of(handles)
+        given = _listed("ids", ids)
+        if len(given) != len(handles):
+            raise ValueError(f"ids has the tokens of {len(given)} rows for {len(handles)} handles")
+        tokens = [self._as_row("ids", i, row, 0) for i, row in enumerate(given)]
         if not any(len(row) for row in tokens):
             return
         self._changed(handles)
@@ -69,9 +77,11 @@ class ScorerRows(ABC):
     def crop(self, handles: Sequence[int], lengths: Sequence[int] | Tensor) -> None:
         """Keep the first `lengths[i]` tokens, prompt and all, of each of the rows: at least 1, and
         no more than it has. A tensor of them on a GPU is not checked, which would mean waiting."""
-        rows = self.rows_of(handles)
+        handles, rows = self.rows_of(handles)
         if not isinstance(lengths, Tensor):
-            lengths = torch.tensor(list(lengths), dtype=torch.int64)
+            numbers = _integers("lengths", lengths)
+            lengths = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        check_integers("lengths", lengths)
         if lengths.shape != (len(handles),):
             raise ValueError(f"lengths has shape {list(lengths.shape)} for {len(handles)} handles")
         if lengths.device.type == "cpu" and len(handles):
@@ -84,35 +94,73 @@ class ScorerRows(ABC):
                 )
         if len(handles):
             self._changed(handles)
-            self._crop(lengths.to(self.device), rows)
+            self._crop(lengths.to(self.device, torch.int64), rows)
 
-    def rows_of(self, handles: Sequence[int] | None) -> Tensor | None:
-        """The numbers int64 [n] of the rows; None where they are all of them, in order."""
-        if handles is None or handles is self.handles or list(handles) == self.handles:
-            return None
-        wanted = list(handles)
+    def rows_of(self, handles: Sequence[int] | Tensor | None) -> tuple[list[int], Tensor | None]:
+        """The handles (None: of all rows), and the numbers int64 [n] of their rows; None where
+        these are all of them, in order."""
+        if handles is None or handles is self.handles:
+            return self.handles, None
+        wanted = _integers("handles", handles)
+        if wanted == self.handles:
+            return self.handles, None
         unknown = [handle for handle in wanted if handle not in self.handles]
         if unknown or len(set(wanted)) != len(wanted):
             what = f"{unknown} are none of" if unknown else f"{wanted} name a row twice among"
             raise ValueError(f"handles: {what} the {len(self.handles)} rows {self.handles}")
         index = [self.handles.index(handle) for handle in wanted]
-        return torch.tensor(index, dtype=torch.int64, device=self.device)
+        return wanted, torch.tensor(index, dtype=torch.int64, device=self.device)
+
+    def check_candidates(self, ids: Tensor, rows: int) -> None:
+        """`ValueError` if `ids` are not candidates [rows, k]."""
+        check_integers("ids", ids)
+        if ids.dim() != 2 or ids.shape[0] != rows or not ids.shape[1]:
+            raise ValueError(
+                f"ids has shape {list(ids.shape)} for {rows} rows; pass candidates [{rows}, k], "
+                "and rows by prefill or join before them"
+            )
+        if self.most is not None and ids.shape[1] > self.most:
+            raise ValueError(
+                f"ids has {ids.shape[1]} candidates for each row, and this scorer was made for "
+                f"k={self.most}; make one with k={ids.shape[1]}"
+            )
 
     def scored_rows(
-        self, handles: Sequence[int] | None, slot: Tensor
+        self, handles: Sequence[int] | Tensor | None, slot: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """The rows that a commit of `slot` [n] is for, and their places among those last scored;
-        None each for all, in order."""
-        wanted = self.scored if handles is None else list(handles)
-        if len(slot) != len(wanted):
-            raise ValueError(f"slot has {len(slot)} rows, and {len(wanted)} are to be committed")
+        None each for all, in order. They have to be scored again before they are committed again.
+        """
+        check_integers("slot", slot)
+        wanted: list[Any] = self.scored if handles is None else _integers("handles", handles)
+        if slot.shape != (len(wanted),):
+            raise ValueError(
+                f"slot has shape {list(slot.shape)}, and {len(wanted)} rows are to be committed; "
+                f"last scored, and unchanged since: {self._unchanged()}"
+            )
         if wanted is self.scored and wanted == self.handles:
+            self.scored = [None] * len(wanted)
             return None, None
         stale = [handle for handle in wanted if handle is None or handle not in self.scored]
-        if stale or not wanted:
-            raise ValueError(f"rows {wanted or handles} are committed; last scored: {self.scored}")
+        if stale:
+            raise ValueError(
+                f"rows {wanted} are to be committed; last scored, and unchanged since: "
+                f"{self._unchanged()}"
+            )
+        if handles is not None and slot.device.type == "cpu":
+            k = self.ids.shape[1] if wanted else 0
+            if not ((slot >= 0) & (slot < k)).all():
+                raise ValueError(
+                    f"slot={slot.tolist()} for {k} candidates; pass 0 to {k - 1} (-1 says that a "
+                    "row had nothing to choose)"
+                )
         at = [self.scored.index(handle) for handle in wanted]
-        return self.rows_of(wanted), torch.tensor(at, dtype=torch.int64, device=self.device)  # type: ignore[arg-type]
+        rows = self.rows_of(wanted)[1]
+        self._changed(wanted)
+        return rows, torch.tensor(at, dtype=torch.int64, device=self.device)
+
+    def _unchanged(self) -> list[int]:
+        return [handle for handle in self.scored if handle is not None]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with rows `rows` int64 [n] alone, in that order: the others leave."""
@@ -124,9 +172,18 @@ class ScorerRows(ABC):
         self.scored = [None if handle in changed else handle for handle in self.scored]
 
     def _as_row(self, name: str, i: int, ids: Tensor, least: int = 1) -> Tensor:
-        if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) < least:
-            got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(f"{name}[{i}] must be token ids int64 [n], n >= {least}; got {got}")
+        check_integers(f"{name}[{i}]", ids)
+        if ids.dim() != 1 or len(ids) < least:
+            raise ValueError(
+                f"{name}[{i}] must be token ids int64 [n], n >= {least}; got {list(ids.shape)}"
+            )
+        if self.vocabulary is not None and len(ids) and ids.device.type == "cpu":
+            low, high = (int(end) for end in ids.aminmax())
+            if low < 0 or high >= self.vocabulary:
+                raise ValueError(
+                    f"{name}[{i}] contains id {low if low < 0 else high}, but the reward model has "
+                    f"{self.vocabulary} tokens (0 to {self.vocabulary - 1})"
+                )
         return ids.to(self.device, torch.int64)
 
     @abstractmethod
@@ -148,6 +205,37 @@ class ScorerRows(ABC):
     @abstractmethod
     def _keep_rows(self, rows: Tensor) -> None:
         """Drop the other rows."""
+
+
+def check_integers(name: str, numbers: Any) -> None:
+    """`ValueError` unless `numbers` is a tensor of int64 or int32 that holds some."""
+    if not isinstance(numbers, Tensor):
+        raise ValueError(f"{name} must be an int64 tensor; got {type(numbers).__name__}")
+    if numbers.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64; got {numbers.dtype}; pass {name}.long()")
+    if numbers.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which holds no numbers")
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise ValueError(f"{name}={values!r}; pass a list with one entry for each row") from None
+
+
+def _integers(name: str, numbers: Any) -> list[int]:
+    """A sequence, iterator or tensor [n] of ints as a list."""
+    if isinstance(numbers, Tensor):
+        check_integers(name, numbers)
+        if numbers.dim() != 1:
+            raise ValueError(f"{name} has shape {list(numbers.shape)}; pass one for each row, [n]")
+        return numbers.tolist()
+    given = _listed(name, numbers)
+    for number in given:
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise ValueError(f"{name} holds {number!r}; pass ints")
+    return [int(number) for number in given]
 
 
 class Texts:
