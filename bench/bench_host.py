@@ -22,9 +22,11 @@ def step_inputs():
     table = torch.randn(VOCAB, HIDDEN, generator=generator)
     rewards = ops.reward_head(hidden, weight)
     seeds = ops.split_seed(0, 1)
+    weights = torch.tensor([[1.0, 0.5]])
     policy = (ids, 1.0, 1.0, seeds, 0, True)
     return {
         "topk_logprobs": lambda: ops.topk_logprobs(logits, K),
+        "mix_logits": lambda: ops.mix_logits([logits, logits], weights, K),
         "reward_head": lambda: ops.reward_head(hidden, weight),
         "ratio_sample": lambda: ops.ratio_sample(logprobs, rewards, *policy),
         "ratio_step": lambda: ops.ratio_step(logprobs, hidden, weight, *policy),

@@ -5,7 +5,7 @@
 ``ids`` int64, ``logprobs`` float32 ``[B, k]``, ``log_norm`` and ``kl`` float32 ``[B]`` (empty
 without a temperature); k <= 64.
 
-1. ``_mix_groups``, grid (B, slices): each group of GROUP = 256 tokens leaves the key of its best
+1. ``_mix_groups``, grid (B, slices): each group of GROUP = 128 tokens leaves the key of its best
    token, and the maximum and the sum of exponentials of each tensor and of the tempered mixture.
 2. ``_mix_merge``, grid (B,): as in ``topk_logprobs``, the k best tokens lie in the k groups with
    the best keys, which are read again.
@@ -25,10 +25,10 @@ from .gumbel import gumbel_noise
 from .launch import check, check_shape, on_device, power_of_two
 from .ordered_key import NO_CODE, NO_KEY, best_of_rows, key_id, ordered, pack, top_keys
 
-GROUP = 256
+GROUP = 128
 PART = 16
 CHUNK = 1024  # group keys that are sorted at once
-TILE = 4  # groups per program
+TILE = 8  # groups per program
 
 _MINUS = tl.constexpr(-float("inf"))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)

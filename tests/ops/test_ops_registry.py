@@ -32,7 +32,7 @@ CHECKED = [
 def marks_of(backend, op):
     if "triton" not in backend.name:
         return ()
-    return (needs_triton, SLOW) if op == "candidate_attention" else needs_triton
+    return (needs_triton, SLOW) if op in ("candidate_attention", "mix_logits") else needs_triton
 
 
 ON_CPU = [
