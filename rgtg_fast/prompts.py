@@ -41,7 +41,7 @@ def check_prompts(
     vocab_size = model.get_input_embeddings().weight.shape[0]
     check.check_config(model, config, guide.k, vocab_size)
     mask = _lm_mask(guide, model, input_ids, config, model_kwargs, vocab_size)
-    parts = list(leaves_of(reward))
+    parts = [reward] if isinstance(reward, Reward) else leaves_of(reward)
     rms = [parts_of(part) for part in parts]
     copies = config.num_return_sequences or 1
     reward_prompt = _reward_prompt(guide, rms, input_ids, mask, copies)

@@ -29,6 +29,16 @@ def test_one_scorer_serves_many_threads():
     assert got == want
 
 
+def test_sums_of_the_same_scorers_in_another_order_do_not_wait_for_each_other():
+    lm = tiny.llama_lm()
+    one, two = AutoregressiveScorer(tiny.gpt2_lm()), AutoregressiveScorer(tiny.llama_lm(seed=5))
+    sums = [0.5 * one + two, two + 0.5 * one]
+    want = answers(lm, sums[0], 0)
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda i: answers(lm, sums[i % 2], 0), range(12), timeout=120))
+    assert all(answer == want for answer in got) and not turns._in_use
+
+
 @dataclass
 class Unhashable(tiny.CountingScorer):
     """A dataclass compares by value, so it has no hash; it counts the calls that overlap."""
