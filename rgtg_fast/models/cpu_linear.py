@@ -11,8 +11,8 @@ kernel they take half the time for one row and two thirds for k siblings, and gi
 twin packs a layer once it has served `_USES` steps, so a short call pays for nothing, and drops it
 with the call: whatever happens to the weights between two calls is seen. Within one, a change in
 place or a new tensor is; only one that passes torch's version counter by (through `.data`, numpy,
-a fused optimizer or another process) waits for the next call. Packed weights double a model's memory for that long,
-by `_ROOM` at most. All runs on torch's own threads.
+a fused optimizer or another process) waits for the next call. Packed weights double a model's
+memory for that long, by `_ROOM` at most. All runs on torch's own threads.
 """
 
 from __future__ import annotations

@@ -15,6 +15,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from cuda_operands import (
+    ELEMENTS,
+    Attention,
+    Buffers,
+    Pair,
+    Topk,
+    Vocab,
+    dense_last,
+    head_operands,
+    ratio_operands,
+)
 
 from rgtg_fast.ops.reference import OPS as REGISTERED
 
@@ -24,62 +35,8 @@ FORWARD, REVERSE, RANDOM = 0, 1, 7
 ORDERS = (FORWARD, REVERSE, RANDOM)
 PROCESSORS = 132  # of an H200
 
-_ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _FLAGS = ["-std=c++20", "-O2", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-fdata-sections"]
 _FLAGS += ["-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-fvisibility=hidden"]
-
-
-class _Operand(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("element", ctypes.c_int))
-
-
-def _structure(name, fields):
-    """A ctypes twin: p pointer, o Operand, q int64, i int, b bool, d double, f float."""
-    kinds = {
-        "p": ctypes.c_void_p,
-        "o": _Operand,
-        "q": ctypes.c_int64,
-        "i": ctypes.c_int,
-        "b": ctypes.c_bool,
-        "d": ctypes.c_double,
-        "f": ctypes.c_float,
-    }
-    pairs = [field.split(":") for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": [(n, kinds[k]) for n, k in pairs]})
-
-
-_Topk = _structure(
-    "_Topk",
-    "logits:p rows:q vocab:q row_stride:q k:i slices:i stripes:i workspace:p token:q logprobs:p "
-    "ids:p",
-)
-_Head = _structure(
-    "_Head",
-    "hidden:o rows:q k:q width:q row_stride:q candidate_stride:q weight:o bias:o rewards:p",
-)
-_Vocab = _structure(
-    "_Vocab",
-    "weight:o vocab:q width:q weight_stride:q hidden:o hidden_stride:q ids:p rows:q k:q rewards:p",
-)
-_Ratio = _structure(
-    "_Ratio",
-    "logprobs:p rewards:p ids:p beta:p temperature:p seed:p position:p rows:q k:q do_sample:b "
-    "slot:p logq:p",
-)
-_Pair = _structure(
-    "_Pair",
-    "chosen:p rejected:p rows:q width:q chosen_stride:q rejected_stride:q len_chosen:p "
-    "len_rejected:p weights:p margin:p smoothing:d centering:d first:q loss:p grad_chosen:p "
-    "grad_rejected:p",
-)
-_Attention = _structure(
-    "_Attention",
-    "q:p k_prefix:p v_prefix:p k_self:p v_self:p start:p length:p rows:p "
-    "q_row:q q_slot:q q_head:q k_row:q k_head:q k_step:q v_row:q v_head:q v_step:q "
-    "own_k_row:q own_k_slot:q own_k_head:q own_v_row:q own_v_slot:q own_v_head:q "
-    "stores:q prefix:q window:q batch:i k:i heads:i group:i width:i splits:i scale:f softcap:f "
-    "aligned:b partials:p peaks:p sums:p out:p",
-)
 
 
 def build(csrc=ROOT / "csrc"):
@@ -124,13 +81,13 @@ class Emulator:
 
     def in_every_order(self, run):
         """``run(buffers)`` in each order; its outputs, which must not depend on the order."""
-        with _Buffers(self.library, at_guard=True) as buffers:
+        with Buffers(self.library, at_guard=True) as buffers:
             self.library.simt_set_order(FORWARD)
             run(buffers)
         first = None
         for order in self.orders:
             self.library.simt_set_order(order)
-            with _Buffers(self.library) as buffers:
+            with Buffers(self.library) as buffers:
                 outputs = [buffers.read(output) for output in run(buffers)]
             if first is None:
                 first = outputs
@@ -141,7 +98,7 @@ class Emulator:
     def topk_slicing(self, dtype, rows, vocab, processors=PROCESSORS):
         """(slices of a row, stripes of a slice) as the launch chooses them."""
         stripes = ctypes.c_int()
-        sizes = (_ELEMENTS[dtype], ctypes.c_int64(rows), ctypes.c_int64(vocab), processors)
+        sizes = (ELEMENTS[dtype], ctypes.c_int64(rows), ctypes.c_int64(vocab), processors)
         slices = self.library.simt_topk_slicing(*sizes, ctypes.byref(stripes))
         return slices, stripes.value
 
@@ -153,7 +110,7 @@ class Emulator:
             if rows:
                 a = self.topk_arguments(buffers, logits, k, slicing)
                 a.logprobs, a.ids = logprobs[0], ids[0]
-                self.launch("topk_logprobs", _ELEMENTS[logits.dtype], ctypes.byref(a))
+                self.launch("topk_logprobs", ELEMENTS[logits.dtype], ctypes.byref(a))
             return logprobs, ids
 
         return tuple(self.in_every_order(run))
@@ -168,13 +125,13 @@ class Emulator:
     def topk_replays(self, inputs, k, slicing=None):
         """Results for each of ``inputs``, launched in turn with one workspace and one token."""
         self.library.simt_set_order(FORWARD)
-        with _Buffers(self.library) as buffers:
+        with Buffers(self.library) as buffers:
             a = self.topk_arguments(buffers, inputs[0], k, slicing)
             for logits in inputs:
                 rows = len(logits)
                 logprobs, ids = buffers.new((rows, k), torch.float32), buffers.new((rows, k))
                 a.logits, a.logprobs, a.ids = buffers.put(logits), logprobs[0], ids[0]
-                self.launch("topk_logprobs", _ELEMENTS[logits.dtype], ctypes.byref(a))
+                self.launch("topk_logprobs", ELEMENTS[logits.dtype], ctypes.byref(a))
                 yield buffers.read(logprobs), buffers.read(ids)
 
     def ordered(self, floats):
@@ -185,17 +142,17 @@ class Emulator:
         return [self.library.simt_exceeds(ctypes.c_float(x), code) for x in floats]
 
     def topk_arguments(self, buffers, logits, k, slicing=None):
-        dense = _dense_last(logits)
+        dense = dense_last(logits)
         rows, vocab = dense.shape
         slices, stripes = slicing or self.topk_slicing(dense.dtype, rows, vocab)
         words = rows * slices * self.library.simt_topk_workspace_words()
-        a = _Topk(buffers.put(dense), rows, vocab, dense.stride(0), k, slices, stripes)
+        a = Topk(buffers.put(dense), rows, vocab, dense.stride(0), k, slices, stripes)
         a.workspace, a.token = buffers.new((words,))[0], 0x5EED
         return a
 
     def reward_head(self, hidden, weight, bias=None):
         def run(buffers):
-            head, rewards = _head(buffers, hidden, weight, bias)
+            head, rewards = head_operands(buffers, hidden, weight, bias)
             if head.rows * head.k:
                 self.launch("reward_head", ctypes.byref(head))
             return (rewards,)
@@ -206,8 +163,8 @@ class Emulator:
         def run(buffers):
             rewards = buffers.new(ids.shape, torch.float32)
             if ids.numel():
-                vectors, table = _dense_last(hidden), _dense_last(weight)
-                a = _Vocab(buffers.operand(table), *table.shape, table.stride(0))
+                vectors, table = dense_last(hidden), dense_last(weight)
+                a = Vocab(buffers.operand(table), *table.shape, table.stride(0))
                 a.hidden, a.hidden_stride = buffers.operand(vectors), vectors.stride(0)
                 a.ids, a.rewards = buffers.put(ids.contiguous()), rewards[0]
                 a.rows, a.k = ids.shape
@@ -219,7 +176,7 @@ class Emulator:
     def ratio_sample(self, logprobs, rewards, *rest):
         def run(buffers):
             given = buffers.put(rewards.contiguous())
-            ratio, slot, logq = _ratio(buffers, logprobs, given, *rest)
+            ratio, slot, logq = ratio_operands(buffers, logprobs, given, *rest)
             if ratio.rows:
                 self.launch("ratio_sample", ctypes.byref(ratio))
             return slot, logq
@@ -240,9 +197,9 @@ class Emulator:
         bias=None,
     ):
         def run(buffers):
-            head, rewards = _head(buffers, hidden, weight, bias)
+            head, rewards = head_operands(buffers, hidden, weight, bias)
             rest = (ids, beta, temperature, seed, position, do_sample)
-            ratio, slot, logq = _ratio(buffers, logprobs, rewards[0], *rest)
+            ratio, slot, logq = ratio_operands(buffers, logprobs, rewards[0], *rest)
             if ratio.rows:
                 self.launch("ratio_step", ctypes.byref(head), ctypes.byref(ratio))
             return slot, rewards, logq
@@ -253,7 +210,7 @@ class Emulator:
         self, q, keys, values, own_key, own_value, start, length, scale, window=None, softcap=None,
         rows=None,
     ):  # fmt: skip
-        tensors = [_dense_last(t) for t in (q, keys, values, own_key, own_value)]
+        tensors = [dense_last(t) for t in (q, keys, values, own_key, own_value)]
         batch, k, query_heads, width = q.shape
         stores, heads, prefix, _ = keys.shape
         group = query_heads // heads
@@ -272,7 +229,7 @@ class Emulator:
             bounds = [
                 None if t is None else buffers.put(t.contiguous()) for t in (start, length, rows)
             ]
-            a = _Attention(*(buffers.put(t) for t in tensors), *bounds)
+            a = Attention(*(buffers.put(t) for t in tensors), *bounds)
             a.q_row, a.q_slot, a.q_head = tensors[0].stride()[:3]
             a.k_row, a.k_head, a.k_step = tensors[1].stride()[:3]
             a.v_row, a.v_head, a.v_step = tensors[2].stride()[:3]
@@ -292,7 +249,7 @@ class Emulator:
             padded = 64 if width <= 64 else 128 if width <= 128 else 256
             a.partials = buffers.new((*states, padded), torch.float32)[0]
             a.peaks, a.sums = (buffers.new(states, torch.float32)[0] for _ in range(2))
-            self.launch("candidate_attention", _ELEMENTS[q.dtype], ctypes.byref(a))
+            self.launch("candidate_attention", ELEMENTS[q.dtype], ctypes.byref(a))
             return (out,)
 
         return self.in_every_order(run)[0]
@@ -311,92 +268,18 @@ class Emulator:
             rows, width = chosen.shape
             outputs = [buffers.new(shape, dtype) for shape in ((rows,), *[(rows, width)] * 2)]
             if rows:
-                dense = _dense_last(chosen), _dense_last(rejected)
+                dense = dense_last(chosen), dense_last(rejected)
                 given = [buffers.put(t) for t in dense]
-                a = _Pair(*given, rows, width, *(t.stride(0) for t in dense))
+                a = Pair(*given, rows, width, *(t.stride(0) for t in dense))
                 a.len_chosen, a.len_rejected, a.weights, a.margin = (
                     buffers.put(t.contiguous()) for t in vectors
                 )
                 a.smoothing, a.centering, a.first = smoothing, centering, first
                 a.loss, a.grad_chosen, a.grad_rejected = (pointer for pointer, *_ in outputs)
-                self.launch("prefix_bt_loss", _ELEMENTS[chosen.dtype], ctypes.byref(a))
+                self.launch("prefix_bt_loss", ELEMENTS[chosen.dtype], ctypes.byref(a))
             return outputs
 
         return tuple(self.in_every_order(run))
-
-
-class _Buffers:
-    """Guarded memory of one run."""
-
-    def __init__(self, library, at_guard=False):
-        self.library, self.at_guard, self.held = library, at_guard, []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for pointer in self.held:
-            self.library.simt_free(pointer)
-
-    def _allocate(self, size, offset=0, written=False):
-        pointer = self.library.simt_allocate(size, -1 if self.at_guard else offset, written)
-        self.held.append(pointer)
-        return pointer
-
-    def new(self, shape, dtype=torch.int64):
-        """An output of that shape: (pointer, shape, dtype)."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        return self._allocate(size, written=True), tuple(shape), dtype
-
-    def read(self, output):
-        pointer, shape, dtype = output
-        count = torch.Size(shape).numel()
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(pointer)
-        return torch.frombuffer(raw, dtype=dtype).clone().reshape(shape)
-
-    def put(self, tensor):
-        """A copy with the strides and the alignment of ``tensor``, and NaN in the gaps."""
-        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        if tensor.numel() == 0:
-            return self._allocate(0)
-        offset = tensor.storage_offset() * tensor.element_size() % 16
-        pointer = self._allocate(span * tensor.element_size(), offset)
-        raw = (ctypes.c_char * (span * tensor.element_size())).from_address(pointer)
-        # By index, because elements of an expanded view share their memory.
-        places = torch.arange(span).as_strided(tensor.shape, tensor.stride())
-        torch.frombuffer(raw, dtype=tensor.dtype)[places.reshape(-1)] = tensor.reshape(-1)
-        return pointer
-
-    def operand(self, tensor):
-        return _Operand(self.put(tensor), _ELEMENTS[tensor.dtype])
-
-
-def _head(buffers, hidden, weight, bias):
-    dense, vector = _dense_last(hidden), _dense_last(weight)
-    rows, k, width = hidden.shape
-    rewards = buffers.new((rows, k), torch.float32)
-    head = _Head(buffers.operand(dense), rows, k, width, dense.stride(0), dense.stride(1))
-    head.weight = buffers.operand(vector)
-    if bias is not None:
-        head.bias = buffers.operand(bias.reshape(1))
-    head.rewards = rewards[0]
-    return head, rewards
-
-
-def _ratio(buffers, logprobs, rewards, ids, beta, temperature, seed, position, do_sample):
-    rows, k = logprobs.shape
-    slot, logq = buffers.new((rows,)), buffers.new((rows, k), torch.float32)
-    inputs = (ids, beta, temperature, seed, position)
-    pointers = [buffers.put(t.contiguous()) for t in inputs]
-    a = _Ratio(buffers.put(logprobs.contiguous()), rewards, *pointers, rows, k, do_sample)
-    a.slot, a.logq = slot[0], logq[0]
-    return a, slot, logq
-
-
-def _dense_last(tensor):
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _same_bits(a, b):
