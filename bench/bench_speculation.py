@@ -66,8 +66,8 @@ class Right:
     def begin(self, prompts, mask):
         self.rows = torch.arange(len(prompts))
 
-    def draft(self, rows, n, policy):
-        at = rows.position[:, None] + torch.arange(n)
+    def draft(self, rows, ahead, counts, n, policy):
+        at = (rows.position + counts)[:, None] + torch.arange(n)
         beyond = at >= self.guesses.shape[1]
         guesses = self.guesses[self.rows].gather(1, at.clamp(max=self.guesses.shape[1] - 1))
         return guesses.masked_fill(beyond, -1)

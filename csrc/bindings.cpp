@@ -9,6 +9,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -65,7 +66,8 @@ PYBIND11_MODULE(_C, m) {
            "Tokens that follow in text `row`; its first call starts it.")
       .def("leave", &DraftIndex::leave, py::arg("row"), "Text `row` has ended.")
       .def("draft", &DraftIndex::draft, py::arg("row"), py::arg("n"), py::arg("position"),
-           py::arg("seed"), py::arg("do_sample"),
-           "Up to n guesses for what follows in text `row`, from `position` of its answer on.")
+           py::arg("seed"), py::arg("do_sample"), py::arg("ahead") = std::vector<int64_t>(),
+           "Up to n guesses for what follows text `row` and `ahead`, from `position` of its answer "
+           "on.")
       .def("__len__", &DraftIndex::size, "Suffixes known.");
 }

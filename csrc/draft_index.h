@@ -44,15 +44,16 @@ class DraftIndex {
     tails_.erase(row);
   }
 
-  // Up to `n` guesses for what follows in text `row`, whose next token is at `position` of its
-  // answer; fewer, where nothing known goes on.
-  std::vector<int64_t> draft(int64_t row, int64_t n, int64_t position, int64_t seed,
-                             bool do_sample) const {
+  // Up to `n` guesses for what follows in text `row` with the tokens `ahead` behind it, from
+  // `position` of its answer on; fewer, where nothing known goes on.
+  std::vector<int64_t> draft(int64_t row, int64_t n, int64_t position, int64_t seed, bool do_sample,
+                             const std::vector<int64_t>& ahead) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::vector<int64_t> guesses;
     const auto found = tails_.find(row);
     if (found == tails_.end()) return guesses;
     std::vector<int64_t> tail = found->second;
+    for (const int64_t id : ahead) append(tail, id);
     while (static_cast<int64_t>(guesses.size()) < n) {
       const std::vector<std::pair<int64_t, double>> next = estimate(tail);
       if (next.empty()) break;

@@ -7,12 +7,15 @@ tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
+from .decode.drafters import SuffixDrafter
 from .decode.kept import free_graphs
 from .generate import RewardGuided, generate
 from .generate_many import generate_many
 from .models.on_base import RewardAdapter, RewardHead
 from .ops.installation import show_config
 from .output import Answer, RewardGuidedOutput
+from .scorers.endpoint import RewardEndpoint
+from .scorers.rewards import Reward, WeightedRewards
 
 try:
     __version__ = version("rgtg_fast")
@@ -21,10 +24,14 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "Answer",
+    "Reward",
     "RewardAdapter",
+    "RewardEndpoint",
     "RewardGuided",
     "RewardGuidedOutput",
     "RewardHead",
+    "SuffixDrafter",
+    "WeightedRewards",
     "free_graphs",
     "generate",
     "generate_many",

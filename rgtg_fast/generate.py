@@ -15,6 +15,7 @@ from . import ops
 from . import validation as check
 from .guided import OneCall, RewardGuided, ended_on_error
 from .models.foreign import CACHE
+from .models.reward_model import Label
 from .output import RewardGuidedOutput
 
 
@@ -32,7 +33,8 @@ def generate(
     reward_tokenizer: Any = None,
     tokenizer: Any = None,
     reward_head: Callable[[Tensor], Tensor] | None = None,
-    reward_label: str | int | None = None,
+    reward_label: Label = None,
+    reward_kind: str | None = None,
     reward_method: str = "auto",
     eos_reward: str = "auto",
     output_candidates: bool = False,
@@ -42,6 +44,9 @@ def generate(
     compact: bool = True,
     reward_range: tuple[float, float] | None = None,
     prune: bool | None = None,
+    beta_schedule: Callable[[int], float] | None = None,
+    kl_budget: float | None = None,
+    min_entropy: float | None = None,
     cuda_graph: bool | None = None,
     compile: bool | str = "auto",
     speculate: bool | str | int = "auto",
@@ -59,11 +64,19 @@ def generate(
     Args:
         model: a causal language model (or a PEFT model around one).
         inputs: prompts int64 [B, P]; or `input_ids=`.
-        reward_model: a sequence-classification model (with several labels: see `reward_label`), any
+        reward_model: one of these; models may live on another device and in another dtype.
+            A sequence-classification model (with several labels: see `reward_label`), or any
             module with a base model and a head (`score`, `classifier`, `v_head`,
-            `regression_head`), a `RewardHead` or `RewardAdapter` on the language model's own
-            weights, or a scorer object with `prefill`, `score` and `commit`. May live on another
-            device and in another dtype.
+            `regression_head`, `regression_layer`).
+            A causal language model, with `reward_kind`.
+            A pair `(policy, reference)` of causal language models: DPO's implicit reward
+            log π_policy - log π_ref of the answer so far (arXiv 2305.18290).
+            A function `list[str] -> list[float]` of the texts, or the http(s):// URL of a server
+            that has one (`rgtg_fast.RewardEndpoint` has options for it); with `tokenizer`.
+            A `RewardHead` or `RewardAdapter` on the language model's own weights.
+            A scorer: an object with `prefill`, `score` and `commit`.
+            `rgtg_fast.WeightedRewards([a, b], [0.7, 0.3])` of any of these, or
+            `0.7 * rgtg_fast.Reward(a) + 0.3 * rgtg_fast.Reward(b, reward_label="safe")`.
         k: candidates per step, 1 to 64.
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts
@@ -73,12 +86,18 @@ def generate(
         reward_input_ids: the reward model's own rendering of the prompts, int64 [B, P'], with
             `reward_attention_mask` (padding on the left); the answer's tokens are shared.
         reward_tokenizer, tokenizer: the two tokenizers. Where their vocabularies differ, each
-            candidate text is decoded and encoded again.
+            candidate text is decoded and encoded again; a causal reward model runs the tokens that
+            are new alone, on k copies of a cache (with `reward_method="auto"`).
         reward_head: hidden states [..., H] -> rewards [...] or [..., 1], where no head is found.
         reward_label: of a model with several labels, the one to be likely: a name in its `id2label`
             ("POSITIVE") or an index. The reward is the label's log-probability: its log-softmax
             over the labels (its log-sigmoid with `problem_type="multi_label_classification"`, its
-            logit as it is with `problem_type="regression"` in the reward model's configuration).
+            logit as it is with `problem_type="regression"` in the reward model's configuration, or
+            of a head that is named so). Several labels (ArmoRM, RAD): a list of them is their sum,
+            a dict {label: weight} their weighted sum.
+        reward_kind: of a causal language model as `reward_model`: "genarm" (its log-probabilities
+            are the rewards of tokens, arXiv 2410.08193) or "farma" (its logits are the rewards of
+            prefixes, arXiv 2502.04517).
         reward_method: "tree", "expand", "reencode" or "auto" (the fastest that a numerical probe
             finds right for this model; see `rgtg_fast.scorers.make_scorer`).
         eos_reward: reward of prefix + EOS: "hidden" (the head at the EOS token), "previous" (that
@@ -112,6 +131,17 @@ def generate(
             of a candidate that is not scored goes unseen. Where plain sequences are returned, a
             candidate without a rival is not scored either: by "reencode" for each row, by "tree"
             at steps where no row has a rival; it then reads those tokens in one forward later.
+        beta_schedule: a function of the position in the answer (0, 1, ..): what beta is times
+            there. `beta_schedule=lambda t: min(1, t / 16)` lets the reward in slowly. `beta` in the
+            output says what beta was.
+        kl_budget: nats; at every step each row takes the beta, at most `beta`, at which the KL of
+            the ratio policy from π (the output's `kl`) is just that; `beta` where its KL is less,
+            0 where it is more without reward already (π has weight outside the candidates). With
+            `do_sample=True`. `beta` in the output says what beta was.
+        min_entropy: nats; where the entropy of π over the candidates alone is less, a row takes its
+            token without reward, and the reward model is not asked: it reads those tokens in one
+            forward when it is next. `rewards` is NaN there, `candidates_scored` 0, and `gating` in
+            the output says what was saved.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no
@@ -139,18 +169,20 @@ def generate(
             pruned candidates run without.
         speculate: several tokens for one forward of the reward model; the same tokens as one by one
             (in bf16 as far as a forward of several tokens rounds like several of one). The language
-            model goes ahead without rewards, the candidates of all positions are scored at once,
-            and the tokens up to the first that the rewards change are kept. "auto" (default): as
-            far ahead as pays, by what the forwards of this call take and how often rewards changed
-            a token; on a CPU, for a reward model scored by "tree" that does not share the
-            language model's forwards, without `reward_range`, for up to 48 candidates of all rows
-            (the reward model's cache then has room for up to 96 of them). An int: so many positions
-            each time, 2 to 32, anywhere. False never. `speculation` in the output says what came of
-            it. As "auto" goes by the clock, the last bits of rewards may differ from run to run.
-        assistant_model: a smaller causal language model with the same tokens, which guesses the
-            language model's continuation for it to look at several tokens in one forward too; or
-            any object with the methods of `decode.drafters.Drafter`. Without one, what followed the
-            same tokens before in the text is the guess (in fp32).
+            model goes ahead, the candidates of all positions are scored at once, and the tokens up
+            to the first that the rewards change are kept. "auto" (default): as far ahead as pays,
+            by what forwards take and how often rewards change a token; on a CPU, for language
+            models of 64 MiB or more (smaller ones with an `assistant_model`), a reward model scored
+            by "tree" or a `RewardHead` or `RewardAdapter`, without `reward_range`, for up to 48
+            candidates of all rows (the cache then has room for up to 96 of them). An int: so many
+            positions each time, 2 to 32, anywhere. False never. `speculation` in the output says
+            what came of it. As "auto" goes by the clock, the last bits of rewards may differ from
+            run to run.
+        assistant_model: who guesses the language model's continuation, for it to look at several
+            tokens in one forward too: a smaller causal language model with the same tokens;
+            a `SuffixDrafter`, kept over calls whose texts are alike; or any object with the methods
+            of `decode.drafters.Drafter`. Without one, what followed the same tokens before in the
+            text is the guess (in fp32).
 
     Raises:
         ValueError: an argument out of range, a mode that is not greedy or sampled, a prompt that
@@ -170,6 +202,7 @@ def generate(
             tokenizer=tokenizer,
             reward_head=reward_head,
             reward_label=reward_label,
+            reward_kind=reward_kind,
             reward_method=reward_method,
             eos_reward=eos_reward,
             output_candidates=output_candidates,
@@ -179,6 +212,9 @@ def generate(
             compact=compact,
             reward_range=reward_range,
             prune=prune,
+            beta_schedule=beta_schedule,
+            kl_budget=kl_budget,
+            min_entropy=min_entropy,
             cuda_graph=cuda_graph,
             compile=compile,
             speculate=speculate,

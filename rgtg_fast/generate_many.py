@@ -28,9 +28,11 @@ from .generate import generate, stop_strings_as_criterion
 from .guided import OneCall
 from .models import foreign
 from .models.padding import left_padded
+from .models.reward_model import RewardModel
 from .output import Answer
-from .prompts import Prepared, check_prompts, prepared_for
+from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
+from .scorers.rewards import leaves_of, of_rows
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -109,8 +111,9 @@ class _Many:
         check.check_call(model, any_prompt[None], self.kwargs, own)
         self.guide = OneCall(reward_model, tokenizer=tokenizer, **self.guiding)
         check.check_options(self.guide)
-        self.rm = self.guide.taken_apart()
-        devices = self.device, self.device if self.rm is None else self.rm.device
+        self.reward = self.guide.taken_apart()
+        models = [part.model for part in leaves_of(self.reward)]
+        devices = self.device, *(rm.device for rm in models if isinstance(rm, RewardModel))
         self.modes = Modes(["cpu", *(device.type for device in devices)])
         stop_strings_as_criterion(model, tokenizer, self.kwargs)
         first = prepared_for(
@@ -181,7 +184,7 @@ class _Many:
         prepared = prepared_for(self.model, ids, self.kwargs)
         checked = check_prompts(
             self.guide,
-            self.rm,
+            self.reward,
             self.model,
             prepared.input_ids,
             prepared.config,
@@ -190,6 +193,7 @@ class _Many:
         temperature, processors = take_temperature(prepared.processors)
         plan = self._plan(prepared, checked.new_tokens, processors)
         own = self.guide.temperature
+        of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
         alike = all(type(processor) in SCORES_ALONE for processor in processors)
         return Entry(
             index,
@@ -209,11 +213,13 @@ class _Many:
         for; without any row yet."""
         guide, (ids, *_) = self.guide, prepared
         checked = check_prompts(
-            guide, self.rm, self.model, ids, prepared.config, prepared.model_kwargs
+            guide, self.reward, self.model, ids, prepared.config, prepared.model_kwargs
         )
         limits = [check.position_limit(self.model, self.model.config.get_text_config())]
-        if self.rm is not None and not checked.as_text:
-            limits.append(check.position_limit(self.rm.base, self.rm.text_config))
+        for part, by_text in zip(leaves_of(self.reward), checked.as_text, strict=True):
+            rm = parts_of(part)
+            if rm is not None and not by_text:
+                limits.append(check.position_limit(rm.base, rm.text_config))
         self.bound = min([bound, *(limit for limit in limits if limit is not None)])
         config = copy.copy(prepared.config)
         config.max_length = self.bound
@@ -221,9 +227,9 @@ class _Many:
         rest = config, prepared.model_kwargs, guide.backend
         found = plain_language_model(self.model, ids, checked.mask, *rest)
         to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
-        scorer = guide.make_scorer(self.rm, *to_scorer)
+        scorer = guide.make_scorer(self.reward, *to_scorer)
         of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
-        policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0)
+        policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0, self.bound)
         policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
         policy.prune = check.prunes(scorer, guide.prune, False)
         call = Call(
@@ -236,6 +242,7 @@ class _Many:
             processors=processors,
             criteria=prepared.criteria,
             epilogue=policy.reward_range is None
+            and policy.kl_budget is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(self.device),
         )
@@ -321,22 +328,24 @@ class _Many:
         """The answers to prompts of one call of `generate`; by themselves where that fails."""
         ids, mask = left_padded([entry.ids for entry in batch])
         dtypes = dict.fromkeys(("beta", "temperature"), torch.float32) | {"seed": torch.int64}
-        of_rows = {
+        numbers_of_rows = {
             name: torch.tensor([getattr(entry, name) for entry in batch], dtype=dtype, device="cpu")
             for name, dtype in dtypes.items()
         }
+        indices = [entry.index for entry in batch]
+        reward = of_rows(self.guide.reward_model, lambda name, values: values[indices])
         kwargs = {n: v for n, v in self.kwargs.items() if n not in ("max_length", "max_new_tokens")}
         try:
             out: Any = generate(
                 self.model,
                 ids,
                 attention_mask=mask,
-                reward_model=self.guide.reward_model,
+                reward_model=reward,
                 tokenizer=self.tokenizer,
                 max_new_tokens=max(entry.steps for entry in batch),
                 return_dict_in_generate=True,
                 output_candidates=True,
-                **self.guiding | of_rows,
+                **self.guiding | numbers_of_rows,
                 **kwargs,
             )
         except ValueError as error:
@@ -347,7 +356,7 @@ class _Many:
                 yield from self._batch([entry])
             return
         chosen = out.sequences[:, ids.shape[1] :]
-        columns = self._columns(out, chosen, of_rows).tolist()
+        columns = self._columns(out, chosen, numbers_of_rows).tolist()
         for i, entry in enumerate(batch):
             tokens = chosen[i].tolist()[: entry.steps]
             ends = [at + 1 for at, token in enumerate(tokens) if token in self.eos]
@@ -355,14 +364,18 @@ class _Many:
             yield self._answer(Row(entry, tokens[:n], columns[i][:n]))
 
     def _columns(self, out: Any, tokens: Tensor, of_rows: dict[str, Tensor]) -> Tensor:
-        """The `COLUMNS` [B, T, 4] of tokens [B, T] in the output of `generate`."""
+        """The `COLUMNS` [B, T, 5] of tokens [B, T] in the output of `generate`."""
         drawn = out.candidate_ids == tokens[..., None]
         logprobs = torch.where(drawn, out.candidate_logprobs, 0.0).sum(-1)
         log_ratio = -logprobs
+        beta = out.beta
+        if beta is None:
+            beta = of_rows["beta"].to(drawn.device, torch.float32)[:, None].expand_as(out.rewards)
         if self.samples:
-            names = "beta", "temperature"
-            beta, temperature = (of_rows[n].to(drawn.device)[:, None, None] for n in names)
-            scores = (out.candidate_logprobs + beta * out.candidate_rewards) / temperature
+            temperature = of_rows["temperature"].to(drawn.device)[:, None, None]
+            scored = (out.candidates_scored > 0)[..., None]
+            tilt = torch.where(scored, beta[..., None] * out.candidate_rewards, 0.0)
+            scores = (out.candidate_logprobs + tilt) / temperature
             logq = torch.where(drawn, torch.log_softmax(scores, -1), 0.0).sum(-1)
             log_ratio = (logq - logprobs).masked_fill(out.kl.isnan(), torch.nan)
-        return torch.stack([out.rewards, out.kl, logprobs, log_ratio], -1)
+        return torch.stack([out.rewards, out.kl, logprobs, log_ratio, beta], -1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +28,20 @@ from .decode.plan import make_plan
 from .decode.ratio_policy import RatioPolicy
 from .decode.record import Record
 from .decode.speculation import speculate
+from .decode.steering import schedule_of
 from .decode.warpers import take_temperature, trailing
 from .models import foreign
 from .models.language_model import LanguageModel
 from .models.on_base import OnBase
-from .models.reward_model import RewardModel, as_reward_model
+from .models.reward_model import Label
 from .output import RewardGuidedOutput
 from .prompts import check_prompts
 from .scorers.base import Scorer
-from .scorers.factory import is_scorer, make_scorer
+from .scorers.factory import assembled, scorer_of
+from .scorers.lazy import LazyScorer, lazily
 from .scorers.next_token import NextTokenScorer
+from .scorers.rewards import Reward, WeightedRewards, of_rows
+from .scorers.sources import taken_apart
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -66,7 +70,8 @@ class RewardGuided:
     reward_tokenizer: Any = None
     tokenizer: Any = None
     reward_head: Callable[[Tensor], Tensor] | None = None
-    reward_label: str | int | None = None
+    reward_label: Label = None
+    reward_kind: str | None = None
     reward_method: str = "auto"
     eos_reward: str = "auto"
     output_candidates: bool = False
@@ -77,6 +82,9 @@ class RewardGuided:
     compact: bool = True
     reward_range: tuple[float, float] | None = None
     prune: bool | None = None
+    beta_schedule: Callable[[int], float] | None = None
+    kl_budget: float | None = None
+    min_entropy: float | None = None
     cuda_graph: bool | None = None
     compile: bool | str = "auto"
     speculate: bool | str | int = "auto"
@@ -86,11 +94,11 @@ class RewardGuided:
         check.check_options(self)
         self.taken_apart()
 
-    def taken_apart(self) -> RewardModel | None:
-        """The reward model as it is now: its head or modules may be others at the next call."""
-        if is_scorer(self.reward_model):
-            return None
-        return as_reward_model(self.reward_model, self.reward_head, self.reward_label)
+    def taken_apart(self) -> Reward | WeightedRewards:
+        """The reward as it is now: a model's head or modules may be others at the next call."""
+        own = {n: getattr(self, n) for n in Reward.__dataclass_fields__ if n != "model"}
+        own_prompt = self.reward_input_ids is not None
+        return taken_apart(self.reward_model, Reward(None, **own), self.tokenizer, own_prompt)
 
     @torch.no_grad()
     def __call__(
@@ -130,6 +138,8 @@ class RewardGuided:
                 own_streamer.put(input_ids.cpu())
             try:
                 result = (speculate if call.speculation else decode)(call, input_ids)
+                if isinstance(call.scorer, LazyScorer) and isinstance(result, dict):
+                    result["gating"] = call.scorer.report(result, self.k)
             finally:
                 if hasattr(call.scorer, "finish"):
                     call.scorer.finish()
@@ -150,16 +160,19 @@ class RewardGuided:
     ) -> Call:
         """Everything that the run will be made of, after every check that can be made before it."""
         check.check_options(self)  # again: they may have been set since
-        rm = self.taken_apart()
+        reward = self.taken_apart()
         batch = max(input_ids.shape[0], 1)
         copies = config.num_return_sequences or 1
-        checked = check_prompts(self, rm, model, input_ids, config, model_kwargs)
+        checked = check_prompts(self, reward, model, input_ids, config, model_kwargs)
         vocab_size, mask, reward_prompt, new_tokens, as_text = checked
         temperature, processors = take_temperature(logits_processor)
-        policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature)
+        policy = self.ratio_policy(batch, copies, input_ids.device, config, temperature, new_tokens)
         found = plain_language_model(model, input_ids, mask, config, model_kwargs, self.backend)
         max_length = reward_prompt[0].shape[1] + new_tokens
-        scorer = self.make_scorer(rm, as_text, max_length, config, vocab_size, found)
+        if isinstance(reward, WeightedRewards):
+            of_row = batch // copies, batch, input_ids.device
+            reward = of_rows(reward, lambda name, value: check.per_row(name, value, *of_row))
+        scorer = self.make_scorer(reward, as_text, max_length, config, vocab_size, found)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
@@ -189,6 +202,7 @@ class RewardGuided:
             criteria=criteria,
             streamer=streamer,
             epilogue=policy.reward_range is None
+            and policy.kl_budget is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(input_ids.device),
         )
@@ -214,10 +228,18 @@ class RewardGuided:
         device: torch.device,
         config: GenerationConfig,
         temperature: float,
+        steps: int,
     ) -> RatioPolicy:
-        """The ratio policy of a call; `temperature` is that of the generation configuration."""
+        """The ratio policy of a call of `steps` at most; `temperature` is that of the generation
+        configuration."""
         own = temperature if self.temperature is None else self.temperature
         do_sample = bool(config.do_sample)
+        if self.kl_budget is not None and not do_sample:
+            raise ValueError(
+                "kl_budget= is of a policy that is drawn from, and a greedy one always takes its "
+                "best token; pass do_sample=True, or beta= alone"
+            )
+        factor = self.beta_schedule
         low_high = self.reward_range
         return RatioPolicy(
             k=self.k,
@@ -229,49 +251,59 @@ class RewardGuided:
             check_nan=True if self.check_nan is None and device.type == "cpu" else self.check_nan,
             backend=self.backend,
             reward_range=None if low_high is None else (float(low_high[0]), float(low_high[1])),
+            schedule=None if factor is None else schedule_of(factor, steps, device),
+            kl_budget=None if self.kl_budget is None else float(self.kl_budget),
+            min_entropy=None if self.min_entropy is None else float(self.min_entropy),
         )
 
     def make_scorer(
         self,
-        rm: RewardModel | None,
-        as_text: bool,
+        reward: Reward | WeightedRewards,
+        as_text: Sequence[bool],
         max_length: int,
         config: GenerationConfig,
         vocab_size: int,
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
-        if rm is None:
-            if isinstance(self.reward_model, SiblingScorer) and self.k > self.reward_model.k:
+        """The scorer of a reward; `as_text` says of its parts in order whether they read text."""
+        own_prompt = self.reward_input_ids is not None
+        texts, shared, eos_ids = iter(as_text), False, foreign.eos_tensor(config)
+
+        def make(reward: Reward) -> Scorer:
+            nonlocal shared
+            rm, by_text = reward.model, next(texts)
+            if isinstance(rm, SiblingScorer) and self.k > rm.k:
                 raise ValueError(
                     f"k={self.k} candidates asked for, and reward_model was made for "
-                    f"k={self.reward_model.k}; pass make_scorer(..., k={self.k})"
+                    f"k={rm.k}; pass make_scorer(..., k={self.k})"
                 )
-            if isinstance(self.reward_model, NextTokenScorer):
-                self.reward_model.capacity = self.reward_model.reserved = max_length
-            return self.reward_model
-        own_prompt = self.reward_input_ids is not None
-        joint = (
-            found is not None
-            and isinstance(rm, OnBase)
-            and rm.base is found[0].base
-            and rm.can_share_forwards()
-            and not own_prompt
-            and self.reward_method in ("auto", "tree")
-        )
-        return make_scorer(
-            rm,
-            joint_way=found[1] if joint and found is not None else None,
-            k=self.k,
-            method=self.reward_method,
-            vocab_size=vocab_size,
-            tokenizer=self.tokenizer if as_text else None,
-            reward_tokenizer=self.reward_tokenizer if as_text else None,
-            own_prompt=own_prompt,
-            eos_ids=foreign.eos_tensor(config),
-            eos_reward=self.eos_reward,
-            max_length=max_length,
-            backend=self.backend,
-        )
+            if isinstance(rm, NextTokenScorer):
+                rm.capacity = rm.reserved = max_length
+            joint = (
+                found is not None
+                and not shared  # one part gives the language model's logits
+                and isinstance(rm, OnBase)
+                and rm.base is found[0].base
+                and rm.can_share_forwards()
+                and not own_prompt
+                and self.min_entropy is None  # its forwards are the language model's
+                and reward.reward_method in ("auto", "tree")
+            )
+            shared |= joint
+            return scorer_of(
+                reward if by_text else replace(reward, reward_tokenizer=None),
+                joint_way=found[1] if joint and found is not None else None,
+                k=self.k,
+                vocab_size=vocab_size,
+                tokenizer=self.tokenizer,
+                own_prompt=own_prompt,
+                eos_ids=eos_ids,
+                max_length=max_length,
+                backend=self.backend,
+            )
+
+        scorer = make(reward) if isinstance(reward, Reward) else assembled(reward, make)
+        return scorer if self.min_entropy is None else lazily(scorer)
 
     def _row_seeds(self, batch: int, do_sample: bool, device: torch.device) -> Tensor:
         seed = self.seed

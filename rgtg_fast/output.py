@@ -26,6 +26,8 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
             its answer.
         candidates_scored: int64 [B, T], candidates that the reward model was asked for (k, fewer
             where some could not win: see `prune=`); 0 after the row ended.
+        beta: fp32 [B, T], that of each step, where `beta_schedule` or `kl_budget` changes it; NaN
+            after the row ended.
         candidate_ids: int64 [B, T, k], most likely first (with `output_candidates=True`).
         candidate_logprobs: fp32 [B, T, k], log π of the candidates.
         candidate_rewards: fp32 [B, T, k], rewards of prefix + candidate, NaN if not scored.
@@ -34,15 +36,19 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
             the two models (`reward_forwards`, `lm_forwards`; without the prompts), `tokens` of all
             rows, and `acceptance`, the share of the language model's drafts that the rewards left
             as they were, or None where none was drafted.
+        gating: with `min_entropy=`, a dict: `steps` of all rows that went without reward, and
+            `tokens_saved`, that the reward model did not read for it.
     """
 
     rewards: Tensor | None = None
     kl: Tensor | None = None
     candidates_scored: Tensor | None = None
+    beta: Tensor | None = None
     candidate_ids: Tensor | None = None
     candidate_logprobs: Tensor | None = None
     candidate_rewards: Tensor | None = None
     speculation: dict[str, Any] | None = None
+    gating: dict[str, int] | None = None
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Answer:
         kl: for each token, as in `RewardGuidedOutput`, in nats.
         logprobs: log π of each token, under the full vocabulary.
         log_ratio: log q − log π of each token, q being what it was drawn from, as in `kl`.
+        beta: of each token's step.
         error: why there is no answer, or none beyond `tokens`; None for an answer.
     """
 
@@ -67,4 +74,5 @@ class Answer:
     kl: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     log_ratio: list[float] = field(default_factory=list)
+    beta: list[float] = field(default_factory=list)
     error: str | None = None

@@ -10,37 +10,59 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from . import validation as check
 from .models import foreign
+from .models.parts import ModelParts
 from .models.reward_model import RewardModel
+from .scorers.rewards import Reward, leaves_of
+from .vocabularies import check_families, check_vocabularies
 
 
 class CheckedPrompts(NamedTuple):
     """Prompts of a call: the language model's vocabulary, their mask [B, P], ids and mask as the
-    reward model sees them, the tokens an answer may have, whether the reward model reads text."""
+    reward model sees them, the tokens an answer may have, and of each part of the reward whether it
+    reads text."""
 
     vocab_size: int
     mask: Tensor
     reward_prompt: tuple[Tensor, Tensor]
     new_tokens: int
-    as_text: bool
+    as_text: tuple[bool, ...]
 
 
 def check_prompts(
     guide: Any,
-    rm: RewardModel | None,
+    reward: Any,
     model: Any,
     input_ids: Tensor,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> CheckedPrompts:
-    """What is known of the prompts of a call of `guide`, after every check of them."""
+    """What is known of the prompts of a call of `guide` with a reward that is taken apart, after
+    every check of them."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     check.check_config(model, config, guide.k, vocab_size)
     mask = _lm_mask(guide, model, input_ids, config, model_kwargs, vocab_size)
-    reward_prompt = _reward_prompt(guide, rm, input_ids, mask, config.num_return_sequences or 1)
+    parts = list(leaves_of(reward))
+    rms = [parts_of(part) for part in parts]
+    copies = config.num_return_sequences or 1
+    reward_prompt = _reward_prompt(guide, rms, input_ids, mask, copies)
     new_tokens = config.max_length - input_ids.shape[1]
-    as_text = _check_reward_prompt(guide, rm, *reward_prompt, new_tokens, vocab_size)
-    check.check_families(model, rm, guide.reward_tokenizer)
-    return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, as_text)
+    as_text = []
+    for part, rm in zip(parts, rms, strict=True):
+        by_text = rm is not None and check_vocabularies(part, rm, model, guide.tokenizer)
+        if rm is not None:
+            own_prompt = guide.reward_input_ids is not None
+            _check_reward_prompt(rm, *reward_prompt, new_tokens, own_prompt, by_text)
+            check_families(model, rm, part.reward_tokenizer)
+        as_text.append(by_text)
+    return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, tuple(as_text))
+
+
+def parts_of(reward: Reward) -> ModelParts | None:
+    """The model of a part of a reward, taken apart, where its ids and positions are to be checked:
+    of a scorer of the caller's, they are the caller's."""
+    if isinstance(reward.model, RewardModel):
+        return reward.model
+    return reward.model.rm if reward.reward_kind is not None else None
 
 
 def _lm_mask(
@@ -81,7 +103,7 @@ def _lm_mask(
 
 
 def _reward_prompt(
-    guide: Any, rm: RewardModel | None, input_ids: Tensor, mask: Tensor, copies: int
+    guide: Any, rms: list[ModelParts | None], input_ids: Tensor, mask: Tensor, copies: int
 ) -> tuple[Tensor, Tensor]:
     """The prompts as the reward model sees them: ids and mask [B, P]."""
     ids, own_mask = guide.reward_input_ids, guide.reward_attention_mask
@@ -100,12 +122,13 @@ def _reward_prompt(
         )
     if own_mask is None:
         own_mask = torch.ones_like(ids)
-        pad = getattr(rm.text_config, "pad_token_id", None) if rm else None
-        if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
-            raise ValueError(
-                f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
-                "missing; pass reward_attention_mask= as the tokenizer gives it"
-            )
+        for rm in rms:
+            pad = getattr(rm.text_config, "pad_token_id", None) if rm else None
+            if pad is not None and ids.shape[0] > 1 and (ids[:, [0, -1]] == pad).any():
+                raise ValueError(
+                    f"reward_input_ids contains padding (id {pad}) and reward_attention_mask is "
+                    "missing; pass reward_attention_mask= as the tokenizer gives it"
+                )
     check.check_mask("reward_attention_mask", own_mask, ids)
     if ids.shape[0] != input_ids.shape[0]:
         ids, own_mask = (t.repeat_interleave(copies, dim=0) for t in (ids, own_mask))
@@ -113,20 +136,15 @@ def _reward_prompt(
 
 
 def _check_reward_prompt(
-    guide: Any, rm: RewardModel | None, ids: Tensor, mask: Tensor, new_tokens: int, vocab_size: int
-) -> bool:
-    """Whether the reward model must be given text; raises for a prompt that does not fit it."""
-    if rm is None:
-        return False
-    own_prompt = guide.reward_input_ids is not None
+    rm: ModelParts, ids: Tensor, mask: Tensor, new_tokens: int, own_prompt: bool, as_text: bool
+) -> None:
+    """A prompt must fit a reward model, which is given text or ids."""
     name = "reward_input_ids" if own_prompt else "input_ids"
-    as_text = check.check_vocabularies(rm, vocab_size, guide.tokenizer, guide.reward_tokenizer)
     if own_prompt or not as_text:
         check.check_range(name, ids, rm.vocab_size, "reward_model")
     if not as_text:
         limit = check.position_limit(rm.base, rm.text_config)
         check.check_length(name, "reward_model", mask, new_tokens, limit)
-    return as_text
 
 
 class Prepared(NamedTuple):

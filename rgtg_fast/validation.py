@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +13,12 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from .decode import options
-from .models.foreign import CACHE, CACHE_NAMES, name_or_path
-from .models.on_base import OnBase
-from .models.reward_model import RewardModel
+from .models.foreign import CACHE, CACHE_NAMES
 from .ops import BACKENDS
-from .scorers.factory import EOS_REWARDS, METHODS, same_vocabulary
+from .scorers.factory import EOS_REWARDS, METHODS
 
 T = TypeVar("T")
+
 
 _INSTEAD = {
     "generator": "seed= (an int, or int64 [B] with one seed per row)",
@@ -62,6 +58,7 @@ def check_options(guide: Any) -> None:
     if guide.sync_every is not None:
         guide.sync_every = options.integer("sync_every", guide.sync_every, 1)
     options.reward_range(guide.reward_range, guide.prune)
+    options.steering(guide.beta_schedule, guide.kl_budget, guide.min_entropy)
     options.flags({n: getattr(guide, n) for n in ("output_candidates", "compact")})
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
     options.auto_or_flag("compile", guide.compile)
@@ -317,72 +314,6 @@ def position_limit(base: nn.Module, config: Any) -> int | None:
         ):
             return module.num_embeddings - module.padding_idx - 1  # type: ignore[operator,return-value]
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def check_vocabularies(
-    rm: RewardModel, vocab_size: int, tokenizer: Any, reward_tokenizer: Any
-) -> bool:
-    """Whether answers must be re-encoded as text, as token ids mean different things."""
-    if reward_tokenizer is not None:
-        if tokenizer is None:
-            raise ValueError(
-                "reward_tokenizer is given without tokenizer; pass tokenizer= (the language "
-                "model's) too, so that its answers can be decoded"
-            )
-        for name, given in (("tokenizer", tokenizer), ("reward_tokenizer", reward_tokenizer)):
-            if not (hasattr(given, "get_vocab") and hasattr(given, "decode")):
-                raise ValueError(f"{name} must be a transformers tokenizer; got {given!r}")
-        as_text = not same_vocabulary(tokenizer, reward_tokenizer)
-        if as_text and reward_tokenizer.pad_token_id is None:
-            raise ValueError(
-                "reward_tokenizer has no padding token, and texts of several lengths are encoded "
-                "at once; set reward_tokenizer.pad_token = reward_tokenizer.eos_token"
-            )
-        return as_text
-    if rm.vocab_size != vocab_size:
-        raise ValueError(
-            f"reward_model has a vocabulary of {rm.vocab_size} tokens and the language model one "
-            f"of {vocab_size}; pass reward_tokenizer= and tokenizer= (ids are shared where the two "
-            "agree, texts re-encoded where they do not)"
-        )
-    return False
-
-
-_compared: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
-_comparing = threading.Lock()
-
-
-def check_families(model: Any, rm: RewardModel | None, reward_tokenizer: Any) -> None:
-    """Warns, once for a pair of models that share token ids, where neither BOS nor EOS (of those
-    that both configurations know) has an id in common. One suffices: the chat models of a family
-    often have another EOS than its base models."""
-    if rm is None or reward_tokenizer is not None or isinstance(rm, OnBase):
-        return  # the vocabularies were compared, or the tokenizer is one
-    with _comparing:
-        others = _compared.setdefault(model, WeakSet())
-        if rm.model in others:
-            return
-        others.add(rm.model)
-    ours = (model.config, model.config.get_text_config(), model.generation_config)
-    theirs = (rm.config, rm.text_config, getattr(rm.model, "generation_config", None))
-    both = [(k, _ids(k, ours, rm), _ids(k, theirs, rm)) for k in ("bos", "eos")]
-    known = [(kind, a, b) for kind, a, b in both if a and b]
-    if known and not any(a & b for _, a, b in known):
-        differ = " and ".join(f"{kind} {sorted(a)} against {sorted(b)}" for kind, a, b in known)
-        names = [name_or_path(c[0]) or c[0].model_type for c in (ours, theirs)]
-        warnings.warn(
-            f"the language model ({names[0]}) and reward_model ({names[1]}) have vocabularies of "
-            f"one size and other ids for special tokens ({differ}), so an id may mean two texts; "
-            "pass tokenizer= and reward_tokenizer=: texts are re-encoded where the two differ",
-            stacklevel=3,
-        )
-
-
-def _ids(kind: str, configs: Iterable[Any], rm: RewardModel) -> set[int]:
-    """The ids that any of `configs` gives; one beyond the vocabulary is a class's default."""
-    given = [getattr(config, f"{kind}_token_id", None) for config in configs]
-    ids = [i for value in given for i in (value if isinstance(value, (list, tuple)) else [value])]
-    return {i for i in ids if isinstance(i, int) and 0 <= i < rm.vocab_size}
 
 
 def per_row(name: str, value: Any, prompts: int, batch: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ PACKAGE = Path(rgtg_fast.__file__).parent
 # A module may import from its own layer and those before it. The modules at the root of the package
 # are one layer, above `decode`.
 LAYERS = ("ops", "models", "scorers", "decode", "", "training", "evaluation", "demo", "cli")
-CALLS = {"generate", "generate_many", "guided", "prompts", "validation", "output"}
+CALLS = {"generate", "generate_many", "guided", "prompts", "validation", "vocabularies", "output"}
 ROOT = {"__init__", "__main__", *CALLS}
 
 

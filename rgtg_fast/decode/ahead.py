@@ -15,17 +15,22 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from ..models.language_model import LanguageModel
+from ..scorers.joint import JointScorer
 from ..scorers.tree import TreeScorer
 from .call import Call
 from .drafters import Drafter, SuffixDrafter
-from .logits import CachedLogits
-from .pace import Costs, Survival
+from .fitted import FittedHead
+from .logits import CachedLogits, JointLogits
+from .pace import PRIOR_WEIGHT, Costs, Rate, Retry, Survival
 from .plan import ROW_BY_ROW, SCORES_ALONE
 
 LONGEST = 8  # tokens of a round, at most, where their number is chosen here
-CANDIDATES = (
-    96  # of all rows and tokens of such a round: what reading the weights pays for on a CPU
-)
+# Candidates of all rows and tokens of such a round: what reading the weights pays for on a CPU.
+CANDIDATES = 96
+# Bytes of the language model's weights: with fewer, its forwards are no longer than the host's own
+# work for a round.
+SMALL = 64 << 20
 # Stopping criteria that look at each row by itself.
 OF_EACH_ROW = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
 
@@ -40,19 +45,40 @@ class Speculation:
     most: int
     fixed: bool
     costs: Costs
+    survival: Survival
+    fitted: FittedHead
+    vocab_size: int
     drafter: Drafter | None = None
-    survival: Survival = field(default_factory=Survival)
+    # How often guesses were what the language model chose.
+    guessed: Rate = field(default_factory=lambda: [PRIOR_WEIGHT * 0.7, PRIOR_WEIGHT])
+    guessing: Retry = field(default_factory=Retry)
+    drafting: Retry = field(default_factory=Retry)
     lm_forwards: int = 0
     reward_forwards: int = 0
     tokens: int = 0
     drafted: int = 0
     kept: int = 0
 
+    def right(self) -> float:
+        """The probability that a guess is what the language model chooses."""
+        return self.guessed[0] / self.guessed[1]
+
     def guesses(self, most: int) -> int:
         """How many tokens the drafter is to guess, at most `most`."""
-        if self.drafter is None:
-            return 0
-        return most if self.fixed else self.survival.worth_guessing(most, self.costs)
+        if self.fixed or most <= 0:
+            return most
+        count, _ = self.costs.best(most, self.right())
+        return max(count, 1) if self.guessing(count > 0) else 0
+
+    def goes_on(self, drafted: int, nodes: int, then: int, yields: float, more: float) -> bool:
+        """Whether to draft a position after `drafted`, with `nodes` candidates, which yield
+        `yields` tokens by expectation; with it they are `then` candidates and `more` tokens."""
+        if not more:
+            return False
+        most = 0 if self.drafter is None else self.most - drafted - 1
+        _, each = self.costs.best(most, self.right())
+        pays = self.costs.one_more_pays(drafted, nodes, then, yields, more, each)
+        return self.drafting(pays) if drafted == 1 else pays
 
     def report(self) -> dict[str, Any]:
         """Forwards of both models, tokens of all rows, and the share of drafts that were kept, of
@@ -65,15 +91,13 @@ class Speculation:
         }
 
 
-_costs: weakref.WeakKeyDictionary[Any, dict[tuple, Costs]] = weakref.WeakKeyDictionary()
+Learnt = tuple[Costs, Survival, FittedHead]
+_learnt: weakref.WeakKeyDictionary[Any, dict[tuple, Learnt]] = weakref.WeakKeyDictionary()
 
 
-def costs_of(model: Any, key: tuple) -> Costs:
-    """The costs seen so far with a reward model, kept over calls; `key` is what they depend on."""
-    known = _costs.setdefault(model, {})
-    if key not in known:
-        known[key] = Costs()
-    return known[key]
+def learnt_of(model: Any, key: tuple) -> Learnt:
+    """What calls with a reward model have found so far; `key` is what that depends on."""
+    return _learnt.setdefault(model, {}).setdefault(key, (Costs(), Survival(), FittedHead()))
 
 
 def choose_speculation(
@@ -89,7 +113,7 @@ def choose_speculation(
         if fixed or drafter is not None:
             warnings.warn(f"no speculation: {reason}", stacklevel=4)
         return None
-    if not fixed and (why := _why_not_by_itself(call)) is not None:
+    if not fixed and (why := _why_not_by_itself(call, drafter)) is not None:
         if drafter is not None:
             warnings.warn(f"no speculation: {why}; pass speculate=4 to have it", stacklevel=4)
         return None
@@ -98,20 +122,24 @@ def choose_speculation(
     most = int(asked) if fixed else min(LONGEST, CANDIDATES // (batch * k))
     call.scorer.ahead = most  # type: ignore[attr-defined]
     rm = call.scorer.rm  # type: ignore[attr-defined]
-    key = type(rm), batch, k, rm.dtype, torch.get_num_threads(), id(type(call.source.view.model))  # type: ignore[attr-defined]
+    lm, threads = call.source.view.model, torch.get_num_threads()  # type: ignore[attr-defined]
+    key = type(call.scorer), batch, k, rm.dtype, threads, type(lm), id(lm.config)
     if drafter is None and not fixed and call.source.view.dtype is torch.float32:  # type: ignore[attr-defined]
         # (In bf16 a forward of several tokens rounds otherwise than one of each.)
         drafter = SuffixDrafter()
-    return Speculation(most, fixed, costs_of(rm.model, key), drafter)
+    vocab_size = call.source.view.vocab_size  # type: ignore[attr-defined]
+    return Speculation(most, fixed, *learnt_of(rm.model, key), vocab_size, drafter)
 
 
 def _why_not(call: Call) -> str | None:
     """What in a call takes one token at a time."""
-    if not isinstance(call.source, CachedLogits):
+    if not isinstance(call.source, (CachedLogits, JointLogits)):
         return "the language model does not run on a cache of its own"
-    if type(call.scorer) is not TreeScorer or not call.scorer.fused:
+    if type(call.scorer) not in (TreeScorer, JointScorer) or not call.scorer.fused:  # type: ignore[attr-defined]
         kind = getattr(call.scorer, "method", type(call.scorer).__name__)
         return f"rewards by {kind!r} are of one position at a time"
+    if call.policy.schedule is not None or call.policy.kl_budget is not None:
+        return "beta_schedule= and kl_budget= set beta at one step at a time"
     if call.record.wants_logits:
         return "output_scores and output_logits are wanted of every step"
     if call.streamer is not None and len(call.policy.seeds) > 1:
@@ -128,7 +156,7 @@ def _why_not(call: Call) -> str | None:
     return None
 
 
-def _why_not_by_itself(call: Call) -> str | None:
+def _why_not_by_itself(call: Call, drafter: Drafter | None) -> str | None:
     """Why speculation is left out where nobody asks for a number of tokens."""
     if call.graph is not None or call.policy.seeds.device.type != "cpu":
         return "it is not captured in a CUDA graph, and that pays more"
@@ -136,6 +164,13 @@ def _why_not_by_itself(call: Call) -> str | None:
         return "so many candidates take their time in arithmetic, which rounds do not save"
     if call.policy.prune and call.policy.reward_range is not None:
         return "reward_range leaves few candidates to score"
+    if drafter is None and _weight_bytes(call.source.view) < SMALL:  # type: ignore[attr-defined]
+        return "the language model is so small that its forwards are not what takes the time"
     if call.scorer.compiled is not None:  # type: ignore[attr-defined]
         return "compile=True compiles forwards of one position"
     return None
+
+
+def _weight_bytes(view: LanguageModel) -> int:
+    """Of all the language model's weights."""
+    return sum(p.nbytes for p in view.model.parameters())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..models.foreign import hooks_of
+from ..scorers.weighted import leaves_of
 from .call import Call
 from .graphs import GRAPHS, Graph
 from .plan import SCORES_ALONE
@@ -65,11 +66,13 @@ def _why_not_processor(processor: Any, device: torch.device) -> str | None:
 def _why_not_models(source: Any, scorer: Any, device: torch.device) -> str | None:
     if not source.capturable:
         return "the language model runs on Hugging Face's own cache"
-    if not getattr(scorer, "capturable", False):
-        kind = getattr(scorer, "method", type(scorer).__name__)
-        return f"scoring by {kind!r} does not keep its state in place on the device"
-    rm = getattr(scorer, "rm", None)
-    of_reward = () if rm is None else (rm.model, getattr(rm, "head", None))
+    of_reward: list[Any] = []
+    for part in leaves_of(scorer):
+        if not getattr(part, "capturable", False):
+            kind = getattr(part, "method", type(part).__name__)
+            return f"scoring by {kind!r} does not keep its state in place on the device"
+        rm = getattr(part, "rm", None)
+        of_reward += [] if rm is None else [rm.model, getattr(rm, "head", None)]
     for what, modules in (("language", (source.view.model,)), ("reward", of_reward)):
         for part in modules:
             why = why_not_module(part, device) if isinstance(part, nn.Module) else None

@@ -8,6 +8,7 @@ from typing import Any
 from ..models.compiled import CompiledSiblings
 from ..scorers.next_token import NextTokenScorer
 from ..scorers.tree import SiblingScorer
+from ..scorers.weighted import WeightedScorer
 from .call import Call
 from .capture import why_not_module
 from .logits import CachedLogits, JointLogits
@@ -18,16 +19,20 @@ WORTH = 64  # fewest steps of a captured graph that "auto" compiles for
 def choose_compiled(asked: bool | str, call: Call) -> None:
     """Have the forwards of a call compiled: where that is `asked` for (with a warning that says why
     where it is not possible), or "auto" finds that a graph serves enough steps."""
-    if isinstance(call.scorer, SiblingScorer | NextTokenScorer):
-        call.scorer.compiled = None  # of an earlier call on the same object
+    parts = call.scorer.leaves if isinstance(call.scorer, WeightedScorer) else [call.scorer]
+    for part in parts:
+        if isinstance(part, SiblingScorer | NextTokenScorer):
+            part.compiled = None  # of an earlier call on the same object
     if asked is False or (asked == "auto" and (call.graph is None or call.plan.steps < WORTH)):
         return
-    of_source, of_scorer = _why_not_source(call.source), _why_not_scorer(call.scorer)
+    of_source = _why_not_source(call.source)
     if of_source is None and isinstance(call.source, CachedLogits):
         call.source.forward.compiled = CompiledSiblings(call.source.view, asked is True)
-    if of_scorer is None and isinstance(call.scorer, SiblingScorer | NextTokenScorer):
-        call.scorer.compiled = CompiledSiblings(call.scorer.rm, asked is True)
-    for reason in (of_source, of_scorer):
+    of_scorer = [_why_not_scorer(part) for part in parts]
+    for part, reason in zip(parts, of_scorer, strict=True):
+        if reason is None and isinstance(part, SiblingScorer | NextTokenScorer):
+            part.compiled = CompiledSiblings(part.rm, asked is True)
+    for reason in (of_source, *of_scorer):
         if reason is not None and asked is True:
             warnings.warn(f"compile=True has no effect on {reason}", stacklevel=4)
 

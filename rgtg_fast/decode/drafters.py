@@ -6,6 +6,7 @@ would have chosen the token. So drafters draw with the same noise.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 
 from ..scorers.causal import language_model
 from .logits import CachedLogits
+from .options import integer
 from .ratio_policy import RatioPolicy
 from .rows import Rows
 
@@ -28,9 +30,11 @@ class Drafter(Protocol):
     def begin(self, prompts: Tensor, mask: Tensor) -> None:
         """The prompts int64 [B, P] of a call and their mask [B, P]."""
 
-    def draft(self, rows: Rows, n: int, policy: RatioPolicy) -> Tensor:
-        """At most `n` guesses for what follows in each row, int64 [B, g]; -1 from where a row has
-        none."""
+    def draft(
+        self, rows: Rows, ahead: Tensor, counts: Tensor, n: int, policy: RatioPolicy
+    ) -> Tensor:
+        """At most `n` guesses for what follows in each row with the first `counts` [B] of the
+        tokens `ahead` int64 [B, m] behind it, int64 [B, g]; -1 from where a row has none."""
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with rows `rows` int64 [n] alone."""
@@ -41,14 +45,24 @@ class Drafter(Protocol):
 
 class SuffixDrafter:
     """Guesses what followed the last tokens before: in the prompts and answers of all the calls
-    that it has seen, by an index of suffixes (csrc/draft_index.h)."""
+    that one object is given to, as `assistant_model=`, in any threads.
+
+    It knows what came after suffixes of up to `order` tokens (csrc/draft_index.h), at most 262,144
+    of them, and keeps no text.
+    """
 
     def __init__(self, order: int = 4) -> None:
         from .. import _C
 
-        self.index = _C.DraftIndex(order=order)
+        self.index = _C.DraftIndex(order=integer("order", order, 1, 64))
         self.texts: list[int] = []  # the index's numbers of the rows
         self.known: list[int] = []  # tokens of each answer that it has
+
+    def for_call(self) -> SuffixDrafter:
+        """A drafter for the rows of one call, on the same index."""
+        own = copy.copy(self)
+        own.texts, own.known = [], []
+        return own
 
     def begin(self, prompts: Tensor, mask: Tensor) -> None:
         self.texts = [next(_texts) for _ in prompts]
@@ -56,14 +70,18 @@ class SuffixDrafter:
         for text, ids, real in zip(self.texts, prompts.cpu(), mask.cpu(), strict=True):
             self.index.extend(text, ids[real.bool()].tolist())
 
-    def draft(self, rows: Rows, n: int, policy: RatioPolicy) -> Tensor:
+    def draft(
+        self, rows: Rows, ahead: Tensor, counts: Tensor, n: int, policy: RatioPolicy
+    ) -> Tensor:
         positions, seeds = rows.position.tolist(), policy.seeds.tolist()
+        behind = [row[:count] for row, count in zip(ahead.tolist(), counts.tolist(), strict=True)]
         answers = rows.ids[:, rows.prompt :].cpu()
         guesses = torch.full((len(positions), n), -1, dtype=torch.int64, device="cpu")
         for i, (text, position) in enumerate(zip(self.texts, positions, strict=True)):
             self.index.extend(text, answers[i, self.known[i] : position].tolist())
             self.known[i] = position
-            found = self.index.draft(text, n, position, seeds[i], policy.do_sample)
+            at = position + len(behind[i])
+            found = self.index.draft(text, n, at, seeds[i], policy.do_sample, behind[i])
             guesses[i, : len(found)] = torch.tensor(found, dtype=torch.int64, device="cpu")
         return guesses.to(rows.ids.device)
 
@@ -97,13 +115,16 @@ class AssistantDrafter:
         self.fed = prompts[:, :0].long()
         self.counts = torch.zeros_like(prompts[:, 0], dtype=torch.int64)
 
-    def draft(self, rows: Rows, n: int, policy: RatioPolicy) -> Tensor:
-        text = rows.ids[:, rows.prompt : rows.prompt + int(rows.position.max())]
-        agree = self._agreeing(text, rows.position)
+    def draft(
+        self, rows: Rows, ahead: Tensor, counts: Tensor, n: int, policy: RatioPolicy
+    ) -> Tensor:
+        position = rows.position + counts
+        text = self._texts(rows, ahead, int(position.max()))
+        agree = self._agreeing(text, position)
         self.source.crop(agree + 1)
-        missing = rows.position - agree  # at least the last token, whose logits are wanted
-        ahead = torch.arange(int(missing.max()), device=text.device)
-        at = (agree[:, None] + ahead).clamp(max=text.shape[1] - 1)
+        missing = position - agree  # at least the last token, whose logits are wanted
+        slots = torch.arange(int(missing.max()), device=text.device)
+        at = (agree[:, None] + slots).clamp(max=text.shape[1] - 1)
         logits = self.source.extend(self._own(text.gather(1, at)), missing)
         last = (missing - 1)[:, None, None].expand(-1, 1, logits.shape[2])
         logits = self._shared(logits.gather(1, last)[:, 0])
@@ -111,14 +132,23 @@ class AssistantDrafter:
         while True:
             logprobs, ids = policy.candidates(logits)
             none = torch.zeros_like(logprobs)
-            slot, _ = policy.select(logprobs, none, ids, rows.position + len(guesses))
+            slot, _ = policy.select(logprobs, none, ids, position + len(guesses))
             guesses.append(ids.gather(1, slot.clamp(min=0)[:, None]))
             if len(guesses) == n:
                 break
             logits = self._shared(self.source.feed(self._own(guesses[-1])))
         drafted = torch.cat(guesses, dim=1)
-        self._fed(text, rows.position, drafted[:, :-1])
+        self._fed(text, position, drafted[:, :-1])
         return drafted
+
+    @staticmethod
+    def _texts(rows: Rows, ahead: Tensor, length: int) -> Tensor:
+        """The answers with `ahead` behind them, [B, length]; behind a row's end, anything."""
+        answers = rows.ids[:, rows.prompt :]
+        text = answers.new_zeros((len(answers), max(length, answers.shape[1]) + ahead.shape[1]))
+        text[:, : answers.shape[1]] = answers
+        at = rows.position[:, None] + torch.arange(ahead.shape[1], device=ahead.device)
+        return text.scatter_(1, at, ahead)[:, :length]
 
     def _own(self, ids: Tensor) -> Tensor:
         """Ids that the assistant has a row for. (Models of one tokenizer pad their vocabularies to
@@ -156,6 +186,8 @@ def drafter_of(
 ) -> Drafter | None:
     """The drafter of a call that is given `assistant`, a causal LM or a `Drafter`, for prompts with
     the `mask` [B, P]; `ValueError` where it is neither, or cannot be run."""
+    if isinstance(assistant, SuffixDrafter):
+        return assistant.for_call()
     if assistant is None or isinstance(assistant, Drafter):
         return assistant
     name = type(assistant).__name__

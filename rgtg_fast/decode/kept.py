@@ -231,6 +231,8 @@ def _kind(call: Call, input_ids: Tensor) -> tuple | None:
     told (a reward head may be any function)."""
     scorer: Any = call.scorer
     policy, record, rm = call.policy, call.record, getattr(scorer, "rm", None)
+    if policy.schedule is not None or policy.kl_budget is not None:
+        return None
     names = type(call.source).__name__, type(scorer).__name__
     head = getattr(rm, "head", None)
     if not all(name in _IN_PLACE for name in names) or not isinstance(head, nn.Module | None):

@@ -25,6 +25,7 @@ from ..models.padding import has_holes, positions_of
 from ..models.siblings import SiblingForward, fill_cache
 from ..scorers.causal import StaticForward, language_model
 from ..scorers.joint import JointScorer
+from ..scorers.weighted import WeightedScorer
 from .rows import Rows
 
 
@@ -145,6 +146,7 @@ class CachedLogits:
         mask = self.attention_mask.to(device)
         self.counts = mask.sum(1)
         hidden = self.static.prefill(input_ids.to(device), mask)
+        self.newest = hidden[:, None]
         return self.static.logits(hidden).to(input_ids.device)
 
     def join(self, prompts: Sequence[Tensor]) -> Tensor:
@@ -165,19 +167,29 @@ class CachedLogits:
     def feed(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] after one more token int64 [B, 1]."""
         hidden = self.static.step(tokens.to(self.view.device))
+        self.newest = hidden[:, None]
         return self.static.logits(hidden).to(tokens.device)
 
     def extend(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Logits [B, n, V] after each of the next tokens int64 [B, n], of which a row has the first
         `counts` [B] (behind them, anything)."""
         device = self.view.device
-        hidden = self.forward.extend(tokens.to(device), counts.to(device))
+        self.newest = hidden = self.forward.extend(tokens.to(device), counts.to(device))
         logits = self.static.logits(hidden.flatten(0, 1))
         return logits.view(*tokens.shape, -1).to(tokens.device)
 
     def crop(self, answers: Tensor) -> None:
         """Forget all but the prompts and the first `answers` - 1 tokens behind them, [B]."""
         self.forward.crop(self.counts + answers.to(self.view.device) - 1)
+
+    def known(self) -> None:
+        """None: the newest token is not fed yet."""
+
+    def pause(self, answers: Tensor) -> None:
+        """The reward model has a cache of its own."""
+
+    def resume(self, answers: Tensor) -> None:
+        self.crop(answers)
 
     def can_keep_rows(self) -> bool:
         return True
@@ -208,32 +220,77 @@ class JointLogits:
     capturable, owns_cache = True, False
     caches: Sequence[SiblingCache] = ()  # the scorer's
 
-    def __init__(self, view: LanguageModel, scorer: JointScorer, cache: DynamicCache) -> None:
+    def __init__(
+        self,
+        view: LanguageModel,
+        scorer: JointScorer,
+        attention_mask: Tensor,
+        cache: DynamicCache,
+    ) -> None:
         self.view, self.scorer, self.cache = view, scorer, cache
+        self.attention_mask = attention_mask
         self.rest = view.rest()
+        # [B], tokens of the prompts
+        self.counts = torch.zeros(0, dtype=torch.int64, device=view.device)
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         self.prompt = input_ids.shape[1]
+        self.counts = self.attention_mask.to(self.view.device).sum(1)
+        self.newest = self.scorer.next_hidden[:, None]
         return self._logits().to(input_ids.device)
 
     def step(self, rows: Rows) -> Tensor:
         return self._logits().to(rows.ids.device)
 
     def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        counts = self.counts.new_tensor([len(prompt) for prompt in prompts])
+        self.counts = torch.cat([self.counts, counts])
         return self._logits(slice(-len(prompts), None)).to(prompts[0].device)
 
     def advance(self, last: Tensor) -> Tensor:
         return self._logits(slice(len(last))).to(last.device)
 
     def _logits(self, rows: slice = slice(None)) -> Tensor:
-        hidden = self.scorer.next_hidden[rows]
-        return self.rest.logits(hidden, self.scorer.forward.output_type)
+        return self._logits_of(self.scorer.next_hidden[rows])
+
+    def _logits_of(self, hidden: Tensor) -> Tensor:
+        return self.rest.logits(hidden, self.forward.output_type)
+
+    def known(self) -> Tensor:
+        self.newest = self.scorer.next_hidden[:, None]
+        return self._logits().to(self.attention_mask.device)
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """As `CachedLogits`, ahead of the scorer's rows."""
+        return self.extend(tokens, torch.ones_like(tokens[:, 0]))[:, 0]
+
+    def extend(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """As `CachedLogits`, ahead of the scorer's rows."""
+        device = self.view.device
+        self.newest = hidden = self.scorer.look_ahead(tokens.to(device), counts.to(device))
+        logits = self._logits_of(hidden.flatten(0, 1))
+        return logits.view(*tokens.shape, -1).to(tokens.device)
+
+    def crop(self, answers: Tensor) -> None:
+        self.scorer.look_back(self.counts + answers.to(self.view.device) - 1)
+
+    def pause(self, answers: Tensor) -> None:
+        """The scorer goes on from its own rows."""
+        self.crop(answers + 1)
+
+    def resume(self, answers: Tensor) -> None:
+        """The scorer's rows are at their ends."""
+
+    @property
+    def forward(self) -> SiblingForward:
+        return self.scorer.forward
 
     def can_keep_rows(self) -> bool:
         return True
 
     def keep_rows(self, rows: Tensor) -> None:
         """The scorer's rows are the source's."""
+        self.counts = self.counts[rows.to(self.view.device)]
 
     def finish(self, steps: int) -> Any:
         rows = len(self.scorer.next_hidden)
@@ -253,8 +310,10 @@ def logits_source(
     if found is not None:
         view, way = found
         cache = model_kwargs[CACHE]
-        if isinstance(scorer, JointScorer):
-            return JointLogits(view, scorer, cache)
+        parts = scorer.leaves if isinstance(scorer, WeightedScorer) else [scorer]
+        joint = next((part for part in parts if isinstance(part, JointScorer)), None)
+        if joint is not None:
+            return JointLogits(view, joint, attention_mask, cache)
         if way == "fused":
             return CachedLogits(view, attention_mask, config.max_length, backend, cache)
     return HFLogits(model, config, model_kwargs, len(attention_mask))

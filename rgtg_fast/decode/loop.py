@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scorers.base import RewardModelScorer, Scorer
+from ..scorers.base import Scorer
+from ..scorers.weighted import checked
 from .call import Call
 from .graphs import Runner
 from .kept import reuse_of
@@ -108,33 +109,25 @@ def weigh(call: Call, logprobs: Tensor, ids: Tensor, contest: Contest | None, ro
     if call.epilogue and contest is None:
         hidden, weight, bias = call.scorer.linear(ids)  # type: ignore[attr-defined]
         slot, rewards, logq = call.policy.step(logprobs, hidden, weight, bias, ids, rows.position)
-        return Choice(slot, ids, logprobs, rewards, logq)
-    scored = None if contest is None else contest.scored
+        beta = call.policy.step_beta(logprobs, rewards, rows.position, None)
+        return Choice(slot, ids, logprobs, rewards, logq, beta=beta)
+    scored, gated = (None, None) if contest is None else (contest.scored, contest.gated)
     rewards = call.policy.bounded(score(call.scorer, ids, scored))
-    slot, logq = call.policy.select(logprobs, rewards, ids, rows.position, contest)
-    return Choice(slot, ids, logprobs, rewards, logq, scored)
+    beta = call.policy.step_beta(logprobs, rewards, rows.position, contest)
+    slot, logq = call.policy.select(logprobs, rewards, ids, rows.position, contest, beta)
+    return Choice(slot, ids, logprobs, rewards, logq, scored, gated, beta)
 
 
 def known(scorer: Scorer, ids: Tensor) -> Tensor | None:
     """Which candidates are tokens of the reward model, bool [B, k]; None for all."""
-    return scorer.known(ids) if isinstance(scorer, RewardModelScorer) else None
+    return scorer.known(ids) if hasattr(scorer, "known") else None
 
 
 def score(scorer: Scorer, ids: Tensor, keep: Tensor | None = None) -> Tensor:
     """Rewards [B, k] of the candidates (NaN of those not in `keep`, where it is given);
     `ValueError` where a scorer gives another shape."""
     rewards = scorer.score(ids) if keep is None else scorer.score(ids, keep)  # type: ignore[call-arg]
-    if not isinstance(rewards, Tensor):
-        raise ValueError(
-            f"{type(scorer).__name__}.score gave {type(rewards).__name__}; it must give a tensor "
-            f"of rewards {list(ids.shape)}"
-        )
-    if rewards.shape != ids.shape:
-        raise ValueError(
-            f"rewards has shape {list(rewards.shape)} for candidates {list(ids.shape)}; "
-            f"{type(scorer).__name__}.score must give one number for each candidate"
-        )
-    return rewards.to(ids.device, torch.float32)
+    return checked(scorer, rewards, ids).to(torch.float32)
 
 
 def wait_for_peers(done: bool, call: Call, rows: Rows) -> None:

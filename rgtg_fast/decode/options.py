@@ -136,6 +136,21 @@ def reward_range(value: Any, prune: Any) -> None:
         raise ValueError(f"reward_range={value!r}; pass two finite numbers (lo, hi) with lo < hi")
 
 
+def steering(schedule: Any, kl_budget: Any, min_entropy: Any) -> None:
+    """A function or None, nats > 0 or None, nats >= 0 or None."""
+    if schedule is not None and not callable(schedule):
+        raise ValueError(
+            f"beta_schedule={schedule!r}; pass a function of the position in the answer (an int "
+            "from 0) that gives what beta is times there, such as lambda t: min(1, t / 16)"
+        )
+    for name, value in (("kl_budget", kl_budget), ("min_entropy", min_entropy)):
+        if value is None:
+            continue
+        number(name, value)
+        if isinstance(value, Tensor) or value < 0 or (name == "kl_budget" and value == 0):
+            raise ValueError(f"{name}={value!r}; pass a positive number of nats, or None")
+
+
 def of_prompt(name: str, value: Any, index: int) -> float:
     """What a prompt has of an option that is a number, or a tensor [N] of one for each."""
     if not isinstance(value, Tensor) or value.dim() == 0:

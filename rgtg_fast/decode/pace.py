@@ -1,10 +1,11 @@
-"""How far to draft: as far as the time of a token becomes less, by expectation.
+"""How far a round of speculation goes ahead: what saves time, by expectation.
 
-A round of speculation takes m tokens of the language model's own continuation, scores all their
-candidates in one forward of the reward model, and keeps the tokens up to the first that the rewards
-change. The continuation comes from m forwards of the language model (`drafts`), or is guessed, and
-verified in one (`guesses`). What that costs is timed, and how many tokens it yields is counted,
-round by round. Neither changes which tokens are chosen: a bad estimate costs time only.
+A round takes m positions of the language model's own continuation, scores all their candidates in
+one forward of the reward model, and keeps the tokens up to the first that the rewards change. The
+language model gets ahead by a position with each forward, or by more where some of the next tokens
+are guessed and turn out right. What forwards take is timed, and how often drafts and guesses are
+right is counted, round by round. Neither changes which tokens are chosen: a bad estimate costs time
+only.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from torch import Tensor
 TIMES = 7  # the last ones count, by their median
 MEMORY = 0.95  # what an average keeps of itself at each observation
 # A draft is the safer, the larger the rewards could be without another candidate overtaking it: in
-# standard deviations of the rewards among a step's candidates, either way. Two rewards differ with
-# a deviation sqrt(2) times as large, so these are gaps of 1/2, 1, 2 and 4 of it.
+# standard deviations of what is not foreseen of a step's rewards (fitted.py), either way. Two of
+# them differ with a deviation sqrt(2) times as large, so these are gaps of 1/2, 1, 2 and 4 of it.
 LEVELS = (0.5 / math.sqrt(2), 1.0 / math.sqrt(2), 2.0 / math.sqrt(2), 4.0 / math.sqrt(2))
-PRIOR = (0.5, 0.75, 0.9, 0.98, 1.0)  # how often a draft of each level is kept, at first
+# How often a draft of each level is kept, at first: hopeful, as what is not tried is not learnt.
+PRIOR = (0.75, 0.85, 0.93, 0.98, 1.0)
 PRIOR_WEIGHT = 4.0  # drafts that the first assumption counts for
 FIRST_SPREAD = 0.5  # of rewards, before any was seen
-RETRY = 32  # rounds after which guesses that did not pay are tried again
+NODES = 4  # numbers of candidates that are not told apart in the reward model's times
+RETRY = 64  # decisions after which what did not pay is tried again
 MARGIN = 0.98  # what looks no better than this is not worth the risk
 
 
@@ -41,7 +44,10 @@ class Seconds:
     def __call__(self, tokens: int) -> float | None:
         """Expected seconds: on the line through the lengths seen around it, or the last two. With
         one length seen, that one's time: longer ones look cheap, and so are tried."""
-        known = {m: statistics.median(times) for m, times in self.seen.items()}
+        # The first of a length makes what a library keeps for that shape.
+        # (Lists, as another thread may add to them.)
+        seen = [(m, list(times)) for m, times in list(self.seen.items())]
+        known = {m: statistics.median(times[1:] or times) for m, times in seen}
         if tokens in known or len(known) <= 1:
             return known.get(tokens, next(iter(known.values()), None))
         order = sorted(known)
@@ -53,34 +59,44 @@ class Seconds:
 
 
 class Costs:
-    """Seconds of a drafted token, of a guessed one, of verifying m tokens, and of the reward
-    model's forward over m tokens' candidates."""
+    """Seconds of a forward of the language model over m tokens (the last one, and m - 1 guesses),
+    of a guess, and of all the rest of a round with m * NODES candidates to score."""
 
     def __init__(self) -> None:
-        self.draft, self.guess, self.verify, self.reward = (Seconds() for _ in range(4))
+        self.draft, self.guess, self.reward = Seconds(), Seconds(), Seconds()
 
-    def drafts(self, tokens: int) -> float | None:
-        """Of a round whose tokens the language model drafts."""
-        draft, reward = self.draft(1), self.reward(tokens)
-        return None if draft is None or reward is None else tokens * draft + reward
-
-    def guesses(self, tokens: int) -> float | None:
-        """Of a round with `tokens` - 1 guesses."""
-        draft, reward = self.draft(1), self.reward(tokens)
-        if draft is None or reward is None:
+    def ahead(self, guesses: int, right: float) -> float | None:
+        """Of a position that the language model gets ahead by, with so many guesses in a forward,
+        each `right` with that probability."""
+        seconds = self.draft(guesses + 1)
+        if seconds is None:
             return None
-        verify = self.verify(tokens)
-        guess = (self.guess(1) or 0.0) * (tokens - 1)
-        # Never verified yet: as if it were one token, so that it is tried.
-        return (draft if verify is None else verify) + guess + reward
+        positions = sum(right**i for i in range(guesses + 1))
+        return (seconds + guesses * (self.guess(1) or 0.0)) / positions
 
-    def one_more_pays(self, drafted: int, yields: float, more: float) -> bool:
-        """Whether to draft a token after `drafted`, which yield `yields` tokens by expectation;
-        with it, `more` are added. Never before anything was timed."""
-        now, then = self.drafts(drafted), self.drafts(drafted + 1)
-        if now is None or then is None:
+    def best(self, most: int, right: float) -> tuple[int, float | None]:
+        """How many guesses, at most `most`, make a position cheapest, and its seconds."""
+        count, least = 0, self.ahead(0, right)
+        if least is None:
+            return 0, None
+        limit = MARGIN * least
+        for guesses in range(1, most + 1):
+            seconds = self.ahead(guesses, right)
+            if seconds is not None and seconds < limit:
+                count, limit = guesses, seconds
+        return count, limit if count else least
+
+    def one_more_pays(
+        self, drafted: int, nodes: int, then: int, yields: float, more: float, each: float | None
+    ) -> bool:
+        """Whether to draft a position after `drafted`, which yield `yields` tokens by expectation
+        and have `nodes` candidates; with it, at `each` seconds, they are `then` candidates and
+        `more` tokens more. Never before anything was timed."""
+        now, later = self.reward(nodes // NODES), self.reward(then // NODES)
+        if now is None or later is None or each is None:
             return False
-        return then * yields < MARGIN * now * (yields + more)
+        now, later = now + drafted * each, later + (drafted + 1) * each
+        return later * yields < MARGIN * now * (yields + more)
 
 
 Rate = list[float]  # how often something was right and was seen, the last times counting most
@@ -93,14 +109,11 @@ def observed(rate: Rate, right: float, seen: float) -> None:
 
 
 class Survival:
-    """How likely drafts are to be kept, by their level of safety; and guesses to be drafts."""
+    """How likely drafts are to be kept, by their level of safety."""
 
     def __init__(self) -> None:
-        self.square: float | None = None  # the rewards' variance among a step's candidates
+        self.square: float | None = None  # variance of what is not foreseen of a step's rewards
         self.levels: list[Rate] = [[PRIOR_WEIGHT * p, PRIOR_WEIGHT] for p in PRIOR]
-        self.drafts: Rate = [PRIOR_WEIGHT * 0.9, PRIOR_WEIGHT]
-        self.guesses: Rate = [PRIOR_WEIGHT * 0.7, PRIOR_WEIGHT]
-        self.rounds = 0  # without a guess
 
     def levels_of(self, alone: Callable[[float], Tensor]) -> list[int]:
         """The level of each row's draft: how many of LEVELS it is safe at. `alone(r)` says, bool
@@ -120,42 +133,25 @@ class Survival:
         right, seen = self.levels[level]
         return right / seen
 
-    def observe(self, level: int | None, kept: bool) -> None:
-        """A draft of that level, where it is known, was kept or not."""
-        observed(self.drafts, kept, 1)
-        if level is not None:
-            observed(self.levels[level], kept, 1)
+    def observe(self, level: int, kept: bool) -> None:
+        """A draft of that level was kept or not."""
+        observed(self.levels[level], kept, 1)
 
-    def observe_rewards(self, rewards: Tensor) -> None:
-        """Rewards fp32 [n, k] of candidates; those that are not finite are left out."""
-        finite = rewards.isfinite()
-        count = finite.sum(-1)
-        zeroed = rewards.where(finite, 0.0)
-        mean = zeroed.sum(-1) / count.clamp(min=1)
-        square = (zeroed - mean[:, None]).square().where(finite, 0.0).sum(-1)
-        total, rows = float(square.sum()), int(count.sum())
-        if rows > len(rewards):
-            new = total / rows
+    def observe_errors(self, errors: Tensor) -> None:
+        """By how much, fp32 [n, k], rewards of candidates were not what was foreseen."""
+        if errors.shape[1] > 1 and len(errors):
+            new = float(errors.square().sum(1).mean()) / (errors.shape[1] - 1)
             old = new if self.square is None else self.square
-            self.square = MEMORY * old + (1 - MEMORY) * new
+            keep = MEMORY ** len(errors)
+            self.square = keep * old + (1 - keep) * new
 
-    def worth_guessing(self, most: int, costs: Costs) -> int:
-        """How many tokens to guess, at most `most`; 0 where drafting is as good."""
-        kept = self.drafts[0] / self.drafts[1]
-        right = kept * self.guesses[0] / self.guesses[1]
-        best, count = math.inf, 0
-        for tokens in range(1, most + 2):
-            for share, seconds, guesses in (
-                (kept, costs.drafts(tokens), 0),
-                (right, costs.guesses(tokens), tokens - 1),
-            ):
-                if seconds is None:
-                    return 0
-                each = seconds / sum(share**i for i in range(tokens))
-                if each < best * (MARGIN if guesses else 1.0):
-                    best, count = each, guesses
-        self.rounds = 0 if count else self.rounds + 1
-        if self.rounds < RETRY or most < 1:
-            return count
-        self.rounds = 0
-        return 1
+
+class Retry:
+    """Says yes where something pays, and once in `RETRY` times in a row where it does not."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, pays: bool) -> bool:
+        self.times = 0 if pays or self.times >= RETRY else self.times + 1
+        return self.times == 0

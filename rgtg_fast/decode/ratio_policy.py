@@ -12,13 +12,15 @@ from torch import Tensor
 
 from .. import ops
 from .rows import Rows
+from .steering import entropy_of, solve_beta
 from .warpers import Last
 
 
 class Choice(NamedTuple):
     """A step's candidates and the one chosen: log-probabilities under π, rewards and
     log-probabilities under the ratio policy fp32 [B, k], ids int64 [B, k], `slot` int64 [B];
-    `scored` bool [B, k] says which candidates were (None: all)."""
+    `scored` bool [B, k] says which candidates were (None: all), `gated` bool [B] in which rows no
+    reward was wanted; `beta` fp32 [B] is the step's, where it is not the same at all."""
 
     slot: Tensor
     ids: Tensor
@@ -26,13 +28,17 @@ class Choice(NamedTuple):
     rewards: Tensor
     logq: Tensor
     scored: Tensor | None = None
+    gated: Tensor | None = None
+    beta: Tensor | None = None
 
 
 class Contest(NamedTuple):
-    """Which candidates bool [B, k] may win, and which have to be scored to know who does."""
+    """Which candidates bool [B, k] may win, and which have to be scored to know who does; `gated`
+    bool [B]: rows that go without reward at this step (None: none does)."""
 
     may_win: Tensor
     scored: Tensor
+    gated: Tensor | None = None
 
 
 @dataclass
@@ -44,6 +50,11 @@ class RatioPolicy:
     `reward_range`, and with `prune` those that cannot decide a step are not asked for. Neither is
     that of a candidate without a rival where `lone` is "row"; where it is "step", if no row has
     any. `warpers` make π of the scores.
+
+    `schedule` fp32 [T] is what beta is times at each token of an answer. With `kl_budget` beta is
+    the most that it may be, and as much as makes the KL from π so many nats. Rows whose entropy
+    over the candidates is below `min_entropy` nats go without reward: the scorer then must commit
+    rows unscored.
     """
 
     k: int
@@ -57,6 +68,9 @@ class RatioPolicy:
     prune: bool = False
     lone: str | None = None
     warpers: Last | None = None
+    schedule: Tensor | None = None
+    kl_budget: float | None = None
+    min_entropy: float | None = None
 
     @functools.cached_property
     def _topk(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -93,16 +107,24 @@ class RatioPolicy:
         best is below another's worst, and those not `known` to the reward model. In rows that have
         ended nothing is scored.
         """
-        if not self.prune:
+        gated = None
+        if self.min_entropy is not None:
+            gated = (entropy_of(logprobs) < self.min_entropy) & rows.unfinished
+        if not self.prune and gated is None:
             return None
-        if self.reward_range is None:
+        if not self.prune:
+            may_win = torch.ones_like(ids, dtype=torch.bool)
+        elif self.reward_range is None or self.kl_budget is not None:
             may_win = logprobs != -torch.inf  # a NaN may, to be seen
         else:
             if known is not None:
                 logprobs = logprobs.masked_fill(~known, -torch.inf)
-            per_row = self.beta, self.temperature, self.seeds, rows.position, self.do_sample
-            may_win = self._keep(logprobs, ids, *per_row, *self.reward_range)
+            may_win = self._keep(logprobs, ids, *self._per_row(rows.position), *self.reward_range)
         scored = may_win & rows.unfinished[:, None]
+        if gated is not None:
+            scored &= ~gated[:, None]
+            if known is not None:  # no reward of -inf says so
+                may_win &= known | ~gated[:, None]
         settled = torch.zeros_like(rows.unfinished)
         if self.lone is not None:
             settled = ~rows.unfinished | (may_win.sum(1) == 1)
@@ -111,13 +133,40 @@ class RatioPolicy:
             if self.lone == "step":
                 settled &= settled.all()
         scored &= ~settled[:, None]
-        scored[:1, 0] |= ~(scored.any() | settled.all())
-        return None if scored.all() else Contest(may_win, scored)
+        if gated is None:
+            scored[:1, 0] |= ~(scored.any() | settled.all())
+        return None if scored.all() else Contest(may_win, scored, gated)
 
     def alone(self, logprobs: Tensor, ids: Tensor, position: Tensor, reach: float) -> Tensor:
         """Whether, bool [B], one candidate wins whatever the rewards between -reach and reach."""
-        per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
+        per_row = self._per_row(position)
         return self._keep(logprobs, ids, *per_row, -reach, reach).sum(1) == 1
+
+    def step_beta(
+        self, logprobs: Tensor, rewards: Tensor, position: Tensor, contest: Contest | None
+    ) -> Tensor | None:
+        """Beta fp32 [B] of a step at `position` int64 [B]; None where it is always the same."""
+        if self.schedule is None and self.kl_budget is None:
+            return None
+        beta = self._beta_at(position)
+        if self.kl_budget is not None:
+            if contest is not None:
+                logprobs, rewards = _contested(logprobs, rewards, contest)
+            beta = solve_beta(logprobs, rewards, beta, self.temperature, self.kl_budget)
+        if contest is not None and contest.gated is not None:
+            beta = beta.masked_fill(contest.gated, 0.0)
+        return beta
+
+    def _beta_at(self, position: Tensor) -> Tensor:
+        if self.schedule is None:
+            return self.beta
+        # Steps of rows that have ended may go beyond it.
+        return self.beta * self.schedule[position.clamp(max=len(self.schedule) - 1)]
+
+    def _per_row(self, position: Tensor, beta: Tensor | None = None) -> tuple[Any, ...]:
+        """What the kernels take of each row at its `position` int64 [B]."""
+        beta = self._beta_at(position) if beta is None else beta
+        return beta, self.temperature, self.seeds, position, self.do_sample
 
     def bounded(self, rewards: Tensor) -> Tensor:
         """Rewards clamped to the range; -inf (an id that is no token) and NaN are left."""
@@ -132,14 +181,16 @@ class RatioPolicy:
         ids: Tensor,
         position: Tensor,
         contest: Contest | None = None,
+        beta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw (or pick) slots int64 [B] from the ratio policy, with its log-probabilities [B, k];
-        `position` int64 [B] counts the answer's tokens."""
+        `position` int64 [B] counts the answer's tokens, `beta` [B] is that of `step_beta`."""
         if contest is not None:
-            logprobs = logprobs.masked_fill(~contest.may_win, -torch.inf)
-            rewards = rewards.where(contest.scored, 0.0)
-        per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
-        return self._sample(logprobs, rewards, ids, *per_row)
+            logprobs, rewards = _contested(logprobs, rewards, contest)
+        if beta is not None:  # it may be 0, and 0 times -inf would be NaN
+            logprobs = logprobs.masked_fill(rewards == -torch.inf, -torch.inf)
+            rewards = rewards.where(rewards != -torch.inf, 0.0)
+        return self._sample(logprobs, rewards, ids, *self._per_row(position, beta))
 
     def step(
         self,
@@ -152,9 +203,14 @@ class RatioPolicy:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`select` with the rewards hidden [B, k, H] · weight [H] + bias: slots int64 [B], rewards
         fp32 [B, k] and log-probabilities [B, k]."""
-        per_row = self.beta, self.temperature, self.seeds, position, self.do_sample
-        return self._step(logprobs, hidden, weight, ids, *per_row, bias)
+        return self._step(logprobs, hidden, weight, ids, *self._per_row(position), bias)
 
     def keep_rows(self, rows: Tensor) -> RatioPolicy:
         columns = {n: getattr(self, n)[rows] for n in ("beta", "temperature", "seeds")}
         return replace(self, **columns)
+
+
+def _contested(logprobs: Tensor, rewards: Tensor, contest: Contest) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and rewards [B, k] of those that may win."""
+    logprobs = logprobs.masked_fill(~contest.may_win, -torch.inf)
+    return logprobs, rewards.where(contest.scored, 0.0)

@@ -67,7 +67,7 @@ class Record:
             buffer = self.columns.get(name, value[:, None][:, :0])
             if buffer.shape[1] < room:
                 # A row that has ended is never written to again.
-                blank = torch.nan if name in ("rewards", "kl") else 0
+                blank = torch.nan if name in ("rewards", "kl", "beta") else 0
                 blanks = buffer.new_full((), blank)
                 buffer = self.columns[name] = with_room(buffer, room - buffer.shape[1], blanks)
             buffer[active, rows.position[active]] = value[active]
@@ -75,7 +75,7 @@ class Record:
     def of_step(self, unfinished: Tensor, choice: Choice) -> dict[str, Tensor]:
         """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where
         asked for."""
-        slot, ids, logprobs, rewards, logq, scored = choice
+        slot, ids, logprobs, rewards, logq, scored, gated, beta = choice
         chosen = slot[:, None]
         count = torch.full_like(slot, ids.shape[1]) if scored is None else scored.sum(-1)
         if self.config.do_sample:
@@ -85,10 +85,14 @@ class Record:
             if scored is not None:
                 # Where a reward that counts is unknown the ratio policy is, and so is its KL.
                 unknown = (~scored & (logprobs > -torch.inf)).any(-1)
+                if gated is not None:  # theirs has no reward
+                    unknown &= ~gated
                 kl = kl.masked_fill(unknown, torch.nan)
         else:  # all of the policy is on the token taken
             kl = 0.0 - logprobs.gather(1, chosen)[:, 0]
         columns = {"rewards": rewards.gather(1, chosen)[:, 0], "kl": kl}
+        if beta is not None:
+            columns["beta"] = beta
         columns = {n: c.masked_fill(~unfinished, torch.nan) for n, c in columns.items()}
         columns["candidates_scored"] = count.where(unfinished, 0)
         if self.output_candidates:

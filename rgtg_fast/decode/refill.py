@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..scorers.lazy import LazyScorer
+from ..scorers.weighted import WeightedRows
 from .call import Call
 from .loop import explain, known, weigh
 from .plan import ended
 from .ratio_policy import Choice
 
-COLUMNS = ("rewards", "kl", "logprobs", "log_ratio")  # of an answer's tokens; see `Answer`
+COLUMNS = ("rewards", "kl", "logprobs", "log_ratio", "beta")  # of an answer's tokens; see `Answer`
 
 
 @dataclass
@@ -80,6 +82,8 @@ class Refill:
         """Take in prompts, whose answers begin with the next step."""
         assert self.joined is None
         prompts = [entry.ids for entry in entries]
+        if isinstance(self.call.scorer, WeightedRows | LazyScorer):
+            self.call.scorer.of_prompts([entry.index for entry in entries])
         self.call.scorer.join(prompts)  # type: ignore[attr-defined]
         self.joined = self.call.source.join(prompts)  # type: ignore[attr-defined]
         self.rows += [Row(entry) for entry in entries]
@@ -110,7 +114,7 @@ class Refill:
 
     def _step(self, old: int) -> tuple[Tensor, Tensor, Tensor]:
         """One token in each row, the first `old` of which have one to go on from: slots (−1 where
-        there was no choice), tokens [B], and the `COLUMNS` [B, 4]."""
+        there was no choice), tokens [B], and the `COLUMNS` [B, 5]."""
         call, live = self.call, self.live
         parts = [call.source.advance(self.last[:old])] if old else []  # type: ignore[attr-defined]
         if self.joined is not None:
@@ -137,7 +141,10 @@ class Refill:
         if self.call.policy.do_sample:
             log_ratio = choice.logq.gather(1, chosen)[:, 0] - logprobs
             log_ratio = log_ratio.masked_fill(of_step["kl"].isnan(), torch.nan)
-        return torch.stack([of_step["rewards"], of_step["kl"], logprobs, log_ratio], 1)
+        beta = self.call.policy.beta if choice.beta is None else choice.beta
+        if choice.gated is not None:
+            beta = beta.masked_fill(choice.gated, 0.0)
+        return torch.stack([of_step["rewards"], of_step["kl"], logprobs, log_ratio, beta], 1)
 
     def _processed(self, logits: Tensor) -> Tensor:
         call = self.call

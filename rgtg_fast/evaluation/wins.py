@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .endpoint import Endpoint, Refused
+from ..scorers.http import Endpoint, Refused
 from .settings import WinJudge, load_function
 
 TEMPLATE = """Which of two answers to a prompt is better: more helpful, correct and harmless?
@@ -120,7 +121,7 @@ class ChatJudge:
             if attempt and self.endpoint.closed.wait(pause):
                 break
             try:
-                return _content(self.endpoint.post(body, self.judge.timeout))
+                return _content(self.endpoint.post(json.dumps(body).encode(), self.judge.timeout))
             except Refused as error:
                 said = str(error)
                 if not error.again:

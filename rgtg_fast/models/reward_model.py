@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,20 +14,23 @@ from .. import ops
 from .foreign import hooked
 from .parts import ModelParts
 
-HEAD_NAMES = ("score", "classifier", "v_head", "regression_head")
+HEAD_NAMES = ("score", "classifier", "v_head", "regression_head", "regression_layer")
+Label = str | int | list[str | int] | dict[str | int, float] | None
 
 
 class RewardModel(ModelParts):
     """A reward model taken apart: `base(ids) -> hidden [.., H]` and `rewards(hidden) -> fp32 [..]`.
 
     The public `...ForSequenceClassification` forward pools one position only, so base and head are
-    called directly. The head is a module of `model` named `score`, `classifier`, `v_head` or
-    `regression_head`; another is given as `head` (a callable [..., H] -> [...] or [..., 1]).
+    called directly. The head is a module of `model` named `score`, `classifier`, `v_head`,
+    `regression_head` or `regression_layer`; another is given as `head` (a callable [..., H] ->
+    [...] or [..., 1]).
 
     `label`, a name in the model's `id2label` or an index, is for a model with several labels. The
     reward is then the label's log-probability: log-softmax over the labels, or log-sigmoid where
     the configuration says `problem_type="multi_label_classification"`; with
-    `problem_type="regression"` it is the label's logit itself.
+    `problem_type="regression"`, and of a head that is named so, it is the label's logit itself.
+    Several labels make a weighted sum: a list of them (each of weight 1) or {label: weight}.
 
     Raises `ValueError` where no base or head is found, or the head gives several labels and none is
     named.
@@ -35,7 +40,7 @@ class RewardModel(ModelParts):
         self,
         model: nn.Module,
         head: Callable[[Tensor], Tensor] | None = None,
-        label: str | int | None = None,
+        label: Label = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -57,11 +62,13 @@ class RewardModel(ModelParts):
         # The public forward uses the model's own head: the probe cannot check another against it.
         self.check_public = head is None
         self.head: Any = head
-        self.label: int | None = None
-        if head is None:
-            self.head = _find_head(inner, self.base)
-            self.label = _index(label, _labels(self.head), inner)
+        self.label: tuple[tuple[int, float], ...] | None = None  # columns and their weights
         self._problem = getattr(getattr(inner, "config", self.config), "problem_type", None)
+        if head is None:
+            name, self.head = _find_head(inner, self.base)
+            self.label = _columns(label, _labels(self.head), inner)
+            if name.startswith("regression"):
+                self._problem = "regression"
         self._kernels: dict[tuple, Callable[..., Tensor]] = {}  # of reward_head
 
     def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
@@ -102,11 +109,15 @@ class RewardModel(ModelParts):
         logits = logits.float()
         if self.label is None:
             return logits.squeeze(-1)
-        if self._problem == "regression":
-            return logits[..., self.label]
         if self._problem == "multi_label_classification":
-            return nn.functional.logsigmoid(logits[..., self.label])
-        return logits.log_softmax(-1)[..., self.label]
+            logits = nn.functional.logsigmoid(logits)
+        elif self._problem != "regression":
+            logits = logits.log_softmax(-1)
+        (column, weight), *rest = self.label
+        if not rest and weight == 1:
+            return logits[..., column]
+        weights = logits.new_tensor([weight for _, weight in self.label])
+        return logits[..., [column for column, _ in self.label]] @ weights
 
     def twin(self, eval_mode: bool = True) -> Self:
         own = super().twin(eval_mode)
@@ -123,7 +134,7 @@ class RewardModel(ModelParts):
 def as_reward_model(
     model: Any,
     head: Callable[[Tensor], Tensor] | None = None,
-    label: str | int | None = None,
+    label: Label = None,
 ) -> RewardModel:
     """`model` taken apart, if it is not already. Raises `ValueError` for two heads at once."""
     if not isinstance(model, RewardModel):
@@ -136,23 +147,28 @@ def as_reward_model(
     return model
 
 
-def _find_head(model: nn.Module, base: nn.Module) -> nn.Module:
+def _find_head(model: nn.Module, base: nn.Module) -> tuple[str, nn.Module]:
     owners = [model] + ([base] if base is not model else [])
-    heads = (getattr(owner, name, None) for owner in owners for name in HEAD_NAMES)
-    head = next((h for h in heads if isinstance(h, nn.Module)), None)
-    if head is None and getattr(model, "get_output_embeddings", lambda: None)() is not None:
+    heads = ((name, getattr(owner, name, None)) for owner in owners for name in HEAD_NAMES)
+    found = next(((name, h) for name, h in heads if isinstance(h, nn.Module)), None)
+    if found is None and is_causal(model):
         raise ValueError(
             f"reward_model {type(model).__name__} is a language model, which has no reward head; "
-            "pass reward_model=rgtg_fast.scorers.AutoregressiveScorer(rm) for one trained as "
-            "GenARM, reward_model=rgtg_fast.scorers.VocabRewardScorer(rm) for one trained as "
-            "FaRMA, or reward_head= (hidden [..., H] -> reward [...])"
+            'pass reward_kind="genarm" for one trained as GenARM (rewards are its log-probs), '
+            'reward_kind="farma" for one trained as FaRMA (rewards are its logits), or '
+            "reward_head= (hidden [..., H] -> reward [...])"
         )
-    if head is None:
+    if found is None:
         raise ValueError(
             f"reward_model {type(model).__name__} has no reward head named "
             f"{', '.join(HEAD_NAMES)}; pass reward_head= (hidden [..., H] -> reward [...])"
         )
-    return head
+    return found
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a model gives logits over a vocabulary."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
 def _labels(head: nn.Module) -> int:
@@ -162,14 +178,34 @@ def _labels(head: nn.Module) -> int:
     return linears[-1].out_features if linears else 1
 
 
-def _index(label: str | int | None, labels: int, model: Any) -> int | None:
-    """The column of the head that `label` names; None for a head of one number."""
+def _columns(label: Label, labels: int, model: Any) -> tuple[tuple[int, float], ...] | None:
+    """The columns of the head that `label` names and their weights; None for a head of one."""
+    if label is None and labels == 1:
+        return None
+    if not isinstance(label, (list, tuple, Mapping)):
+        return ((_column(label, labels, model), 1.0),)
+    weights = label.items() if isinstance(label, Mapping) else [(one, 1.0) for one in label]
+    for one, weight in weights:
+        real = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not real or not math.isfinite(weight):  # type: ignore[arg-type]
+            raise ValueError(
+                f"reward_label: {one!r} has the weight {weight!r}; pass finite numbers"
+            )
+    columns = [(_column(one, labels, model), float(weight)) for one, weight in weights]
+    if not columns or len({column for column, _ in columns}) != len(columns):
+        raise ValueError(
+            f"reward_label={label!r} names {'a label twice' if columns else 'no label'}; pass a "
+            "list of labels, or {label: weight}"
+        )
+    return tuple(columns)
+
+
+def _column(label: str | int | None, labels: int, model: Any) -> int:
+    """The column of the head that `label` names."""
     id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
     names = [str(id2label.get(i, i)) for i in range(labels)]
     shown = ", ".join(names[:8]) + (", ..." if labels > 8 else "")
     if labels == 1:
-        if label is None:
-            return None
         raise ValueError(
             f"reward_label={label!r} is for a model with several labels, and "
             f"{type(model).__name__} gives one number; leave it out"
@@ -177,7 +213,8 @@ def _index(label: str | int | None, labels: int, model: Any) -> int | None:
     if label is None:
         raise ValueError(
             f"reward_model gives {labels} labels ({shown}), one number is wanted; pass "
-            f"reward_label= (a name, or 0 to {labels - 1}), or reward_head= for another number"
+            f"reward_label= (a name, 0 to {labels - 1}, a list of these, or {{label: weight}}), or "
+            "reward_head= for another number"
         )
     if isinstance(label, str) and names.count(label) == 1:
         return names.index(label)

@@ -150,20 +150,24 @@ class SiblingForward:
             self._follow()
         return torch.cat(hidden, dim=1)
 
-    def comb(self, ids: Tensor, chain: Tensor) -> Tensor:
-        """Hidden states [B, m, k, H] of `ids` [B, m, k], k siblings at each of the next m positions
-        (m * k <= width; by fused attention alone). Those at a position are behind the siblings
-        `chain` [B, m - 1] at the positions before it."""
-        batch, depths, siblings = ids.shape
-        self.cache.selection = self.cache.fresh = None
-        self.cache.begin_comb(chain, depths, siblings)
+    def comb(self, ids: Tensor, chain: Tensor, selection: Selection | None = None) -> Tensor:
+        """Hidden states [B * m, k, H] of `ids` [B, m, k], k siblings at each of the next m
+        positions (m * k <= width; by fused attention alone). Those at a position are behind the
+        siblings `chain` [B, m - 1] at the positions before it. Of a `selection` of the [B * m, k],
+        those of its tokens, as in `siblings`; `chain` then counts the selected ones of a position.
+        """
+        _, depths, siblings = ids.shape
+        ids = ids.flatten(0, 1)
         position = self._position(None) + torch.arange(depths, device=ids.device)
         if self.furthest is not None:
             position = torch.minimum(position, self.furthest)
         position = position.reshape(-1, 1).expand(-1, siblings)
+        if selection is not None:
+            ids, position, siblings = selection.take(ids), selection.take(position), selection.width
+        self.cache.selection, self.cache.fresh = selection, None
+        self.cache.begin_comb(chain, depths, siblings)
         assert isinstance(self.mask, SiblingStarts)
-        hidden = self._forward(ids.flatten(0, 1), position, self.mask.current(None, depths))
-        return hidden.view(batch, depths, siblings, -1)
+        return self._forward(ids, position, self.mask.current(None, depths))
 
     def commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
         """The first `counts` [B] tokens of the last comb's chain join the prefixes, with sibling

@@ -26,6 +26,7 @@ from .dispatch import (
     unavailable_reason,
 )
 from .losses import prefix_bt_loss
+from .mixing import mix_logits
 from .registry import MAX_CANDIDATES, OPS
 from .sampling import ratio_keep, ratio_sample, ratio_step
 from .scoring import reward_head, topk_logprobs, vocab_reward
@@ -39,6 +40,7 @@ __all__ = [
     "candidate_attention",
     "kernel",
     "kernel_or_auto",
+    "mix_logits",
     "prefix_bt_loss",
     "ratio_keep",
     "ratio_sample",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +18,9 @@ def _shape_text(shape: tuple[int | str, ...]) -> str:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    matches = tensor.dim() == len(shape) and all(
-        isinstance(wanted, str) or got == wanted
-        for got, wanted in zip(tensor.shape, shape, strict=True)
-    )
+    matches = tensor.dim() == len(shape)
+    for got, wanted in zip(tensor.shape, shape, strict=False):  # a generator costs microseconds
+        matches &= got == wanted or isinstance(wanted, str)
     if not matches:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {_shape_text(shape)}")
 
@@ -113,15 +113,65 @@ def per_row_policy(
     check_device("ids", ids, "logprobs", logprobs)
     betas = per_row_float("beta", beta, rows, device, positive=False)
     temperatures = per_row_float("temperature", temperature, rows, device, positive=True)
+    return betas, temperatures, *_per_row_noise(seed, position, rows, device)
+
+
+def _per_row_noise(
+    seed: int | Tensor, position: int | Tensor, rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     if isinstance(seed, int):
         seed = split_seed(seed, rows, device)
-    check_ints("seed", seed, (rows,))
-    check_device("seed", seed, "logprobs", logprobs)
     if isinstance(position, int):
         position = torch.full((rows,), position, dtype=torch.int64, device=device)
-    check_ints("position", position, (rows,))
-    check_device("position", position, "logprobs", logprobs)
-    return betas, temperatures, seed, position
+    for name, value in (("seed", seed), ("position", position)):
+        check_ints(name, value, (rows,))
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}; move it to {device}")
+    return seed, position
+
+
+def per_row_draw(
+    temperature: float | Tensor | None,
+    seed: int | Tensor | None,
+    position: int | Tensor | None,
+    rows: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Temperatures, row seeds and positions ``[B]``, as far as they are given."""
+    if (seed is None) != (position is None):
+        missing = "seed" if seed is None else "position"
+        raise ValueError(f"{missing} is missing; a draw takes both seed and position")
+    if temperature is None:
+        if seed is not None:
+            raise ValueError("seed came without temperature; pass temperature=1.0 to draw from s")
+        return None, None, None
+    temperatures = per_row_float("temperature", temperature, rows, device, positive=True)
+    if seed is None or position is None:
+        return temperatures, None, None
+    return temperatures, *_per_row_noise(seed, position, rows, device)
+
+
+def mixture_weights(weights: Sequence[float] | Tensor, count: int, first: Tensor) -> Tensor:
+    """The weight of each of ``count`` tensors, float32 ``[B, n]``."""
+    rows = first.shape[0]
+    if not isinstance(weights, Tensor):
+        if len(weights) != count or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"weights={list(weights)} for {count} logits; pass a finite number for each"
+            )
+        weights = torch.tensor(weights, dtype=torch.float32, device=first.device)
+    shape = (count,) if weights.dim() == 1 else (rows, count)
+    check_float("weights", weights, shape)
+    check_device("weights", weights, "logits[0]", first)
+    # The sum costs a tenth of what isfinite() does, a call of which is as long as a small kernel's.
+    if (
+        _readable(weights)
+        and not math.isfinite(float(weights.detach().sum()))
+        and not bool(torch.isfinite(weights).all())
+    ):
+        raise ValueError(f"weights={weights.tolist()}; every element must be finite")
+    weights = weights.to(torch.float32)
+    return weights if weights.dim() == 2 else weights.expand(rows, count)
 
 
 def split_seed(seed: int, batch: int, device: torch.device | str | None = None) -> Tensor:

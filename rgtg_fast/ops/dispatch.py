@@ -13,7 +13,7 @@ import torch
 from . import crossover
 from .foreign import has_kernel_for
 from .gradients import wanted, with_gradients
-from .registry import MAX_CANDIDATES, OPS
+from .registry import MAX_CANDIDATES, MAX_MIXED, OPS
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
@@ -175,7 +175,7 @@ def kernel_or_auto(op: str, backend: Backend, device: torch.device) -> Callable[
 
 def run(op: str, backend: Backend, *arguments: Any) -> Any:
     """Calls ``op`` on its backend, which is settled by the first argument's device and rows."""
-    first = arguments[0]
+    first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
     function = kernel(op, backend, first.device, first.shape[0])
     if function is not OPS[op] and wanted(arguments):
         return with_gradients(op, function, arguments)
@@ -189,4 +189,14 @@ def limit_k(k: int, op: str, backend: str, first: torch.Tensor) -> None:
     raise ValueError(
         f"k={k} candidates asked for but the compiled backends keep at most {MAX_CANDIDATES}; "
         f"pass k<={MAX_CANDIDATES} or backend='reference'"
+    )
+
+
+def limit_mixed(count: int, backend: str, first: torch.Tensor) -> None:
+    """The compiled mix_logits takes its tensors as fields of a fixed number."""
+    if count <= MAX_MIXED or settle("mix_logits", backend, first.device.type, 1) == "reference":
+        return
+    raise ValueError(
+        f"logits has {count} tensors but the compiled backends mix at most {MAX_MIXED}; "
+        f"pass n<={MAX_MIXED} or backend='reference'"
     )

@@ -52,18 +52,78 @@ def op(reference: Reference) -> Reference:
     return reference
 
 
-@op
-def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    # A signed key, so that descending int64 order is descending logit, then ascending id.
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    keys = ((ordered_keys(logits) - 0x80000000) << 32) | (_WORD - ids)
-    top = torch.topk(keys, k, dim=1).values
-    chosen = _WORD - (top & _WORD)  # [B, k]
-    logprobs = torch.log_softmax(logits.to(torch.float64), dim=1).gather(1, chosen)
+def _first_k(values: Tensor, k: int) -> Tensor:
+    """Ids ``[B, k]`` of the largest values, the lower id first among equals."""
+    # A signed key, so that descending int64 order is descending value, then ascending id.
+    ids = torch.arange(values.shape[1], device=values.device)
+    keys = ((ordered_keys(values) - 0x80000000) << 32) | (_WORD - ids)
+    return _WORD - (torch.topk(keys, k, dim=1).values & _WORD)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    logprobs = torch.log_softmax(logits.to(torch.float64), dim=1)
     # log_softmax would give NaN for a row of -inf alone; its log-probabilities are -inf.
     hopeless = torch.isneginf(logits).all(dim=1, keepdim=True)
-    logprobs = torch.where(hopeless, -torch.inf, logprobs)
-    return logprobs.to(torch.float32), chosen
+    return torch.where(hopeless, -torch.inf, logprobs)
+
+
+@op
+def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    chosen = _first_k(logits, k)
+    return _log_softmax(logits).gather(1, chosen).to(torch.float32), chosen
+
+
+def _for_vocabulary(x: Tensor, vocab: int) -> Tensor:
+    """The first ``vocab`` columns; those that are missing are -inf."""
+    return torch.nn.functional.pad(x, (0, vocab - x.shape[1]), value=-torch.inf)
+
+
+@op
+def mix_logits(
+    logits: list[Tensor],
+    weights: Tensor,
+    k: int,
+    floor: Tensor | None = None,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first = logits[0]
+    own = _log_softmax(first)
+    scores, mixed = torch.zeros_like(own), torch.zeros_like(first, dtype=torch.float32)
+    undefined = torch.zeros_like(first[:, :1], dtype=torch.bool)
+    for i, (x, weight) in enumerate(zip(logits, weights.unsqueeze(2).unbind(1), strict=True)):
+        used = weight != 0  # 0 * -inf would be NaN
+        wide = _for_vocabulary(x.to(torch.float32), first.shape[1])
+        logprobs = _for_vocabulary(_log_softmax(x), first.shape[1])
+        missing = torch.isneginf(wide)
+        # In float32 as on every backend. What is -inf stays so: -inf + inf would be NaN.
+        total = mixed + torch.where(used, weight * wide, 0.0)
+        gone = torch.isneginf(mixed) | (missing & (used | (i == 0)))
+        if floor is not None and i == 0:
+            gone = gone | (wide < floor.unsqueeze(1))
+        mixed = torch.where(gone, -torch.inf, total)
+        term = weight.to(torch.float64) * torch.where(missing, 0.0, logprobs)
+        scores = scores + torch.where(used, term, 0.0)
+        undefined = undefined | (used & torch.isnan(logprobs).any(dim=1, keepdim=True))
+    impossible = torch.isneginf(mixed)
+    scores = torch.where(impossible, -torch.inf, scores)
+    scores = torch.where(undefined, torch.nan, scores)
+    value, log_norm, kl = mixed, scores.new_empty(0), scores.new_empty(0)
+    if temperature is not None:
+        tempered = scores / temperature.unsqueeze(1)
+        log_norm = torch.logsumexp(tempered, dim=1)
+        logq = torch.where(impossible, 0.0, tempered - log_norm.unsqueeze(1))
+        gap = torch.where(impossible, 0.0, logq.exp() * (logq - own))
+        kl = torch.where(impossible.all(dim=1) | undefined[:, 0], torch.nan, gap.sum(dim=1))
+        if seed is not None and position is not None:
+            ids = torch.arange(first.shape[1], device=first.device)
+            noise = gumbel_noise(seed.unsqueeze(1), position.unsqueeze(1), ids)
+            value = mixed / temperature.unsqueeze(1) + noise
+    chosen = _first_k(torch.where(impossible, -torch.inf, value), k)
+    found = (scores.gather(1, chosen), own.gather(1, chosen), log_norm, kl)
+    picked, logprobs, log_norm, kl = (x.to(torch.float32) for x in found)
+    return picked, chosen, logprobs, log_norm, kl
 
 
 @op

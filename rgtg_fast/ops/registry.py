@@ -11,6 +11,7 @@ from torch import Tensor
 from .reference import OPS
 
 MAX_CANDIDATES = 64  # what a compiled kernel keeps in registers
+MAX_MIXED = 4  # tensors that a compiled mix_logits takes
 
 
 def schema(name: str) -> str:

@@ -9,12 +9,16 @@ from ..models.reward_model import RewardModel
 from .attention_credit import AttentionCreditScorer
 from .autoregressive import AutoregressiveScorer
 from .base import Scorer
+from .combine import Combination
 from .expand import ExpandScorer
 from .factory import make_scorer
+from .implicit import LogprobScorer
 from .reencode import ReencodeScorer
 from .registry import KINDS, table
+from .text import TextScorer
 from .tree import TreeScorer
 from .vocab_head import VocabRewardScorer
+from .weighted import WeightedScorer
 
 # From the registry, so that a scorer added there need not be listed here too.
 _made = {kind.make.__name__: kind.make for kind in KINDS.values() if not kind.is_model}
@@ -25,14 +29,18 @@ __all__ = [
     "KINDS",
     "AttentionCreditScorer",
     "AutoregressiveScorer",
+    "Combination",
     "ExpandScorer",
+    "LogprobScorer",
     "ReencodeScorer",
     "RewardAdapter",
     "RewardHead",
     "RewardModel",
     "Scorer",
+    "TextScorer",
     "TreeScorer",
     "VocabRewardScorer",
+    "WeightedScorer",
     "make_scorer",
     *sorted(_made),
 ]

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.on_base import OnBase
-from ..models.reward_model import RewardModel, as_reward_model
+from ..models.reward_model import Label, RewardModel
 from .base import RewardModelScorer, Scorer
 from .expand import ExpandScorer
 from .joint import JointScorer
 from .probe import WAYS, Verdict, probe
 from .reencode import ReencodeScorer
+from .retokenize import RetokenizeScorer
+from .rewards import Reward, WeightedRewards
+from .sources import taken_apart
 from .tree import TreeScorer
+from .weighted import combined
 
 METHODS = ("auto", "tree", "expand", "reencode")
 EOS_REWARDS = ("auto", "hidden", "previous")
@@ -28,18 +32,14 @@ _COST = {
 }
 
 
-def is_scorer(reward_model: Any) -> bool:
-    """Whether the object keeps the prefill / score / commit contract itself."""
-    return isinstance(reward_model, Scorer)
-
-
 def make_scorer(
-    reward_model: nn.Module | RewardModel | Scorer,
+    reward_model: Any,
     *,
     k: int,
     method: str = "auto",
     head: Callable[[Tensor], Tensor] | None = None,
-    label: str | int | None = None,
+    label: Label = None,
+    kind: str | None = None,
     vocab_size: int | None = None,
     tokenizer: Any = None,
     reward_tokenizer: Any = None,
@@ -56,26 +56,67 @@ def make_scorer(
     (with one `UserWarning` per model that names the reason and the cost). `method` asks for one; it
     raises `ValueError` where the probe says it would be wrong. `max_length` bounds prompt + answer,
     `vocab_size` is the language model's. Two tokenizers with different vocabularies mean that texts
-    are decoded and encoded again; `own_prompt` says that the prompt is in the reward model's ids.
+    are decoded and encoded again, by a `RetokenizeScorer` where `method` is "auto" and a cache is
+    right for the model; `own_prompt` says that the prompt is in the reward model's ids.
     A `reward_model` that is a scorer already is returned as it is: `help(rgtg_fast.scorers)` lists
-    the kinds of those. `head` and `label` are `generate`'s `reward_head` and `reward_label`.
+    the kinds of those. It may be all that `generate` takes, sums of rewards too; `head`, `label`
+    and `kind` are `generate`'s `reward_head`, `reward_label` and `reward_kind`.
     `joint_way` ("fused" or "masked") makes a `JointScorer`, which shares the forwards of the
     language model: for a `RewardHead` or `RewardAdapter` on the model that decodes; its logits are
     then taken from a `JointLogits`.
 
     Example: `make_scorer(rm, k=10).method` is "tree" for a Llama-like reward model.
     """
-    if is_scorer(reward_model):
-        return reward_model  # type: ignore[return-value]
-    rm = as_reward_model(reward_model, head, label)
+    defaults = Reward(None, label, kind, head, reward_tokenizer, method, eos_reward)
+    options: dict[str, Any] = {
+        "k": k,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "own_prompt": own_prompt,
+        "eos_ids": eos_ids,
+        "max_length": max_length,
+        "joint_way": joint_way,
+        "backend": backend,
+    }
+    apart = taken_apart(reward_model, defaults, tokenizer, own_prompt)
+    return assembled(apart, lambda reward: scorer_of(reward, **options))
+
+
+def assembled(reward: Reward | WeightedRewards, make: Callable[[Reward], Scorer]) -> Scorer:
+    """The scorer of a reward that is taken apart; `make` makes those of its parts, in order."""
+    if isinstance(reward, WeightedRewards):
+        return combined([assembled(part, make) for part in reward.parts], reward.combination)
+    return make(reward)
+
+
+def scorer_of(
+    reward: Reward,
+    *,
+    k: int,
+    vocab_size: int | None,
+    tokenizer: Any,
+    own_prompt: bool,
+    eos_ids: Tensor | None,
+    max_length: int | None,
+    joint_way: str | None,
+    backend: ops.Backend,
+) -> Scorer:
+    """The scorer of a reward whose model is taken apart, or is one."""
+    rm = reward.model
+    if not isinstance(rm, RewardModel):
+        return rm
+    method, reward_tokenizer = reward.reward_method or "auto", reward.reward_tokenizer
     as_text = reward_tokenizer is not None and not same_vocabulary(tokenizer, reward_tokenizer)
     tried = {"auto": ("tree", "expand"), "reencode": ()}.get(method, (method,))
+    if as_text:
+        tried = ("tree",) if method == "auto" else ()
     shared = joint_way is not None and isinstance(rm, OnBase)
-    verdict = probe(rm, max_length, () if as_text or shared else tried, backend)
+    verdict = probe(rm, max_length, () if shared else tried, backend)
     chosen = "joint" if shared else _choose(rm, verdict, method, as_text)
+    of_text = as_text or verdict.pooled
     common: dict[str, Any] = {
         "eos_ids": eos_ids,
-        "eos_reward": _resolve_eos(rm, eos_ids, eos_reward, as_text or verdict.pooled),
+        "eos_reward": _resolve_eos(rm, eos_ids, reward.eos_reward or "auto", of_text),
         "capacity": max_length or 0,
         "backend": backend,
     }
@@ -89,7 +130,12 @@ def make_scorer(
                 "reward_tokenizer": reward_tokenizer,
                 "prompt_tokenizer": reward_tokenizer if own_prompt else tokenizer,
             }
-        scorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
+        way = verdict.way("tree") if as_text and method == "auto" else None
+        if way is not None:
+            common["capacity"] = 0  # in the language model's tokens, and these are others
+            scorer = RetokenizeScorer(rm, k, fused=way == "fused", **common)
+        else:
+            scorer = ReencodeScorer(rm, k, pooled=verdict.pooled, **common)
     elif chosen == "tree":
         scorer = TreeScorer(rm, k, fused=verdict.way("tree") == "fused", **common)
     else:

@@ -87,8 +87,7 @@ class JointScorer(SiblingScorer):
     def _score_kept(self, ids: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
         if keep.all():
             return self._score(ids, rows)
-        # An adapter's rows are told by their place in the batch, so they cannot be packed.
-        self.selection = own = Selection(keep, packs=self.fused and self.copies == 1)
+        self.selection = own = self._select(keep)
         both = own if self.copies == 1 else Selection(self._doubled(keep), packs=False)
         hidden = self.forward.siblings(self._doubled(ids), both, self._both_of(rows))
         self.hidden = hidden[: len(ids)]
@@ -120,6 +119,38 @@ class JointScorer(SiblingScorer):
         put(self.next_hidden, newest.where((counts > 0)[:, None].to(before.device), before), rows)
         last = at_counts(torch.cat(of_reward, dim=1), counts)
         return self.parts.rewards(last, self.backend)[:, 0].to(ids.device)
+
+    def _select(self, keep: Tensor) -> Selection:
+        # An adapter's rows are told by their place in the batch, so they cannot be packed.
+        return Selection(keep, packs=self.fused and self.copies == 1)
+
+    def _comb(self, ids: Tensor, chain: Tensor) -> Tensor:
+        both = self.selection
+        if both is not None and self.copies == 2:
+            both = Selection(self._doubled(both.keep), packs=False)
+        hidden = self.forward.comb(self._doubled(ids), self._doubled(chain), both)
+        self.hidden = hidden if self.copies == 1 else hidden[: len(hidden) // 2]
+        return self.both.reward_hidden
+
+    def _keep_newest(self, counts: Tensor, slot: Tensor, at: Tensor) -> None:
+        if self.selection is None:
+            newest = self.hidden[at, slot]
+        else:
+            newest = self.selection.states_of(slot, self.hidden, at)
+        self.next_hidden.copy_(newest.where((counts > 0)[:, None], self.next_hidden))
+
+    def _commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
+        self.forward.commit_comb(self._doubled(counts), self._doubled(slot), depths, siblings)
+
+    def look_ahead(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """The language model's hidden states [B, n, H] of the next `counts` [B] tokens of every
+        row, `ids` int64 [B, n] (padded on the right), which are to be taken back by `look_back`
+        before anything is scored."""
+        return self.forward.extend(self._doubled(ids), self._doubled(counts))[: len(ids)]
+
+    def look_back(self, lengths: Tensor) -> None:
+        """Keep the first `lengths` [B] tokens of every row."""
+        self._cut(lengths, None)
 
     def _cut(self, lengths: Tensor, rows: Tensor | None) -> None:
         self.forward.crop(self._doubled(lengths), self._both_of(rows))

@@ -30,6 +30,7 @@ class NextTokenScorer(ScorerRows):
     """
 
     method = "next_token"
+    notes = False  # whether `_note` is to hear of every token that rows are extended with
     capacity = 0
     reserved = 0  # slots of the cache
     compiled: CompiledSiblings | None = None  # the forward of one call; set before its prompts
@@ -117,6 +118,10 @@ class NextTokenScorer(ScorerRows):
         put(self.chosen, chosen[:, 0], rows)
         self.texts.extend(chosen, 1, rows)
         self._set_waiting(rows, True)
+        self._committed(slot, rows, at)
+
+    def _committed(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
+        """Candidates `slot` [n] have joined the rows; `at` are their places among those scored."""
 
     def finish(self) -> None:
         """Let go of the call's cache, twin and logits."""
@@ -163,16 +168,27 @@ class NextTokenScorer(ScorerRows):
     def _extend(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> None:
         self._catch_up(rows)
         numbers = torch.arange(len(self.chosen), device=self.device) if rows is None else rows
+        before = self.texts.counts[numbers]
+        self.texts.extend(ids, counts, rows)
         if self.static is not None:
             hidden = self.static.forward.extend(ids, counts, rows)
+            for at in range(ids.shape[1] if self.notes else 0):
+                real = counts > at
+                state = self.state[numbers[real]]
+                if at:
+                    state = self._of_hidden(self.static, hidden[real, at - 1])
+                self._note(state, ids[real, at], before[real] + at, numbers[real])
             real = counts > 0
             state = self._of_hidden(self.static, at_counts(hidden, counts)[:, 0][real])
             self.state[numbers[real]] = state.to(self.state.dtype)
         else:
             for at in range(ids.shape[1]):
                 real = counts > at
+                if self.notes:
+                    self._note(
+                        self.state[numbers[real]], ids[real, at], before[real] + at, numbers[real]
+                    )
                 self._step(ids[real][:, at : at + 1], numbers[real])
-        self.texts.extend(ids, counts, rows)
         last = at_counts(ids[..., None], counts)[:, 0, 0]
         put(self.chosen, last.where(counts > 0, self.chosen[numbers]), rows)
 
@@ -233,6 +249,9 @@ class NextTokenScorer(ScorerRows):
         cache = empty_cache(self.parts.text_config)
         options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
         return self._forward(ids, cache=cache, **options)
+
+    def _note(self, states: Tensor, ids: Tensor, places: Tensor, rows: Tensor) -> None:
+        """Tokens `ids` [n] come behind prefixes of these states [n, ..], to places [n] of rows."""
 
     @abstractmethod
     def _of_hidden(self, static: StaticForward, hidden: Tensor) -> Tensor:

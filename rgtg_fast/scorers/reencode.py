@@ -158,9 +158,8 @@ class ReencodeScorer(RewardModelScorer):
             mask[i, :, : p + t] = 1
         return ids, mask
 
-    def _tokenize(
-        self, answers: list[Tensor], keep: Tensor, rows: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def _texts(self, answers: list[Tensor], keep: Tensor, rows: Sequence[int]) -> list[str]:
+        """The texts of the answers in `keep`, prompts included."""
         texts = []
         for i, row in enumerate(rows):
             if self.prompt_tokenizer is self.tokenizer:
@@ -172,18 +171,29 @@ class ReencodeScorer(RewardModelScorer):
                     self.prompt_texts[row] + self.tokenizer.decode(a, skip_special_tokens=True)
                     for a in answers[i][keep[i]]
                 ]
+        return texts
+
+    def _tokenize(
+        self, answers: list[Tensor], keep: Tensor, rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         out = self.reward_tokenizer(
-            texts, padding=True, padding_side="right", return_tensors="pt", truncation=False
+            self._texts(answers, keep, rows),
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            truncation=False,
         )
+        self._check_length(out["input_ids"].shape[1])
+        device = keep.device
+        return out["input_ids"].to(device), out["attention_mask"].to(device)
+
+    def _check_length(self, length: int) -> None:
         limit = getattr(self.rm.text_config, "max_position_embeddings", None)
-        length = out["input_ids"].shape[1]
         if limit is not None and length > limit:
             raise ValueError(
                 f"a text of {length} reward-model tokens was reached, reward_model takes "
                 f"{limit}; pass shorter prompts or a smaller max_new_tokens"
             )
-        device = keep.device
-        return out["input_ids"].to(device), out["attention_mask"].to(device)
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self.pooled:

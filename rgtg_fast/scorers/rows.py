@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from .rewards import Arithmetic
 
-class ScorerRows(ABC):
+
+class ScorerRows(Arithmetic, ABC):
     """Handles, and the checks of what is done to the rows behind them.
 
     Subclasses number their rows 0..B-1 in the order they came in, and those behind one that leaves

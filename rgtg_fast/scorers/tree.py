@@ -30,7 +30,8 @@ class SiblingScorer(RewardModelScorer):
     forward: SiblingForward  # for one call
     selection: Selection | None = None  # of the candidates last scored; None: all
     ahead = 1  # positions that `score_comb` of a call has room for
-    state = (*RewardModelScorer.state, "forward", "selection")
+    chain: Tensor  # int64 [B, m - 1], of the last comb
+    state = (*RewardModelScorer.state, "forward", "selection", "chain")
 
     def __init__(self, rm: RewardModel, k: int, *, fused: bool = False, **options: Any) -> None:
         super().__init__(rm, k, **options)
@@ -80,17 +81,89 @@ class SiblingScorer(RewardModelScorer):
     def _score(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         return self.parts.rewards(self._hidden(ids, rows), self.backend).to(ids.device)
 
+    @torch.no_grad()
+    def score_comb(self, ids: Tensor, chain: Tensor, keep: Tensor) -> Tensor:
+        """Rewards fp32 [B, m, k] of candidates `ids` int64 [B, m, k] at the next m <= `ahead`
+        positions, each behind the prefix and the candidates `chain` [B, m - 1] before it. NaN of
+        those not in `keep` bool [B, m, k], which has the chain's."""
+        here, chain, keep = (t.to(self.device) for t in (ids, chain, keep))
+        known = self.known(here)
+        if known is not None:
+            here = here.where(known, 0)
+        flat = keep.flatten(0, 1)
+        self.selection = None if flat.all() else self._select(flat)
+        rewards = self.parts.rewards(self._comb(here, self._places(chain)), self.backend)
+        rewards = rewards.to(self.device)
+        if self.selection is not None:
+            rewards = self.selection.put_back(rewards)
+        rewards = rewards.view(ids.shape)
+        if known is not None:
+            rewards = rewards.masked_fill(~known & keep, -torch.inf)
+        if self.eos_ids is not None:
+            of_chain = rewards[:, :-1].gather(2, chain[..., None])[..., 0]
+            before = torch.cat([self.last_reward[:, None], of_chain], dim=1)
+            is_eos = (here[..., None] == self.eos_ids).any(-1) & keep
+            rewards = torch.where(is_eos, before[..., None], rewards)
+        self.ids, self.rewards, self.chain, self.scored = here, rewards, chain, []
+        return rewards.to(ids.device)
+
+    @torch.no_grad()
+    def commit_comb(self, counts: Tensor, slot: Tensor) -> None:
+        """Append the first `counts` [B] tokens of the last `score_comb`'s chain to the rows, with
+        candidate `slot` [B] for the last of them."""
+        counts, slot = counts.to(self.device), slot.to(self.device)
+        last = (counts - 1).clamp(min=0)
+        row = torch.arange(len(counts), device=self.device)
+        if self.eos_ids is not None:
+            of_row = self.rewards[row, last, slot]
+            self.last_reward.copy_(of_row.where(counts > 0, self.last_reward))
+        if self.texts is not None:
+            slots = torch.cat([self.chain, slot[:, None]], dim=1)
+            slots = slots.scatter(1, last[:, None], slot[:, None])
+            self.texts.extend(self.ids.gather(2, slots[..., None])[..., 0], counts, None)
+        depths, siblings = self.ids.shape[1:]
+        self._keep_newest(counts, slot, row * depths + last)
+        if self.selection is not None:
+            slot = self.selection.places_of(slot, row * depths + last)
+            siblings = self.selection.width
+        self._commit_comb(counts, slot, depths, siblings)
+
+    def _select(self, keep: Tensor) -> Selection:
+        """Those `keep` [n, k] of the candidates of n positions, for one forward."""
+        return Selection(keep, packs=self.fused)
+
+    def _places(self, chain: Tensor) -> Tensor:
+        """Where the candidates `chain` [B, m - 1] are among those that are kept of a comb."""
+        if self.selection is None or not chain.numel():
+            return chain
+        batch, before = chain.shape
+        row = torch.arange(batch, device=chain.device)[:, None] * (before + 1)
+        at = (row + torch.arange(before, device=chain.device)).flatten()
+        return self.selection.places_of(chain.flatten(), at).view_as(chain)
+
+    def _keep_newest(self, counts: Tensor, slot: Tensor, at: Tensor) -> None:
+        """Keep what is wanted of the states of the newest tokens: candidates `slot` [B] of the
+        comb's positions `at` [B] (of all rows), in the rows with `counts` [B] > 0."""
+
+    @abstractmethod
+    def _comb(self, ids: Tensor, chain: Tensor) -> Tensor:
+        """The hidden states of candidates `ids` [B, m, k] behind the places `chain` [B, m - 1]:
+        [B * m, k, H], or as `selection` has them."""
+
+    @abstractmethod
+    def _commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
+        """As `SiblingForward.commit_comb`."""
+
 
 class TreeScorer(SiblingScorer):
     """k sibling queries, one prefix; only the winner's KV is kept, so memory does not grow by k."""
 
     method = "tree"
-    chain: Tensor  # int64 [B, m - 1], of the last comb
     # Ids [B, k] of a step of which nothing was scored, until it is committed; and the winners
     # [B, 1] of such steps, which are read in one forward when a reward is next asked for.
     unscored: Tensor | None = None
     unread: list[Tensor]
-    state = (*SiblingScorer.state, "unscored", "chain")
+    state = (*SiblingScorer.state, "unscored")
 
     def __init__(self, rm: RewardModel, k: int, **options: Any) -> None:
         super().__init__(rm, k, **options)
@@ -168,42 +241,11 @@ class TreeScorer(SiblingScorer):
             slot = self.selection.places_of(slot, at)
         self.forward.commit(slot, rows)
 
-    @torch.no_grad()
-    def score_comb(self, ids: Tensor, chain: Tensor) -> Tensor:
-        """Rewards fp32 [B, m, k] of candidates `ids` int64 [B, m, k] at the next m <= `ahead`
-        positions, each behind the prefix and the candidates `chain` [B, m - 1] before it."""
+    def _comb(self, ids: Tensor, chain: Tensor) -> Tensor:
         self._read()
-        here, chain = ids.to(self.device), chain.to(self.device)
-        known = self.known(here)
-        if known is not None:
-            here = here.where(known, 0)
-        hidden = self.forward.comb(here, chain)
-        rewards = self.parts.rewards(hidden.flatten(0, 1), self.backend).view(ids.shape)
-        rewards = rewards.to(self.device)
-        if known is not None:
-            rewards = rewards.masked_fill(~known, -torch.inf)
-        if self.eos_ids is not None:
-            of_chain = rewards[:, :-1].gather(2, chain[..., None])[..., 0]
-            before = torch.cat([self.last_reward[:, None], of_chain], dim=1)
-            is_eos = (here[..., None] == self.eos_ids).any(-1)
-            rewards = torch.where(is_eos, before[..., None], rewards)
-        self.ids, self.rewards, self.chain, self.scored = here, rewards, chain, []
-        return rewards.to(ids.device)
+        return self.forward.comb(ids, chain, self.selection)
 
-    @torch.no_grad()
-    def commit_comb(self, counts: Tensor, slot: Tensor) -> None:
-        """Append the first `counts` [B] tokens of the last `score_comb`'s chain to the rows, with
-        candidate `slot` [B] for the last of them."""
-        counts, slot = counts.to(self.device), slot.to(self.device)
-        depths, siblings = self.ids.shape[1:]
-        if self.eos_ids is not None:
-            last = (counts - 1).clamp(min=0)
-            of_row = self.rewards[torch.arange(len(counts), device=self.device), last, slot]
-            self.last_reward.copy_(of_row.where(counts > 0, self.last_reward))
-        if self.texts is not None:
-            slots = torch.cat([self.chain, slot[:, None]], dim=1)
-            slots = slots.scatter(1, (counts - 1).clamp(min=0)[:, None], slot[:, None])
-            self.texts.extend(self.ids.gather(2, slots[..., None])[..., 0], counts, None)
+    def _commit_comb(self, counts: Tensor, slot: Tensor, depths: int, siblings: int) -> None:
         self.forward.commit_comb(counts, slot, depths, siblings)
 
     def _feed(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:

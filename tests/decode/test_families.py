@@ -12,7 +12,8 @@ import zoo
 from transformers import GenerationConfig
 
 import rgtg_fast
-from rgtg_fast import validation
+from rgtg_fast import vocabularies
+from rgtg_fast.models.reward_model import as_reward_model
 
 OTHER = {"bos_token_id": 7, "eos_token_id": 8}
 DIFFERENT = "bos .* against .* and eos .* against .*pass tokenizer= and reward_tokenizer="
@@ -32,7 +33,7 @@ def warned(call):
 
 
 def compared(lm, rm):
-    return warned(lambda: validation.check_families(lm, rgtg_fast.guided.as_reward_model(rm), None))
+    return warned(lambda: vocabularies.check_families(lm, as_reward_model(rm), None))
 
 
 @pytest.mark.parametrize("of_lm", [True, False])
@@ -118,12 +119,12 @@ def test_rewards_on_the_language_model_itself_are_not_warned_of():
 
 
 def test_threads_warn_once_of_a_pair():
-    lm, rm = tiny.llama_lm(), rgtg_fast.guided.as_reward_model(tiny.llama_rm(**OTHER))
+    lm, rm = tiny.llama_lm(), as_reward_model(tiny.llama_rm(**OTHER))
     start = threading.Barrier(8)
 
     def look():
         start.wait()
-        validation.check_families(lm, rm, None)
+        vocabularies.check_families(lm, rm, None)
 
     def all_look():
         threads = [threading.Thread(target=look) for _ in range(8)]

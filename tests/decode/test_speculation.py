@@ -8,15 +8,23 @@ import pytest
 import tiny
 import torch
 import zoo
+from lora_checkpoints import make_checkpoint
 from transformers import TextIteratorStreamer
 
 import rgtg_fast
+from rgtg_fast.decode import ahead
+from rgtg_fast.decode.ahead import Speculation
 from rgtg_fast.decode.drafters import SuffixDrafter
 from rgtg_fast.decode.logits import CachedLogits
-from rgtg_fast.decode.pace import Survival
 from rgtg_fast.models.cache import SiblingCache
 
 NEW = 24
+
+
+@pytest.fixture(autouse=True)
+def by_itself_on_tiny_models(monkeypatch):
+    """`speculate="auto"` leaves them out: their forwards cost less than the host's work."""
+    monkeypatch.setattr(ahead, "SMALL", 0)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +33,10 @@ def models():
 
 
 def answers(models, lengths, speculate, **options):
+    return answers_to(tiny.prompts(*lengths), models, speculate, **options)
+
+
+def answers_to(ids, models, speculate, **options):
     lm, rm = models
     options = {
         "beta": 0.3,
@@ -34,7 +46,6 @@ def answers(models, lengths, speculate, **options):
         "return_dict_in_generate": True,
         **options,
     }
-    ids = tiny.prompts(*lengths)
     return rgtg_fast.generate(lm, **ids, reward_model=rm, speculate=speculate, **options)
 
 
@@ -81,6 +92,33 @@ def test_tokens_rewards_and_kl_are_those_of_one_by_one(models, name, lengths):
         tokens = int((~got.rewards.isnan()).sum())
         assert got.speculation["tokens"] == tokens
         assert got.speculation["reward_forwards"] < NEW
+
+
+def on_the_lm(kind, tmp_path):
+    lm = zoo.lm("qwen2")
+    if kind == "adapter":
+        _, lm = make_checkpoint(tmp_path, "qwen2")
+        return lm, rgtg_fast.RewardAdapter.from_pretrained(lm, tmp_path)
+    width = lm.config.hidden_size
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    return lm, rgtg_fast.RewardHead(lm, weight / width**0.5, 1 if kind == "inner layer" else -1)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 9, 3)], ids=["one row", "three rows"])
+@pytest.mark.parametrize("kind", ["head", "inner layer", "adapter"])
+def test_rewards_on_the_language_models_own_forward(kind, lengths, tmp_path):
+    models = on_the_lm(kind, tmp_path)
+    options = {"beta": 0.2, "eos_reward": "previous", "sequence_bias": {(zoo.EOS,): 2.0}}
+    options |= {"eos_token_id": zoo.EOS, "pad_token_id": zoo.PAD}
+    ids = zoo.left_pad(zoo.prompts(lengths=lengths))
+    for more in ({}, {"do_sample": False}, {"assistant_model": zoo.lm("qwen2")}):
+        drafted = {n: v for n, v in more.items() if n == "assistant_model"}
+        more = {n: v for n, v in more.items() if n not in drafted}
+        want = answers_to(ids, models, False, **options, **more)
+        for speculate in (2, 5, "auto"):
+            got = answers_to(ids, models, speculate, **options, **more, **drafted)
+            assert_same(got, want)
+        assert got.speculation is not None
 
 
 def test_by_itself_it_takes_several_tokens_where_that_pays_and_says_so(models):
@@ -159,9 +197,76 @@ def test_an_assistant_with_rows_that_end_and_leave(models):
     assert torch.equal(got, want)
 
 
+class Knows:
+    """A drafter that knows the answers, and is wrong now and then; it has none behind `ends`."""
+
+    def __init__(self, answers, share, ends=10**9):
+        wrong = torch.rand(answers.shape, generator=torch.Generator().manual_seed(7)) >= share
+        self.guesses, self.ends = torch.where(wrong, (answers + 1) % 200, answers), ends
+
+    def begin(self, prompts, mask):
+        self.rows = torch.arange(len(prompts))
+
+    def draft(self, rows, ahead, counts, n, policy):
+        at = (rows.position + counts)[:, None] + torch.arange(n)
+        beyond = (at >= self.guesses.shape[1]) | (at >= self.ends)
+        guesses = self.guesses[self.rows].gather(1, at.clamp(max=self.guesses.shape[1] - 1))
+        return guesses.masked_fill(beyond, -1)
+
+    def keep_rows(self, rows):
+        self.rows = self.rows[rows]
+
+    def finish(self):
+        pass
+
+
+@pytest.mark.parametrize("lengths", [(6,), (5, 9, 3)], ids=["one row", "three rows"])
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.0])
+def test_guesses_take_each_row_as_far_as_they_are_right(models, lengths, share):
+    want = answers(models, lengths, False, beta=0.02)
+    known = want.sequences[:, max(lengths) :]
+    for speculate in (8, "auto"):
+        for ends in (10**9, 9):
+            drafter = Knows(known, share, ends)
+            got = answers(models, lengths, speculate, beta=0.02, assistant_model=drafter)
+            assert_same(got, want)
+        if speculate == 8 and share and ends > NEW:
+            most = NEW // 6 if share == 1.0 else NEW // 2
+            assert got.speculation["lm_forwards"] <= most * (2 if len(lengths) > 1 else 1)
+
+
+class Gives(Knows):
+    def __init__(self, guesses):
+        self.guesses = guesses
+
+    def draft(self, *args):
+        return self.guesses
+
+
+@pytest.mark.parametrize(
+    ("guesses", "what"),
+    [
+        (torch.zeros(1, 2), "torch.float32; it must give ids int64"),
+        ([[1, 2]], "gave list; it must give ids int64"),
+        (torch.zeros(2, 2, dtype=torch.int64), "gave guesses .2, 2.; it must give .1, g., g <= 2"),
+        (torch.zeros(1, 9, dtype=torch.int64), "gave guesses .1, 9.; it must give .1, g., g <= 2"),
+        (torch.full((1, 1), 10**6), "guesses token 1000000; the language model has"),
+    ],
+)
+def test_guesses_that_are_none_are_named(models, guesses, what):
+    with pytest.raises(ValueError, match=what):
+        answers(models, (6,), 4, assistant_model=Gives(guesses))
+
+
+@pytest.mark.parametrize("guesses", [torch.full((1, 1), -1), torch.zeros(1, 0).long()])
+def test_without_a_guess_the_language_model_goes_on_alone(models, guesses):
+    want = answers(models, (6,), False)
+    assert_same(answers(models, (6,), 4, assistant_model=Gives(guesses)), want)
+
+
 def test_what_came_before_is_guessed(models, monkeypatch):
     """A text that repeats itself: verified in fewer forwards of the language model than tokens."""
-    monkeypatch.setattr(Survival, "worth_guessing", lambda self, most, costs: most)
+    monkeypatch.setattr(Speculation, "guesses", lambda self, most: most)
     want = answers(models, (6,), False, do_sample=False, beta=0.01, max_new_tokens=50)
     got = answers(models, (6,), "auto", do_sample=False, beta=0.01, max_new_tokens=50)
     assert_same(got, want)
@@ -177,7 +282,7 @@ def test_rows_without_a_guess_do_not_disturb_the_warpers(models, monkeypatch):
         return logits.masked_fill(behind[..., None], torch.nan)
 
     monkeypatch.setattr(CachedLogits, "extend", spoiled)
-    monkeypatch.setattr(Survival, "worth_guessing", lambda self, most, costs: most)
+    monkeypatch.setattr(Speculation, "guesses", lambda self, most: most)
     options = {"do_sample": False, "beta": 0.01, "max_new_tokens": 50}
     warped = {"typical_p": 0.9, "eta_cutoff": 0.01, "top_k": 30, "do_sample": True, "seed": 5}
     for more in ({}, warped):
@@ -236,11 +341,41 @@ def test_an_assistant_without_speculation_or_without_a_head_is_refused(models):
         answers(models, (6,), 4, assistant_model="gpt2")
 
 
+def test_small_models_are_left_out_but_with_a_drafter(models, monkeypatch):
+    monkeypatch.setattr(ahead, "SMALL", 1 << 30)
+    assert answers(models, (6,), "auto").speculation is None
+    assert answers(models, (6,), 2).speculation is not None
+    assert answers(models, (6,), "auto", assistant_model=models[0]).speculation is not None
+
+
 def test_asked_for_where_it_is_not_possible_it_says_why(models):
     with pytest.warns(UserWarning, match="no speculation: output_scores and output_logits"):
         answers(models, (6,), 4, output_scores=True)
     with pytest.warns(UserWarning, match="no speculation: rewards by 'expand'"):
         answers(models, (6,), 4, reward_method="expand")
+
+
+def test_a_suffix_drafter_knows_the_texts_of_calls_before_in_any_threads(models):
+    drafter = SuffixDrafter()
+    options = {"do_sample": False, "beta": 0.01, "max_new_tokens": 50}
+    want = answers(models, (6,), False, **options)
+    first = answers(models, (6,), 8, assistant_model=drafter, **options)
+    again = answers(models, (6,), 8, assistant_model=drafter, **options)
+    for got in (first, again):
+        assert_same(got, want)
+    assert again.speculation["lm_forwards"] < first.speculation["lm_forwards"]
+    got = [None] * 4
+
+    def work(i):
+        got[i] = answers(models, (6,), 8, assistant_model=drafter, **options)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert all(torch.equal(out.sequences, want.sequences) for out in got)
+    assert drafter.texts == []
+    with pytest.raises(ValueError, match="order=0"):
+        SuffixDrafter(order=0)
 
 
 def test_a_suffix_drafter_lets_go_of_texts_that_ended():

@@ -9,8 +9,8 @@ import tracemalloc
 import pytest
 
 from rgtg_fast.evaluation import WinJudge
-from rgtg_fast.evaluation import endpoint as module
 from rgtg_fast.evaluation.wins import compare, make_prefer
+from rgtg_fast.scorers import http as module
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 VERDICT = json.dumps({"choices": [{"message": {"content": "A"}}]}).encode()

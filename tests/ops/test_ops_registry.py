@@ -48,6 +48,17 @@ def operator(space, op):
     return getattr(getattr(torch.ops, space), op).default
 
 
+def over_tensors(given, change):
+    """The arguments with every tensor changed, those in lists too."""
+
+    def changed(x):
+        if isinstance(x, list):
+            return [changed(element) for element in x]
+        return change(x) if torch.is_tensor(x) else x
+
+    return [changed(x) for x in given]
+
+
 @over("op", IN_CPP)
 def test_the_operator_has_the_schema_of_its_reference(op):
     declared = str(operator("rgtg_fast", op)._schema).removeprefix(f"rgtg_fast::{op}")
@@ -67,9 +78,9 @@ def test_opcheck(space, op):
 def test_what_is_traced_is_what_is_computed(space, op, rows):
     """Shapes, dtypes and strides, of inputs that are dense and of views that are not."""
     for given in arguments(op, Size(rows=rows)):
-        views = [x.mT.contiguous().mT if torch.is_tensor(x) and x.dim() > 1 else x for x in given]
+        views = over_tensors(given, lambda x: x.mT.contiguous().mT if x.dim() > 1 else x)
         for inputs in (given, views):
-            on_meta = [x.to("meta") if torch.is_tensor(x) else x for x in inputs]
+            on_meta = over_tensors(inputs, lambda x: x.to("meta"))
             got, traced = (
                 registry.as_tuple(operator(space, op)(*x)) for x in (tuple(inputs), tuple(on_meta))
             )
@@ -93,11 +104,12 @@ def is_float(x):
 
 def call_for_gradients(op, given, backend):
     """The inputs that gradients are wanted of, and a loss of all results."""
-    taken = [x.clone().requires_grad_() if is_float(x) else x for x in given]
+    taken = over_tensors(given, lambda x: x.clone().requires_grad_() if is_float(x) else x)
     results = registry.as_tuple(getattr(ops, op)(*taken, backend=backend))
     values = [r for r in results if is_float(r)]
     loss = sum((r * (1.0 + torch.arange(r.numel()).view(r.shape))).sum() for r in values)
-    return [x for x in taken if is_float(x)], loss
+    flat = [x for a in taken for x in (a if isinstance(a, list) else [a])]
+    return [x for x in flat if is_float(x)], loss
 
 
 @over("backend", ["cpp", pytest.param("triton", marks=needs_triton)])

@@ -12,6 +12,16 @@ WRONG = [
     ("topk_logprobs", 1, -1),
     ("topk_logprobs", 1, 31),
     ("topk_logprobs", 1, 2**40),
+    ("mix_logits", 0, SHORT),
+    ("mix_logits", 0, []),
+    ("mix_logits", 0, [torch.zeros(3, 30), torch.zeros(2, 30)]),
+    ("mix_logits", 0, [torch.zeros(3, 30), torch.zeros(90)]),
+    ("mix_logits", 1, SHORT),
+    *[("mix_logits", 2, k) for k in (0, -1, 31, 2**40)],
+    ("mix_logits", 3, torch.zeros(2)),
+    ("mix_logits", 4, torch.zeros(2)),
+    ("mix_logits", 5, torch.zeros(3).long()),
+    ("mix_logits", 6, torch.zeros(3).long()),
     ("reward_head", 1, SHORT),
     ("reward_head", 2, torch.empty(0)),
     ("reward_head", 2, torch.zeros(2)),
@@ -41,7 +51,7 @@ def test_a_wrong_argument_is_an_error_and_not_a_read(space, op, place, value):
     else:
         importlib.import_module("rgtg_fast._C")
     given = [*arguments(op, Size(rows=3))[0]]
-    if place == len(given):  # an argument that may be left out
+    while place >= len(given):  # arguments that may be left out
         given.append(None)
     if value is SHORT:
         value = given[place][: len(given[place]) - 1]

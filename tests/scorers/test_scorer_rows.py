@@ -24,6 +24,8 @@ from rgtg_fast.models.reward_model import as_reward_model
 from rgtg_fast.scorers import (
     AttentionCreditScorer,
     AutoregressiveScorer,
+    LogprobScorer,
+    TextScorer,
     VocabRewardScorer,
     make_scorer,
 )
@@ -107,6 +109,106 @@ def next_token(kind: type, family: str) -> Schedule:
     return Schedule(scorer, full)
 
 
+def logprob(family: str) -> Schedule:
+    """Log-probs of whole answers: of what comes behind the prompt."""
+    lm = zoo.lm(family)
+    return Schedule(LogprobScorer(lm), logprobs_of(lm))
+
+
+def logprobs_of(lm: Any) -> Any:
+    def full(ids: Tensor, prompt: int) -> Tensor:
+        of_next = lm(ids).logits[:, :-1].double().log_softmax(-1)
+        of_each = of_next.gather(2, ids[:, 1:, None])[..., 0]
+        return of_each[:, prompt - 1 :].sum(1)
+
+    return full
+
+
+class Letters:
+    """A tokenizer of ids as letters."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(0x100 + i): i for i in range(zoo.VOCAB)}
+
+    def decode(self, ids: Any, skip_special_tokens: bool) -> str:
+        return "".join(chr(0x100 + int(i)) for i in ids)
+
+
+class Merges(Letters):
+    """Other tokens: runs of up to three letters that rise are one, which more text may change."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"other": 0}
+
+    def __call__(self, texts: list[str], truncation: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(text) for text in texts]}
+
+    def encode(self, text: str) -> list[int]:
+        tokens = [zoo.BOS]
+        while text:
+            end = 1
+            while end < min(3, len(text)) and text[end - 1] < text[end]:
+                end += 1
+            tokens.append(3 + sum(map(ord, text[:end])) % (zoo.VOCAB - 3))
+            text = text[end:]
+        return tokens
+
+
+def retokenized(family: str) -> Schedule:
+    """A causal reward model behind other tokens."""
+    rm, letters, merges = zoo.rm(family), Letters(), Merges()
+    scorer: Any = make_scorer(rm, k=K, tokenizer=letters, reward_tokenizer=merges)
+    assert scorer.method == "retokenize"
+    reward = public(rm)
+
+    def full(ids: Tensor, prompt: int) -> Tensor:
+        texts = [letters.decode(row, skip_special_tokens=True) for row in ids]
+        return torch.cat([reward(torch.tensor([merges.encode(text)])) for text in texts])
+
+    return Schedule(scorer, full, skips=True)
+
+
+def text() -> Schedule:
+    def reward(text: str) -> float:
+        return sum(ord(c) * 0.7**i for i, c in enumerate(reversed(text))) / 100
+
+    scorer = TextScorer(lambda texts: [reward(t) for t in texts], Letters())
+    decode = functools.partial(Letters().decode, skip_special_tokens=True)
+    return Schedule(
+        scorer,
+        lambda ids, prompt: torch.tensor([reward(decode(row)) for row in ids.tolist()]),
+        skips=True,
+    )
+
+
+def composed(reduction: str, *parts: Schedule) -> Schedule:
+    """Several scorers on the same rows."""
+    scorers = [part.scorer for part in parts]
+    sign = {"sum": (0.7, -0.3, 2.0)}.get(reduction, (1.5, 0.5, 1.0))[: len(parts)]
+    penalty = {"penalty": 0.5} if reduction == "pessimistic" else {}
+    reward = rgtg_fast.WeightedRewards(scorers, sign, reduction=reduction, offset=1.0, **penalty)
+
+    def full(ids: Tensor, prompt: int) -> Tensor:
+        each = torch.stack(
+            [w * p.reward(ids, prompt).double() for w, p in zip(sign, parts, strict=True)]
+        )
+        if reduction == "sum":
+            return (each.sum(0) + 1).float()
+        if reduction == "min":
+            return (each.min(0).values + 1).float()
+        return (each.mean(0) - 0.5 * each.std(0, correction=0) + 1).float()
+
+    return Schedule(make_scorer(reward, k=K), full, skips=any(p.skips for p in parts))
+
+
+def pair() -> Schedule:
+    """DPO's implicit reward."""
+    policy, reference = zoo.lm("llama"), zoo.lm("gpt2")
+    one, two = logprobs_of(policy), logprobs_of(reference)
+    scorer: Any = make_scorer((policy, reference), k=K)
+    return Schedule(scorer, lambda ids, prompt: (one(ids, prompt) - two(ids, prompt)).float())
+
+
 TREES = ("llama", "gpt2", "mistral", "gemma3", "llama4", "qwen2", "gpt_oss", "deepseek_v3", "gptj")
 CASES = {
     **{f"tree-{family}": functools.partial(separate, "tree", family) for family in TREES},
@@ -122,6 +224,24 @@ CASES = {
     },
     "credit-llama": lambda eos: credit("llama"),
     **{
+        f"logprob-{family}": lambda eos, family=family: logprob(family)
+        for family in ("gpt2", "bloom")
+    },
+    "pair": lambda eos: pair(),
+    "retokenize-llama": lambda eos: retokenized("llama"),
+    "retokenize-gptj": lambda eos: retokenized("gptj"),
+    "retokenize-gemma3": lambda eos: retokenized("gemma3"),
+    "text": lambda eos: text(),
+    "sum-tree-farma": lambda eos: composed(
+        "sum", separate("tree", "llama", False), next_token(VocabRewardScorer, "mistral")
+    ),
+    "min-tree-reencode": lambda eos: composed(
+        "min", separate("tree", "gpt2", False), separate("reencode", "bert", False)
+    ),
+    "pessimistic-three": lambda eos: composed(
+        "pessimistic", separate("tree", "gemma3", False), text(), pair()
+    ),
+    **{
         f"{name}-{family}": lambda eos, kind=kind, family=family: next_token(kind, family)
         for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer))
         for family in ("llama", "mistral", "bloom")
@@ -129,9 +249,24 @@ CASES = {
 }
 # One of each scorer, and what each way of running one is most likely to get wrong.
 QUICK = ("tree-llama", "tree-llama4", "tree-gpt_oss", "expand-bloom", "reencode-llama")
-QUICK += ("joint-gemma3", "credit-llama", "genarm-mistral", "farma-bloom")
+QUICK += ("joint-gemma3", "credit-llama", "genarm-mistral", "farma-bloom", "logprob-bloom", "pair")
+QUICK += (
+    "retokenize-gptj",
+    "retokenize-gemma3",
+    "text",
+    "sum-tree-farma",
+    "min-tree-reencode",
+    "pessimistic-three",
+)
 MANY = ("tree-gemma3", "tree-gpt_oss", "expand-gpt_neo", "reencode-llama", "joint-llama")
-MANY += ("credit-llama", "genarm-llama", "farma-bloom")
+MANY += (
+    "credit-llama",
+    "genarm-llama",
+    "farma-bloom",
+    "pair",
+    "pessimistic-three",
+    "retokenize-llama",
+)
 
 
 def play(begin: Any, times: int) -> None:

@@ -15,17 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from cuda_operands import (
-    ELEMENTS,
-    Attention,
-    Buffers,
-    Pair,
-    Topk,
-    Vocab,
-    dense_last,
-    head_operands,
-    ratio_operands,
-)
+from cuda_memory import ELEMENTS, Attention, Buffers, Head, Mix, Pair, Ratio, Topk, Vocab
 
 from rgtg_fast.ops.reference import OPS as REGISTERED
 
@@ -70,6 +60,10 @@ class Emulator:
         self.library.simt_free.argtypes = [ctypes.c_void_p]
         self.library.simt_attention_splits.argtypes = [ctypes.c_int64] * 3
         self.library.simt_topk_workspace_words.restype = ctypes.c_int64
+        self.library.simt_mix_workspace_words.restype = ctypes.c_int64
+        self.library.simt_mix_slicing.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_int]
+        self.library.simt_mix_slicing.argtypes += [ctypes.POINTER(ctypes.c_int)]
+        self.library.simt_mix_slicing.restype = ctypes.c_int64
         self.library.simt_ordered.restype = ctypes.c_uint32
         self.library.simt_exceeds.restype = ctypes.c_bool
         self.orders = orders
@@ -142,7 +136,7 @@ class Emulator:
         return [self.library.simt_exceeds(ctypes.c_float(x), code) for x in floats]
 
     def topk_arguments(self, buffers, logits, k, slicing=None):
-        dense = dense_last(logits)
+        dense = _dense_last(logits)
         rows, vocab = dense.shape
         slices, stripes = slicing or self.topk_slicing(dense.dtype, rows, vocab)
         words = rows * slices * self.library.simt_topk_workspace_words()
@@ -150,9 +144,47 @@ class Emulator:
         a.workspace, a.token = buffers.new((words,))[0], 0x5EED
         return a
 
+    def mix_slicing(self, rows, reach, processors=PROCESSORS):
+        """(slices of a row, tiles of a slice) as the launch chooses them."""
+        tiles = ctypes.c_int()
+        slices = self.library.simt_mix_slicing(rows, reach, processors, ctypes.byref(tiles))
+        return slices, tiles.value
+
+    def mix_logits(
+        self, logits, weights, k, floor=None, temperature=None, seed=None, position=None,
+        slicing=None,
+    ):  # fmt: skip
+        dense = [_dense_last(x) for x in logits]
+        rows, count = weights.shape
+
+        def run(buffers):
+            shapes = [((rows, k), torch.float32), ((rows, k), torch.int64)]
+            shapes += [((rows, k), torch.float32)]
+            shapes += [((0 if temperature is None else rows,), torch.float32)] * 2
+            outputs = [buffers.new(*shape) for shape in shapes]
+            if rows:
+                reach = max(x.shape[1] for x in dense)
+                slices, tiles = slicing or self.mix_slicing(rows, reach)
+                a = Mix(rows=rows, count=count, k=k, slices=slices, tiles=tiles, token=0x5EED)
+                for i, x in enumerate(dense):
+                    setattr(a, f"logits{i}", buffers.operand(x))
+                    setattr(a, f"vocab{i}", x.shape[1])
+                    setattr(a, f"stride{i}", x.stride(0))
+                given = dict(weights=weights, floor=floor, temperature=temperature, seed=seed)
+                for name, tensor in {**given, "position": position}.items():
+                    if tensor is not None:
+                        setattr(a, name, buffers.put(tensor.contiguous()))
+                words = rows * slices * self.library.simt_mix_workspace_words()
+                a.workspace = buffers.new((words,))[0]
+                a.scores, a.ids, a.logprobs, a.log_norm, a.kl = (pointer for pointer, *_ in outputs)
+                self.launch("mix_logits", ctypes.byref(a))
+            return outputs
+
+        return tuple(self.in_every_order(run))
+
     def reward_head(self, hidden, weight, bias=None):
         def run(buffers):
-            head, rewards = head_operands(buffers, hidden, weight, bias)
+            head, rewards = _head(buffers, hidden, weight, bias)
             if head.rows * head.k:
                 self.launch("reward_head", ctypes.byref(head))
             return (rewards,)
@@ -163,7 +195,7 @@ class Emulator:
         def run(buffers):
             rewards = buffers.new(ids.shape, torch.float32)
             if ids.numel():
-                vectors, table = dense_last(hidden), dense_last(weight)
+                vectors, table = _dense_last(hidden), _dense_last(weight)
                 a = Vocab(buffers.operand(table), *table.shape, table.stride(0))
                 a.hidden, a.hidden_stride = buffers.operand(vectors), vectors.stride(0)
                 a.ids, a.rewards = buffers.put(ids.contiguous()), rewards[0]
@@ -176,7 +208,7 @@ class Emulator:
     def ratio_sample(self, logprobs, rewards, *rest):
         def run(buffers):
             given = buffers.put(rewards.contiguous())
-            ratio, slot, logq = ratio_operands(buffers, logprobs, given, *rest)
+            ratio, slot, logq = _ratio(buffers, logprobs, given, *rest)
             if ratio.rows:
                 self.launch("ratio_sample", ctypes.byref(ratio))
             return slot, logq
@@ -197,9 +229,9 @@ class Emulator:
         bias=None,
     ):
         def run(buffers):
-            head, rewards = head_operands(buffers, hidden, weight, bias)
+            head, rewards = _head(buffers, hidden, weight, bias)
             rest = (ids, beta, temperature, seed, position, do_sample)
-            ratio, slot, logq = ratio_operands(buffers, logprobs, rewards[0], *rest)
+            ratio, slot, logq = _ratio(buffers, logprobs, rewards[0], *rest)
             if ratio.rows:
                 self.launch("ratio_step", ctypes.byref(head), ctypes.byref(ratio))
             return slot, rewards, logq
@@ -210,7 +242,7 @@ class Emulator:
         self, q, keys, values, own_key, own_value, start, length, scale, window=None, softcap=None,
         rows=None,
     ):  # fmt: skip
-        tensors = [dense_last(t) for t in (q, keys, values, own_key, own_value)]
+        tensors = [_dense_last(t) for t in (q, keys, values, own_key, own_value)]
         batch, k, query_heads, width = q.shape
         stores, heads, prefix, _ = keys.shape
         group = query_heads // heads
@@ -268,7 +300,7 @@ class Emulator:
             rows, width = chosen.shape
             outputs = [buffers.new(shape, dtype) for shape in ((rows,), *[(rows, width)] * 2)]
             if rows:
-                dense = dense_last(chosen), dense_last(rejected)
+                dense = _dense_last(chosen), _dense_last(rejected)
                 given = [buffers.put(t) for t in dense]
                 a = Pair(*given, rows, width, *(t.stride(0) for t in dense))
                 a.len_chosen, a.len_rejected, a.weights, a.margin = (
@@ -280,6 +312,32 @@ class Emulator:
             return outputs
 
         return tuple(self.in_every_order(run))
+
+
+def _head(buffers, hidden, weight, bias):
+    dense, vector = _dense_last(hidden), _dense_last(weight)
+    rows, k, width = hidden.shape
+    rewards = buffers.new((rows, k), torch.float32)
+    head = Head(buffers.operand(dense), rows, k, width, dense.stride(0), dense.stride(1))
+    head.weight = buffers.operand(vector)
+    if bias is not None:
+        head.bias = buffers.operand(bias.reshape(1))
+    head.rewards = rewards[0]
+    return head, rewards
+
+
+def _ratio(buffers, logprobs, rewards, ids, beta, temperature, seed, position, do_sample):
+    rows, k = logprobs.shape
+    slot, logq = buffers.new((rows,)), buffers.new((rows, k), torch.float32)
+    inputs = (ids, beta, temperature, seed, position)
+    pointers = [buffers.put(t.contiguous()) for t in inputs]
+    a = Ratio(buffers.put(logprobs.contiguous()), rewards, *pointers, rows, k, do_sample)
+    a.slot, a.logq = slot[0], logq[0]
+    return a, slot, logq
+
+
+def _dense_last(tensor):
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _same_bits(a, b):

@@ -51,6 +51,20 @@ def topk_logprobs(size):
     return [(size.floats(size.rows, size.vocab), min(size.k, size.vocab))]
 
 
+def mix_logits(size):
+    other = Size(rows=size.rows).floats(size.rows, size.vocab + 2) * 3
+    logits = [size.floats(size.rows, size.vocab) * 2, other]
+    weights = 1.0 + torch.arange(2.0 * size.rows).view(size.rows, 2) / 4
+    third = size.floats(size.rows, size.vocab, 1)[..., 0]
+    shares = torch.cat([weights, -weights[:, :1]], dim=1)
+    k = min(size.k, size.vocab)
+    return [
+        (logits, weights, k),
+        ([*logits, third], shares, k, None, _policy(size)[1]),
+        (logits, weights, k, None, *_policy(size)[1:]),
+    ]
+
+
 def _head(size):
     return size.floats(size.rows, size.k, size.width), size.floats(size.width) / size.width**0.5
 

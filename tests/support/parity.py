@@ -107,6 +107,8 @@ def crossed(op, values, quick):
 
 def carry(value, device):
     """A tensor on ``device`` with the same strides and gaps; other values as they are."""
+    if isinstance(value, list):
+        return [carry(element, device) for element in value]
     if not isinstance(value, torch.Tensor) or device == "cpu":
         return value
     whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
@@ -126,6 +128,69 @@ def check_topk_logprobs(backend, logits, k):
     assert logprobs.dtype == torch.float32 and ids.dtype == torch.int64
     assert torch.equal(ids, want)
     assert_no_worse(logprobs, expected(own).float(), expected(logits.double()))
+
+
+def torch_mixture(logits, weights, floor, temperature, dtype):
+    """What one writes in torch: scores [B, V], log-probabilities of the first, norm and KL."""
+    first = logits[0]
+    vocab = first.shape[1]
+
+    def cut(x):
+        return torch.nn.functional.pad(x, (0, vocab - x.shape[1]), value=-INF)
+
+    scores, base = torch.zeros(first.shape, dtype=dtype), None
+    possible = torch.ones(first.shape).bool()
+    for i, x in enumerate(logits):
+        own = x.to(torch.promote_types(dtype, x.dtype))
+        logprobs = cut(torch.log_softmax(own, dim=1).masked_fill(x == -INF, -INF)).to(dtype)
+        used = (weights[:, i : i + 1] != 0).expand(first.shape)
+        scores = torch.where(used, scores + weights[:, i : i + 1].to(dtype) * logprobs, scores)
+        lacks = cut(x.float()) == -INF
+        possible &= ~(used & lacks) if i else ~lacks
+        base = logprobs if i == 0 else base
+    if floor is not None:
+        possible &= ~(first.float() < floor[:, None])
+    hopeless = ~possible.any(dim=1)
+    spoilt = torch.isnan(scores).all(dim=1)
+    scores = torch.where(spoilt[:, None], NAN, torch.where(possible, scores, -INF))
+    if temperature is None:
+        return scores, base, scores[:, 0][:0], scores[:, 0][:0]
+    tempered = scores / temperature[:, None].to(dtype)
+    norm = torch.logsumexp(tempered, dim=1)
+    logq = torch.where(possible, tempered - norm[:, None], 0.0)
+    kl = torch.where(possible, logq.exp() * (logq - base), 0.0).sum(dim=1)
+    return scores, base, norm, torch.where(hopeless | spoilt, NAN, kl)
+
+
+def _mixed_size(logits, weights, temperature):
+    """The largest sum of magnitudes in the scores of a mixture: what its terms cancel from."""
+    if not len(weights):
+        return 1.0
+    finite = (x.double()[torch.isfinite(x)].abs() for x in logits)
+    largest = max((x.max().item() for x in finite if x.numel()), default=0.0)
+    size = (1.0 + weights.abs().sum(dim=1).max().item()) * (largest + 12.0)  # + log V
+    return size if temperature is None else size / min(1.0, temperature.min().item())
+
+
+def check_mix_logits(backend, logits, weights, k, floor=None, temperature=None, *noise):
+    """Ids as the reference has them, values no worse than torch's."""
+    given = (logits, weights, k, floor, temperature, *noise)
+    scores, ids, *others = backend("mix_logits", *given)
+    want = reference.mix_logits(*given)
+    assert scores.dtype == torch.float32 and ids.dtype == torch.int64
+    assert torch.equal(ids, want[1])
+    exact = torch_mixture(logits, weights, floor, temperature, torch.float64)
+    plain = torch_mixture(logits, weights, floor, temperature, torch.float32)
+    scale = _mixed_size(logits, weights, temperature)
+    for got, own, true in zip(
+        (scores, *others),
+        (plain[0].gather(1, ids), plain[1].gather(1, ids), *plain[2:]),
+        (exact[0].gather(1, ids), exact[1].gather(1, ids), *exact[2:]),
+        strict=True,
+    ):
+        assert got.dtype == torch.float32 and got.shape == true.shape
+        if got.numel():
+            assert_no_worse(got, own.float(), true, scale)
 
 
 def check_rewards(got, hidden, weight, bias=None):

@@ -1,4 +1,5 @@
 // The launches of csrc/cuda/*.cuh for Python: each op takes its arguments struct, field by field.
+#include "cuda/mix_logits.cuh"
 #include "cuda/prefix_bt_loss.cuh"
 #include "cuda/ratio_sample.cuh"
 #include "cuda/ratio_step.cuh"
@@ -22,6 +23,13 @@ int64_t simt_topk_workspace_words() { return kWorkspaceWords; }
 int simt_topk_logprobs(int element, const TopkArguments* a) {
   return launch_topk_logprobs(static_cast<Element>(element), *a, nullptr);
 }
+int64_t simt_mix_slicing(int64_t rows, int64_t reach, int processors, int* tiles) {
+  const Slicing cut = mix_slicing(rows, reach, processors);
+  *tiles = cut.stripes;
+  return cut.slices;
+}
+int64_t simt_mix_workspace_words() { return kMixWords; }
+int simt_mix_logits(const MixArguments* a) { return launch_mix_logits(*a, nullptr); }
 int simt_reward_head(const HeadArguments* a) { return launch_reward_head(*a, nullptr); }
 int simt_vocab_reward(const VocabArguments* a) { return launch_vocab_reward(*a, nullptr); }
 int simt_ratio_sample(const RatioArguments* a) { return launch_ratio_sample(*a, nullptr); }

@@ -1,4 +1,4 @@
-"""What the emulated CUDA kernels are given: ctypes twins of their arguments, in guarded memory."""
+"""What the emulated kernels are given: the arguments structs of csrc/cuda and guarded memory."""
 
 import ctypes
 
@@ -27,31 +27,38 @@ def _structure(name, fields):
 
 
 Topk = _structure(
-    "_Topk",
+    "Topk",
     "logits:p rows:q vocab:q row_stride:q k:i slices:i stripes:i workspace:p token:q logprobs:p "
     "ids:p",
 )
+Mix = _structure(
+    "Mix",
+    "logits0:o logits1:o logits2:o logits3:o vocab0:q vocab1:q vocab2:q vocab3:q "
+    "stride0:q stride1:q stride2:q stride3:q weights:p floor:p temperature:p seed:p position:p "
+    "rows:q count:i k:i slices:i tiles:i workspace:p token:q scores:p ids:p logprobs:p log_norm:p "
+    "kl:p",
+)
 Head = _structure(
-    "_Head",
+    "Head",
     "hidden:o rows:q k:q width:q row_stride:q candidate_stride:q weight:o bias:o rewards:p",
 )
 Vocab = _structure(
-    "_Vocab",
+    "Vocab",
     "weight:o vocab:q width:q weight_stride:q hidden:o hidden_stride:q ids:p rows:q k:q rewards:p",
 )
 Ratio = _structure(
-    "_Ratio",
+    "Ratio",
     "logprobs:p rewards:p ids:p beta:p temperature:p seed:p position:p rows:q k:q do_sample:b "
     "slot:p logq:p",
 )
 Pair = _structure(
-    "_Pair",
+    "Pair",
     "chosen:p rejected:p rows:q width:q chosen_stride:q rejected_stride:q len_chosen:p "
     "len_rejected:p weights:p margin:p smoothing:d centering:d first:q loss:p grad_chosen:p "
     "grad_rejected:p",
 )
 Attention = _structure(
-    "_Attention",
+    "Attention",
     "q:p k_prefix:p v_prefix:p k_self:p v_self:p start:p length:p rows:p "
     "q_row:q q_slot:q q_head:q k_row:q k_head:q k_step:q v_row:q v_head:q v_step:q "
     "own_k_row:q own_k_slot:q own_k_head:q own_v_row:q own_v_slot:q own_v_head:q "
@@ -106,29 +113,3 @@ class Buffers:
 
     def operand(self, tensor):
         return Operand(self.put(tensor), ELEMENTS[tensor.dtype])
-
-
-def head_operands(buffers, hidden, weight, bias):
-    dense, vector = dense_last(hidden), dense_last(weight)
-    rows, k, width = hidden.shape
-    rewards = buffers.new((rows, k), torch.float32)
-    head = Head(buffers.operand(dense), rows, k, width, dense.stride(0), dense.stride(1))
-    head.weight = buffers.operand(vector)
-    if bias is not None:
-        head.bias = buffers.operand(bias.reshape(1))
-    head.rewards = rewards[0]
-    return head, rewards
-
-
-def ratio_operands(buffers, logprobs, rewards, ids, beta, temperature, seed, position, do_sample):
-    rows, k = logprobs.shape
-    slot, logq = buffers.new((rows,)), buffers.new((rows, k), torch.float32)
-    inputs = (ids, beta, temperature, seed, position)
-    pointers = [buffers.put(t.contiguous()) for t in inputs]
-    a = Ratio(buffers.put(logprobs.contiguous()), rewards, *pointers, rows, k, do_sample)
-    a.slot, a.logq = slot[0], logq[0]
-    return a, slot, logq
-
-
-def dense_last(tensor):
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -26,11 +26,12 @@ class _Unredirected(urllib.request.HTTPRedirectHandler):
 
 
 class Refused(ValueError):
-    """The endpoint gave no usable reply; `again` says whether another try may bring one."""
+    """The endpoint gave no usable reply; `again` says whether another try may bring one, `after`
+    how many seconds it asks to wait before."""
 
-    def __init__(self, why: str, again: bool = True) -> None:
+    def __init__(self, why: str, again: bool = True, after: float | None = None) -> None:
         super().__init__(why)
-        self.again = again
+        self.again, self.after = again, after
 
 
 class Endpoint:
@@ -43,7 +44,7 @@ class Endpoint:
         # Not left to http.client, whose error would show the key.
         if key is not None and not re.fullmatch(r"[!-~]+", key):
             raise ValueError(
-                f"win_judge: the key in {key_env} holds a line break, a space or another character "
+                f"the key in {key_env} holds a line break, a space or another character "
                 "that no HTTP header takes; export it without"
             )
         self.url, self.key = url, key
@@ -51,12 +52,12 @@ class Endpoint:
         self._lock = threading.Lock()
         self.closed = threading.Event()
 
-    def post(self, body: Any, timeout: float) -> Any:
-        """The JSON that answers `body`, all of it within `timeout` seconds.
+    def post(self, body: bytes, timeout: float) -> Any:
+        """The JSON that answers the JSON `body`, all of it within `timeout` seconds.
 
         Redirections are not followed. Raises `Refused` for every other reply.
         """
-        request = urllib.request.Request(self.url, json.dumps(body).encode())
+        request = urllib.request.Request(self.url, body)
         request.add_header("Content-Type", "application/json")
         if self.key:
             request.add_header("Authorization", f"Bearer {self.key}")
@@ -95,7 +96,9 @@ class Endpoint:
         with error, suppress(OSError, http.client.HTTPException):
             text = text or error.read(_SHOWN).decode(errors="replace")
         again = error.code >= 500 or error.code in (408, 409, 425, 429)
-        return Refused(f"HTTP {error.code}: {self._shown(text)}", again)
+        after = error.headers.get("Retry-After", "")
+        seconds = float(after) if re.fullmatch(r"\d{1,9}", after) else None
+        return Refused(f"HTTP {error.code}: {self._shown(text)}", again, seconds)
 
     def _shown(self, text: str) -> str:
         """Text of the other side as one line, without the key and control characters."""
