@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from .extents import Extent, fitted, in_order
 from .selection import Selection
 from .sibling_layer import SiblingLayer
+from .stores import Prompt, empty_stores
 
 SLACK = 16  # slots that a row in a ragged store may grow by before the rows are laid out anew
 TIGHT = 0.96  # least share of a ragged store that is taken when a row joins without a new layout
@@ -86,9 +87,9 @@ class SiblingCache(Cache):
         """Move the prompts' keys and values, as the layers computed them, into the stores; slots in
         the order `order` [B, L], if given. Row i gets the prompt `copies[i]` (None: its own)."""
         self.capacity = max(self.capacity, length)
-        prompts = [_Prompt(layer) for layer in self.layers]
+        prompts = [Prompt(layer) for layer in self.layers]
         batch = prompts[0].keys.shape[0] if copies is None else len(copies)
-        self._take_layers(prompts, length)
+        self.stores = empty_stores(self.layers, prompts, length)
         self.extents = in_order([self.width + self.capacity] * batch)
         self.stores = [self._store_like(s) for s in self.stores]
         for store in self.stores:
@@ -260,8 +261,8 @@ class SiblingCache(Cache):
         first = self.batch
         layers = prompts.layers
         if not self.layers:
-            self.layers, layers = prompts.layers, [_Prompt(layer) for layer in prompts.layers]
-            self._take_layers(layers, max(lengths))
+            self.layers, layers = prompts.layers, [Prompt(layer) for layer in prompts.layers]
+            self.stores = empty_stores(self.layers, layers, max(lengths))
         self._make_room(lengths)
         for i, own in enumerate(self.layers):
             for name in ("keys", "values"):
@@ -320,24 +321,6 @@ class SiblingCache(Cache):
         # A masked forward reads what it hides at weight 0; a NaN there would spread.
         make = store.new_empty if self.fused else store.new_zeros
         return make((*store.shape[:2], self._used(), store.shape[3]))
-
-    def _take_layers(self, prompts: list[Any], length: int) -> None:
-        """Empty stores for layers like `prompts`."""
-        groups: dict[tuple, int] = {}
-        for own, prompt in zip(self.layers, prompts, strict=True):
-            own.at = {}
-            for name in ("keys", "values"):
-                t = getattr(prompt, name)
-                _, heads, tokens, dim = t.shape
-                if tokens != length:
-                    raise ValueError(f"the cache holds {tokens} prompt tokens, expected {length}")
-                key = t.device, t.dtype, heads, dim
-                members = groups[key] = groups.get(key, 0) + 1
-                own.at[name] = list(groups).index(key), members - 1
-        self.stores = [
-            torch.empty((n, heads, 0, dim), dtype=dtype, device=device)
-            for (device, dtype, heads, dim), n in groups.items()
-        ]
 
     def _pool_of(self, layer: Any, name: str) -> Tensor:
         store, i = layer.at[name]
@@ -404,10 +387,3 @@ class SiblingCache(Cache):
                 layer.keys, layer.values = (self.by_row[store][i] for store, i in places)
                 layer.prefix_keys = layer.keys[:, :, self.width :]
                 layer.prefix_values = layer.values[:, :, self.width :]
-
-
-class _Prompt:
-    """The keys and values [n, Hkv, P, D] of a layer, held while the layer turns to the stores."""
-
-    def __init__(self, layer: Any) -> None:
-        self.keys, self.values = layer.keys, layer.values

@@ -11,8 +11,8 @@ kernel they take half the time for one row and two thirds for k siblings, and gi
 twin packs a layer once it has served `_USES` steps, so a short call pays for nothing, and drops it
 with the call: whatever happens to the weights between two calls is seen. Within one, a change in
 place or a new tensor is; only one that passes torch's version counter by (through `.data`, numpy,
-or another process) waits for the next call. Packed weights double a model's memory for that long,
-by `_ROOM` at most. All runs on torch's own threads.
+a fused optimizer or another process) waits for the next call. Packed weights double a model's
+memory for that long, by `_ROOM` at most. All runs on torch's own threads.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class _Packed:
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
+        # Held, or a tensor that later takes the place of this one could lie at its address.
+        self.source: Tensor | None = None
         self.stamp, self.uses = (0, 0), 0
 
 
@@ -136,7 +138,7 @@ def _packed(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
     stamp = (weight.data_ptr(), weight._version)
     if packed.weight is not None and packed.stamp == stamp:
         return packed.weight
-    packed.weight = None  # changed: the old one is wrong, and the uses begin anew
+    packed.weight = packed.source = None  # changed: the old one is wrong, and the uses begin anew
     packed.uses = packed.uses + 1 if packed.stamp == stamp else 0
     packed.stamp = stamp
     key = (tuple(weight.shape), weight.stride(), torch.get_num_threads())
@@ -145,7 +147,8 @@ def _packed(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
     made = onednn_pack(weight.detach(), x.shape[-2])
     if key not in _wins:
         _wins[key] = _measured(weight, made, x)
-    packed.weight = made if _wins[key] else None
+    if _wins[key]:
+        packed.weight, packed.source = made, weight.detach()
     return packed.weight
 
 

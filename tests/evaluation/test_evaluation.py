@@ -1,17 +1,13 @@
 """`python -m rgtg_fast eval` on the embedded models, against slow plain computations."""
 
-import errno
 import json
 import math
-import os
 import shutil
-import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import gpt2_rm, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,7 +15,6 @@ import rgtg_fast
 from rgtg_fast.cli import main
 from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.evaluation import answers, stages
-from rgtg_fast.evaluation import models as prepared_models
 from rgtg_fast.scorers import KINDS, AttentionCreditScorer
 from rgtg_fast.training.output_folder import locked
 
@@ -309,54 +304,6 @@ def test_the_report_says_where_the_judge_guides(tmp_path):
     assert report.count("| ≤ 0.432") == 1 and report.count("| ≤ +0.432") == 1
 
 
-def test_min_p_leaves_the_likeliest_token_alone(tmp_path):
-    runs = [{"name": "min-p", "min_p": 0.999}, {"name": "greedy", "do_sample": False}]
-    path = config(tmp_path, runs=runs, limit=4, seeds=1, win_judge=None, plots=False)
-    main(["eval", "--config", path])
-    ours, greedy = (rows(tmp_path, f"{run['name']}.0.answers")[1] for run in runs)
-    for row, same in zip(ours, greedy, strict=True):
-        assert row["ids"] == same["ids"]
-        assert row["kl"] == pytest.approx(-row["logp"], abs=1e-5)
-        assert row["log_ratio"] == pytest.approx(-row["logp"], abs=1e-5)
-
-
-def test_one_prompt_again_and_again_is_answered_anew(tmp_path):
-    (tmp_path / "p.jsonl").write_text((ASSETS / "prompts.jsonl").read_text().split("\n")[0] + "\n")
-    text = (tmp_path / "p.jsonl").read_text() * 6
-    (tmp_path / "p.jsonl").write_text(text)
-    runs = [
-        {"name": "base"},
-        {"name": "pargs", "reward_model": GUIDE},
-        {"name": "best", "reward_model": GUIDE, "best_of": 2, "select_by": GUIDE},
-    ]
-    path = config(tmp_path, runs=runs, prompts=str(tmp_path / "p.jsonl"), batch_size=3, seeds=1)
-    main(["eval", "--config", path, "win_judge=", "plots=false"])
-    for name in ("base", "pargs"):
-        found = [row["text"] for row in rows(tmp_path, f"{name}.0.answers")[1]]
-        assert len(set(found)) >= 4 and found[:3] != found[3:]
-    best = rows(tmp_path, "best.0.answers")[1]
-    assert sum(row["text"] != row["others"][0]["text"] for row in best) >= 3
-
-
-def test_padding_with_eos_changes_no_answer(tmp_path):
-    tok = AutoTokenizer.from_pretrained(ASSETS / "lm")
-    tok.pad_token = tok.eos_token
-    tok.save_pretrained(tmp_path / "tok")
-    found = {}
-    for name in (str(ASSETS / "lm"), str(tmp_path / "tok")):
-        path = config(tmp_path, runs=RUNS[2:4], limit=6, seeds=1, max_new_tokens=40)
-        main(["eval", "--config", path, f"tokenizer={name}", "win_judge=", "plots=false"])
-        found[name] = read(tmp_path)[1]
-    ours, other = found.values()
-    assert {a["end"] for line in ours for a in line["answers"].values()} == {1, None}
-    for line, same in zip(ours, other, strict=True):
-        for name, answer in line["answers"].items():
-            for key in ("text", "end"):
-                assert same["answers"][name][key] == answer[key]
-            for key in ("logp", "kl", "log_ratio", "reward"):
-                assert same["answers"][name][key] == pytest.approx(answer[key], abs=1e-4)
-
-
 def test_other_settings_keep_the_old_answers(copied):
     old, _ = rows(copied, "base.0.answers")
     main(["eval", "--config", config(copied, runs=RUNS[:1]), "max_new_tokens=2", "seeds=1"])
@@ -424,150 +371,6 @@ def test_the_options_of_a_kind_reach_its_scorer(tmp_path, loaded):
         )
         assert out.sequences[0, -len(whole(row)) :].tolist() == whole(row)
         assert row["proxy"] == pytest.approx(out.rewards[0, -1].item(), abs=1e-4)
-
-
-@pytest.fixture
-def copy_of(tmp_path):
-    """Copies one of the embedded models, and changes the tensors in its file by a function."""
-
-    def copy(name, change):
-        shutil.copytree(ASSETS / name, tmp_path / "changed")
-        file = tmp_path / "changed" / "model.safetensors"
-        weights = load_file(file)
-        change(weights)
-        save_file(weights, file, metadata={"format": "pt"})
-        return str(tmp_path / "changed")
-
-    return copy
-
-
-def without_head(weights):
-    del weights["score.weight"]
-
-
-def of_nan(weights):
-    weights["score.weight"].fill_(math.nan)
-
-
-def truncated(weights):
-    pass
-
-
-@pytest.mark.parametrize("place", ["reward_model", "select_by", "judge"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (without_head, "lacks 1 of the weights of .*score.weight.*would be random"),
-        (of_nan, "nan|NaN"),
-        (truncated, "safetensors|header|incomplete"),
-    ],
-)
-def test_a_broken_model_is_found_before_the_first_answer(
-    tmp_path, copy_of, monkeypatch, place, change, message
-):
-    broken = copy_of("rm_partial", change)
-    if change is truncated:
-        os.truncate(f"{broken}/model.safetensors", 5000)
-    last = {"name": "last", place: broken}
-    last |= {"best_of": 2} if place == "select_by" else {}
-    judge = {} if place != "judge" else {"judge": broken}
-    runs = [{"name": "base"}, *([] if judge else [last])]
-    monkeypatch.setattr(answers.Answerer, "batch", None)
-    path = config(tmp_path, runs=runs, limit=2, win_judge=None, **judge)
-    with pytest.raises(SystemExit, match=f"eval: .*({message})") as error:
-        main(["eval", "--config", path])
-    assert "\n" not in str(error.value)
-
-
-def test_one_guide_is_in_memory_at_a_time_and_each_is_tried_first(tmp_path, monkeypatch):
-    other = str(shutil.copytree(GUIDE, tmp_path / "other"))
-    events = []
-    load, batch = prepared_models.load_classifier, answers.Answerer.batch
-
-    def loads(name, settings):
-        model = load(name, settings)
-        alive = [ref for ref in loads.alive if ref() is not None]
-        loads.alive = [*alive, weakref.ref(model)]
-        events.append(("load", Path(name).name, len(alive)))
-        return model
-
-    def batches(self, *args):
-        events.append(("batch", self.run.name))
-        return batch(self, *args)
-
-    loads.alive = []
-    monkeypatch.setattr(prepared_models, "load_classifier", loads)
-    monkeypatch.setattr(answers.Answerer, "batch", batches)
-    runs = [
-        {"name": "one", "reward_model": GUIDE},
-        {"name": "two", "reward_model": other},
-        {"name": "three", "reward_model": GUIDE, "beta": 3.0},
-    ]
-    path = config(tmp_path, runs=runs, limit=2, seeds=1, max_new_tokens=2, win_judge=None)
-    main(["eval", "--config", path, "plots=false"])
-    assert events == [
-        ("load", "rm_full", 0),  # the judge
-        ("load", "other", 0),
-        ("load", "rm_partial", 0),
-        ("batch", "one"),
-        ("load", "other", 0),
-        ("batch", "two"),
-        ("load", "rm_partial", 0),
-        ("batch", "three"),
-        ("load", "rm_full", 0),
-    ]
-
-
-def test_a_guide_that_cannot_hold_the_longest_answer_is_found_first(tmp_path, monkeypatch):
-    gpt2_rm(n_positions=16, vocab_size=loaded_vocabulary()).save_pretrained(tmp_path / "short")
-    AutoTokenizer.from_pretrained(ASSETS / "lm").save_pretrained(tmp_path / "short")
-    monkeypatch.setattr(answers.Answerer, "batch", None)
-    runs = [{"name": "base"}, {"name": "short", "reward_model": str(tmp_path / "short")}]
-    with pytest.raises(SystemExit, match="reward_model has 16 positions"):
-        main(["eval", "--config", config(tmp_path, runs=runs, win_judge=None)])
-
-
-def loaded_vocabulary():
-    return AutoModelForCausalLM.from_pretrained(ASSETS / "lm").config.vocab_size
-
-
-def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path, monkeypatch, capsys):
-    path = config(tmp_path, runs=RUNS[:1], seeds=1, win_judge=None, plots=False)
-    batch, numbers = answers.Answerer.batch, []
-
-    def interrupted(self, prompts, own, of_prompts):
-        numbers.append(list(own))
-        if len(numbers) == 2:
-            raise KeyboardInterrupt
-        return batch(self, prompts, own, of_prompts)
-
-    monkeypatch.setattr(answers.Answerer, "batch", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        main(["eval", "--config", path])
-    assert stop.value.code == 130
-    said = capsys.readouterr().err
-    assert "eval: stopped. What is done is kept in output_dir: the same command goes on" in said
-    assert "Traceback" not in said
-    main(["eval", "--config", path])
-    assert numbers == [[0, 1, 2, 3, 4], [5, 6, 7], [5, 6, 7]]
-
-
-def test_a_full_disk_is_named_and_what_was_kept_stays(tmp_path, monkeypatch):
-    path = config(tmp_path, runs=RUNS[:1], seeds=1, win_judge=None, plots=False)
-    fsync, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 3:  # the key, a batch, and this one
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    monkeypatch.setattr("rgtg_fast.evaluation.store.os.fsync", full)
-    message = r"eval: no space left on the disk for .*base\.0\.answers.*the same command goes on"
-    with pytest.raises(SystemExit, match=message):
-        main(["eval", "--config", path])
-    main(["eval", "--config", path])
-    assert [row["i"] for row in rows(tmp_path, "base.0.answers")[1]] == list(range(PROMPTS))
 
 
 def test_a_folder_that_another_process_writes_is_not_touched(copied, monkeypatch):

@@ -312,6 +312,7 @@ def test_a_read_outside_the_buffers_is_found(tmp_path, file, old, new):
             broken.vocab_reward(randn(1, 1029), randn(9, 1029), torch.tensor([[8, 9]]))
 
 
+@pytest.mark.slow
 def test_a_read_past_the_end_of_a_row_is_found(tmp_path):
     broken = mutant(tmp_path, "dot.cuh", "i + kWidth <= length", "i < length")
     hidden, weight = randn(1, 2, 1032)[..., :1029], randn(1029)
