@@ -71,9 +71,6 @@ class StateScorer:
         """Go on with rows `rows` int64 [n] alone, in that order: the others leave."""
         self.handles = [self.handles[row] for row in rows.tolist()]
 
-    def finish(self) -> None:
-        self.__dict__.pop("source", None)
-
 
 class VocabHeadScorer(VocabRewardScorer):
     """Rewards of a `VocabHead` by a forward of its language model, one token a step: where the
