@@ -71,10 +71,21 @@ class VocabHead(ModelParts):
     def rewards(self, hidden: Tensor, ids: Tensor, backend: ops.Backend = "auto") -> Tensor:
         """Rewards fp32 [n, k] of tokens `ids` int64 [n, k] after hidden states [n, H]; -inf for
         those that a head has no row for."""
-        modules: list[Any] = list(self.head)
-        values = [_of_tokens(q, hidden, ids, backend) for q in modules[: self.heads]]
+        return self._combined([_of_tokens(q, hidden, ids, backend) for q in self._q()], hidden)
+
+    def score_all(self, hidden: Tensor) -> Tensor:
+        """Rewards fp32 [n, V] of all tokens that every head has a row for, after states [n, H]."""
+        values = [q(_as_input(q, hidden)).float() for q in self._q()]
+        rows = min(value.shape[1] for value in values)
+        return self._combined([value[:, :rows] for value in values], hidden)
+
+    def _q(self) -> list[Any]:
+        return list(self.head)[: self.heads]
+
+    def _combined(self, values: list[Tensor], hidden: Tensor) -> Tensor:
         rewards = functools.reduce(torch.minimum, values)
-        for value in modules[self.heads :]:
+        baselines: list[Any] = list(self.head)[self.heads :]
+        for value in baselines:
             rewards = rewards - value(_as_input(value, hidden)).float().view(-1, 1)
         return rewards
 

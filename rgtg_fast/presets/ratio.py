@@ -25,7 +25,7 @@ def pargs(
     """PARGS: y ~ softmax((log π(v) + β r(x, y_<t, v)) / T) over the k most likely tokens v.
 
     `reward_model`, whatever `rgtg_fast.generate` takes as such, is to be trained on prefixes.
-    Published: k = 10, β = 2.0, T = 1. arXiv 2406.07780, github.com/ahmadrash/PARGS.
+    Published: k = 10, β = 2.0. arXiv 2406.07780, github.com/ahmadrash/PARGS.
     """
     return _sampled(reward_model, beta, k, temperature)
 
@@ -129,8 +129,7 @@ def cd_q(
     costs no forward. A value of prefix and token from a model of its own, V(x, y_<t, v), is
     `pargs(value_model, beta=λ)`; one from the states of `lm`, `pargs(RewardHead(lm, weight))`.
 
-    Published: T = 1, λ is swept, the whole vocabulary; here k <= 64. arXiv 2310.17022, no
-    repository.
+    Published: λ is swept, over the whole vocabulary; here k <= 64. arXiv 2310.17022, no repository.
     """
     return _sampled(VocabHead(lm, q), strength, k, temperature)
 
@@ -150,9 +149,10 @@ def ilql(
     tensor [V, H], or a module such as the published linear - ReLU - linear), `value` is V: it is
     the same for all v, so `rewards` in the output shows it, and nothing else does. No forward.
 
-    Published: β = 1 (swept up to 128), T = 1, the whole vocabulary (trlx: of the sum, the 20 best);
-    here k <= 64. arXiv 2206.11871, github.com/Sea-Snell/Implicit-Language-Q-Learning (`score` with
-    `exp_weights=True`).
+    Published: β = 1 (8 in its toxicity evaluation), T = 1, the whole vocabulary (trlx: of the sum,
+    the 20 best); here k <= 64. Where the policy is a model of its own, as in that evaluation, `lm`
+    is that of the heads, and runs one token a step. arXiv 2206.11871,
+    github.com/Sea-Snell/Implicit-Language-Q-Learning (`score` with `exp_weights=True`).
     """
     return _sampled(VocabHead(lm, q, value), beta, k, temperature)
 

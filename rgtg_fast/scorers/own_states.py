@@ -49,6 +49,11 @@ class StateScorer:
             states = states[[self.handles.index(handle) for handle in handles]]
         return self.own.rewards(states, ids.to(states.device), self.backend).to(ids.device)
 
+    @torch.no_grad()
+    def score_all(self) -> Tensor:
+        """Rewards fp32 [B, V_r] of every token that all heads have, behind all rows."""
+        return self.own.score_all(self.source.states())
+
     def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
         """The source's next step takes the tokens in."""
 
@@ -92,6 +97,9 @@ class VocabHeadScorer(VocabRewardScorer):
 
     def _rewards(self, state: Tensor, ids: Tensor) -> Tensor:
         return self.own.rewards(state, ids, self.backend)
+
+    def _rewards_of_all(self, state: Tensor) -> Tensor:
+        return self.own.score_all(state)
 
 
 def of_vocab_head(

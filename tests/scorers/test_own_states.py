@@ -129,6 +129,18 @@ def test_a_token_without_a_row_is_never_chosen():
         assert guided(lm, VocabHead(lm, weights(lm)), k=20).sequences[:, -8:].max() >= rows
 
 
+def test_rewards_of_all_tokens_are_those_of_each():
+    lm = zoo.lm("llama")
+    size = lm.config.hidden_size
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Linear(size, 8), nn.ReLU(), nn.Linear(8, zoo.VOCAB - 5))
+    head, h = VocabHead(lm, [weights(lm), narrow], torch.randn(size)), torch.randn(3, size)
+    ids = torch.arange(zoo.VOCAB).expand(3, -1)
+    of_each = head.rewards(h, ids)
+    torch.testing.assert_close(head.score_all(h), of_each[:, :-5], rtol=1e-5, atol=1e-5)
+    assert (of_each[:, -5:] == -torch.inf).all()
+
+
 def test_rows_that_end_leave_and_copies_share_a_prompt():
     lm = zoo.lm("llama")
     q = weights(lm)
