@@ -266,3 +266,18 @@ def test_options_of_other_rewards_are_refused(options, message):
     lm = zoo.lm("llama")
     with pytest.raises(ValueError, match=message):
         guided(lm, VocabHead(lm, weights(lm)), **options)
+
+
+def test_another_default_dtype_and_autocast():
+    lm = zoo.lm("llama")
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(lm.config.hidden_size, 8), nn.Linear(8, zoo.VOCAB))
+    want = guided(lm, VocabHead(lm, mlp))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(guided(lm, VocabHead(lm, mlp)).sequences, want.sequences)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = guided(lm, VocabHead(lm, mlp))
+    torch.testing.assert_close(out.rewards[:, 0], want.rewards[:, 0], rtol=0.1, atol=0.1)
