@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from mixtures import STEPS, check, decoded, logits, logp, models, nucleus
+from mixtures import STEPS, check, chi_square, decoded, logits, logp, models, nucleus
 
 import rgtg_fast
 from rgtg_fast import Reward, WeightedRewards
@@ -100,18 +100,6 @@ def test_guided_top_p_cuts_the_whole_policy(temperature, top_p):
     how = {"temperature": temperature}
     out = guided(options, inputs, True, k=None, guided_top_p=top_p, **how)
     check(out, inputs, formula, SEEDS, top_p=top_p, **how)
-
-
-def chi_square(tokens, q):
-    """Of the tokens, against probabilities q [V]; those expected less than 5 times as one."""
-    counts = torch.bincount(tokens, minlength=len(q)).double()
-    expected = q * len(tokens)
-    rare = expected < 5
-    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    wanted = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-9)
-    degrees = len(observed) - 1
-    statistic = float(((observed - wanted) ** 2 / wanted).sum())
-    return statistic < degrees + 5 * (2 * degrees) ** 0.5 + 5
 
 
 @pytest.mark.parametrize("top_p", [None, 0.8])

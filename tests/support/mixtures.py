@@ -81,7 +81,9 @@ def decoded(
     return tokens, gaps
 
 
-def check(out: Any, inputs: dict[str, Any], formula: Any, seeds: Any = None, **how: Any) -> None:
+def check(
+    out: Any, inputs: dict[str, Any], formula: Any, seeds: Any = None, kl: bool = True, **how: Any
+) -> None:
     """The output of `generate` is what the formula says, row for row."""
     width = inputs["input_ids"].shape[1]
     for row, mask in enumerate(inputs["attention_mask"]):
@@ -90,5 +92,19 @@ def check(out: Any, inputs: dict[str, Any], formula: Any, seeds: Any = None, **h
         tokens, gaps = decoded(prompt, formula, seed=own, **how)
         got = out.sequences[row, width:].tolist()
         assert got[: len(tokens)] == tokens and not any(got[len(tokens) :]), (row, got, tokens)
-        want = torch.tensor(gaps)
-        torch.testing.assert_close(out.kl[row, : len(gaps)], want, rtol=1e-3, atol=1e-3)
+        if kl:
+            want = torch.tensor(gaps)
+            torch.testing.assert_close(out.kl[row, : len(gaps)], want, rtol=1e-3, atol=1e-3)
+
+
+def chi_square(tokens: torch.Tensor, q: torch.Tensor) -> bool:
+    """Whether tokens [n] are as draws from q [V] would be; those expected less than 5 times count
+    as one."""
+    counts = torch.bincount(tokens, minlength=len(q)).double()
+    expected = q * len(tokens)
+    rare = expected < 5
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    wanted = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-9)
+    degrees = len(observed) - 1
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    return statistic < degrees + 5 * (2 * degrees) ** 0.5 + 5
