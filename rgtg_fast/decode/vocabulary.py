@@ -78,7 +78,6 @@ def _nucleus_of_all(
     share = (best.double() / temperature - log_norm[:, None]).exp()
     inside = torch.zeros_like(scores, dtype=torch.bool)
     inside = inside.scatter(1, ids, nucleus(share, policy.top_p))
-    inside |= share.isnan().any(1, keepdim=True)  # to be seen
     beyond = (share.sum(1) < policy.top_p).nonzero()[:, 0]
     if reach < scores.shape[1] and len(beyond):
         own, theirs = (x[beyond].double().log_softmax(-1) for x in (scores, rewards))

@@ -149,7 +149,7 @@ def test_guided_top_p_leaves_greedy_decoding_and_a_range_alone(lm, rm):
     assert torch.equal(with_range.kl, all_scored.kl)
 
 
-@pytest.mark.parametrize("ids", [250, 340])
+@pytest.mark.parametrize("ids", [40, 250, 340])
 @pytest.mark.parametrize("beta", [0.0, -0.5, 1.0])
 @pytest.mark.parametrize("more", [{"k": None}, {"k": 60, "candidates": "sum"}])
 def test_a_token_that_the_reward_does_not_know_is_never_drawn(ids, beta, more):
@@ -161,6 +161,38 @@ def test_a_token_that_the_reward_does_not_know_is_never_drawn(ids, beta, more):
     tokens = out.sequences[:, -1]
     assert int(tokens.max()) < min(ids, tiny.vocab_size()) and len(tokens.unique()) > 20
     assert bool(out.rewards.isfinite().all())
+
+
+@pytest.mark.parametrize("more", [{"k": None}, {"k": 9, "candidates": "sum"}])
+def test_what_cuts_the_language_model_cuts_the_sum(more):
+    options, reward = rewards()["farma"]
+    inputs = tiny.prompts(3, 9, 6)
+
+    def formula(text):
+        pi = logp("lm", text)
+        cut = pi.masked_fill(pi < pi.topk(5).values[-1], -torch.inf)
+        return nucleus(cut, 0.9) + BETA * reward(text)
+
+    out = guided(options, inputs, True, top_k=5, top_p=0.9, **more)
+    check(out, inputs, formula, SEEDS, kl=False)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_clamped_pair_is_clamped_where_the_whole_answer_stands(sampled):
+    a, b = models()["a"], models()["b"]
+    inputs, bounds = tiny.prompts(7), (-4.0, 2.0)
+
+    def formula(text):
+        so_far = 0.0
+        for at in range(7, len(text)):
+            so_far += (logp("a", text[:at]) - logp("b", text[:at]))[text[at]]
+        both = logp("a", text) - logp("b", text)
+        return logp("lm", text) + BETA * (so_far + both).clamp(*bounds)
+
+    options = {"reward_model": Reward((a, b)) / 4, "beta": 4 * BETA, "k": None}
+    options["reward_model"] = (4 * options["reward_model"]).clamp(*bounds) / 4
+    out = guided(options, inputs, sampled, **({"seed": SEEDS[:1]} if sampled else {}))
+    check(out, inputs, formula, SEEDS if sampled else None)
 
 
 def test_beta_may_differ_from_row_to_row_and_from_step_to_step():
@@ -220,6 +252,22 @@ def test_generate_many_gives_what_generate_does(more, sampled):
         text = torch.cat([prompts[i], torch.tensor(answer.tokens[:-1], dtype=torch.int64)])
         own = float(logp("lm", text)[answer.tokens[-1]])
         assert abs(answer.logprobs[-1] - own) < 1e-3
+
+
+def test_generate_many_cuts_the_candidates_of_a_reward_model(rm):
+    prompts = [torch.arange(3, 3 + n) for n in (4, 7, 3, 5, 6)]
+    options = {"reward_model": rm, "k": 8, "guided_top_p": 0.4, "do_sample": True}
+    fixed = {"max_new_tokens": STEPS, "suppress_tokens": [0], "beta": BETA, "top_k": 0}
+    seeds = torch.arange(20, 25)
+    many = rgtg_fast.generate_many(
+        models()["lm"], prompts, batch_size=2, seed=seeds, **fixed, **options
+    )
+    for answer in many:
+        alone = guided(
+            options, {"input_ids": prompts[answer.index][None]}, True, seed=seeds[[answer.index]]
+        )
+        assert answer.tokens == alone.sequences[0, len(prompts[answer.index]) :].tolist()
+        torch.testing.assert_close(torch.tensor(answer.kl), alone.kl[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_row_that_ends_leaves_and_the_others_go_on():
