@@ -163,17 +163,18 @@ def test_a_token_that_the_reward_does_not_know_is_never_drawn(ids, beta, more):
     assert bool(out.rewards.isfinite().all())
 
 
-@pytest.mark.parametrize("more", [{"k": None}, {"k": 9, "candidates": "sum"}])
-def test_what_cuts_the_language_model_cuts_the_sum(more):
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("more", [{"k": None}, {"k": 5, "candidates": "sum"}])
+def test_what_cuts_the_language_model_cuts_the_sum(more, top_p):
     options, reward = rewards()["farma"]
     inputs = tiny.prompts(3, 9, 6)
 
     def formula(text):
         pi = logp("lm", text)
         cut = pi.masked_fill(pi < pi.topk(5).values[-1], -torch.inf)
-        return nucleus(cut, 0.9) + BETA * reward(text)
+        return nucleus(cut, top_p) + BETA * reward(text)
 
-    out = guided(options, inputs, True, top_k=5, top_p=0.9, **more)
+    out = guided(options, inputs, True, top_k=5, top_p=top_p, **more)
     check(out, inputs, formula, SEEDS, kl=False)
 
 
@@ -227,16 +228,18 @@ def test_backends_draw_the_same_tokens(backend):
         {"k": 5, "candidates": "sum"},
         {"k": None, "guided_top_p": 0.7},
         {"k": 8, "guided_top_p": 0.5},
+        {"k": None, "top_k": 3},
     ],
 )
 @pytest.mark.parametrize("sampled", [False, True])
 def test_generate_many_gives_what_generate_does(more, sampled):
     options, _ = rewards()["pair"]
     prompts = [torch.arange(3, 3 + n) for n in (4, 7, 3, 5, 6)]
-    fixed = {"max_new_tokens": STEPS, "suppress_tokens": [0], "beta": BETA} | more
+    fixed = {"max_new_tokens": STEPS, "suppress_tokens": [0], "beta": BETA}
     seeds = torch.arange(20, 25)
     if sampled:
         fixed |= {"do_sample": True, "seed": seeds, "top_k": 0, "temperature": 1.2}
+    fixed |= more
     answers = rgtg_fast.generate_many(models()["lm"], prompts, batch_size=2, **options, **fixed)
     for answer in answers:
         assert answer.error is None
