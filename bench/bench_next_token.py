@@ -4,8 +4,9 @@
     python bench/bench_next_token.py --shape llama --dtype bfloat16 --prompt 512 --json out.json
 
 Both models have the same shape, and random weights. "own cache" is the same scorer on Hugging
-Face's cache and forward (a hook on the model asks for that). Whole calls in turns, greedy, nothing
-stops early; the least of all times is shown, in milliseconds a token, and its ratio to plain.
+Face's cache and forward (a hook on the model asks for that). "whole" is the whole vocabulary (k=None),
+"best of the sum" `candidates="sum"`. Whole calls in turns, greedy but for "drawn", nothing stops
+early; the least of all times is shown, in milliseconds a token, and its ratio to plain.
 """
 
 import argparse
@@ -24,13 +25,17 @@ def contenders(lm, rewards, prompt, new, k):
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
     options |= {"max_new_tokens": new, "min_new_tokens": new}
 
-    def guided(kind, model):
-        scorer = kind(model)
-        return lambda: rgtg_fast.generate(lm, prompt, reward_model=scorer, k=k, **options)
+    def guided(kind, model, k=k, **more):
+        scorer, how = kind(model), options | more
+        return lambda: rgtg_fast.generate(lm, prompt, reward_model=scorer, k=k, **how)
 
     found = {"plain": lambda: lm.generate(prompt, **options)}
     for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer)):
         found[name] = guided(kind, rewards["static"])
+        found[f"{name}, best of the sum"] = guided(kind, rewards["static"], candidates="sum")
+        found[f"{name}, whole"] = guided(kind, rewards["static"], None)
+        drawn = {"do_sample": True, "top_k": 0, "seed": 1}
+        found[f"{name}, whole, drawn"] = guided(kind, rewards["static"], None, **drawn)
         found[f"{name}, own cache"] = guided(kind, rewards["own"])
     return found
 
@@ -67,7 +72,7 @@ def main():
                 taken[name].append(1e3 * (time.perf_counter() - begin) / args.new)
     least = {name: min(times) for name, times in taken.items()}
     for name, best in least.items():
-        print(f"{name:20} {best:8.3f} ms/token   {best / least['plain']:.2f} x plain")
+        print(f"{name:24} {best:8.3f} ms/token   {best / least['plain']:.2f} x plain")
     if args.json is not None:
         args.json.write_text(json.dumps({"options": vars(args) | {"json": None}, "ms": taken}))
 
