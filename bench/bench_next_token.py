@@ -4,9 +4,9 @@
     python bench/bench_next_token.py --shape llama --dtype bfloat16 --prompt 512 --json out.json
 
 Both models have the same shape, and random weights. "own cache" is the same scorer on Hugging
-Face's cache and forward (a hook on the model asks for that). "whole" is the whole vocabulary (k=None),
-"best of the sum" `candidates="sum"`. Whole calls in turns, greedy but for "drawn", nothing stops
-early; the least of all times is shown, in milliseconds a token, and its ratio to plain.
+Face's cache and forward (a hook on the model asks for that). "whole" is the whole vocabulary,
+k=None, "best of the sum" `candidates="sum"`. Whole calls in turns, greedy but for "drawn", nothing
+stops early; the least of all times is shown, in milliseconds a token, and its ratio to plain.
 """
 
 import argparse
