@@ -34,7 +34,6 @@ import rgtg_fast
 from rgtg_fast.decode import ahead
 from rgtg_fast.demo.run import load_assets
 
-SEARCHED = 16  # tokens that beta is found on
 CONTENDERS = {
     "plain": "plain HF generate",
     "no reward": "our loop, rewards zero",
@@ -143,15 +142,15 @@ class Case:
     def beta_for(self, kl):
         """By bisection. KL of the ratio policy from π over the candidates alone: what no reward
         gives at this k is taken off."""
-        low, high = 1e-2, 1e4
+        low, high = 0.1, 1e3
         floor = self.mean_kl(0.0)
-        for _ in range(10):
+        for _ in range(9):
             beta = (low * high) ** 0.5
             low, high = (beta, high) if self.mean_kl(beta) - floor < kl else (low, beta)
         return (low * high) ** 0.5
 
     def mean_kl(self, beta):
-        few = {"speculate": False, "return_dict_in_generate": True, "max_new_tokens": SEARCHED}
+        few = {"speculate": False, "return_dict_in_generate": True}
         out = self.guided(0, beta=beta, **few)
         return out.kl.nanmean().item()
 
@@ -330,7 +329,7 @@ def main(argv=None):
 
 def write(args, points):
     if args.json:
-        options = {n: str(v) if isinstance(v, Path) else v for n, v in vars(args).items()}
+        options = {n: v for n, v in vars(args).items() if n != "json"}
         report = {"environment": environment("cpu"), "options": options, "points": points}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

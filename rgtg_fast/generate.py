@@ -184,12 +184,12 @@ def generate(
             model goes ahead, the candidates of all positions are scored at once, and the tokens up
             to the first that the rewards change are kept. "auto" (default): as far ahead as pays,
             by what forwards take and how often rewards change a token; on a CPU, for language
-            models of 64 MiB or more (smaller ones with an `assistant_model`), a reward model scored
-            by "tree" or a `RewardHead` or `RewardAdapter`, without `reward_range`, for up to 48
-            candidates of all rows (the cache then has room for up to 96 of them). An int: so many
-            positions each time, 2 to 32, anywhere. False never. `speculation` in the output says
-            what came of it. As "auto" goes by the clock, the last bits of rewards may differ from
-            run to run.
+            models of 64 MiB or more and a reward model scored by "tree" (smaller ones, a
+            `RewardHead` or a `RewardAdapter` with an `assistant_model`), without `reward_range`,
+            for up to 48 candidates of all rows (the cache then has room for up to 96). An int: so
+            many positions each time, 2 to 32, anywhere. False never. `speculation` in the output
+            says what came of it. As "auto" goes by the clock, the last bits of rewards may differ
+            from run to run.
         assistant_model: who guesses the language model's continuation, for it to look at several
             tokens in one forward too: a smaller causal language model with the same tokens;
             a `SuffixDrafter`, kept over calls whose texts are alike; or any object with the methods

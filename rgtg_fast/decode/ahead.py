@@ -168,6 +168,8 @@ def _why_not_by_itself(call: Call, drafter: Drafter | None) -> str | None:
         return "so many candidates take their time in arithmetic, which rounds do not save"
     if call.policy.prune and call.policy.reward_range is not None:
         return "reward_range leaves few candidates to score"
+    if drafter is None and isinstance(call.scorer, JointScorer):
+        return "a token costs the language model's own forward alone, which only guesses save"
     if drafter is None and _weight_bytes(call.source.view) < SMALL:  # type: ignore[attr-defined]
         return "the language model is so small that its forwards are not what takes the time"
     if call.scorer.compiled is not None:  # type: ignore[attr-defined]

@@ -242,8 +242,8 @@ def test_an_empty_prompt_is_called_one(lm, rm):
         guided(lm, rm, attention_mask=mask)
 
 
-def test_a_language_model_as_reward_model_is_told_its_scorers(lm):
-    with refused(["AutoregressiveScorer", "VocabRewardScorer"], lm):
+def test_a_language_model_as_reward_model_is_told_its_kinds(lm):
+    with refused(['reward_kind="genarm"', 'reward_kind="farma"'], lm):
         guided(lm, tiny.llama_lm())
 
 

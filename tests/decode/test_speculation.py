@@ -118,7 +118,8 @@ def test_rewards_on_the_language_models_own_forward(kind, lengths, tmp_path):
         for speculate in (2, 5, "auto"):
             got = answers_to(ids, models, speculate, **options, **more, **drafted)
             assert_same(got, want)
-        assert got.speculation is not None
+            by_itself = speculate == "auto" and not drafted
+            assert (got.speculation is None) == by_itself
 
 
 def test_by_itself_it_takes_several_tokens_where_that_pays_and_says_so(models):
