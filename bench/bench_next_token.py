@@ -6,10 +6,11 @@
 
 "cd_q" and "ilql" are heads over the vocabulary on the language model's own states: one matrix, and
 two of them less a value. The other models have the same shape, and random weights. "own cache" is
-the same scorer on Hugging Face's cache and forward (a hook on the model asks for that). Whole calls
-in turns, greedy, nothing stops early; the least of all times is shown, in milliseconds a token, and
-its ratio to plain. `--cpu-time` counts the seconds of the process and not the clock's, for a
-machine that has other work.
+the same scorer on Hugging Face's cache and forward (a hook on the model asks for that). "whole" is
+the whole vocabulary, k=None, "best of the sum" `candidates="sum"`. Whole calls in turns, greedy but
+for "drawn", nothing stops early; the least of all times is shown, in milliseconds a token, and its
+ratio to plain. `--cpu-time` counts the seconds of the process and not the clock's, for a machine
+that has other work.
 """
 
 import argparse
@@ -29,13 +30,17 @@ def contenders(lm, rewards, prompt, new, k):
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
     options |= {"max_new_tokens": new, "min_new_tokens": new}
 
-    def guided(kind, model):
-        scorer = kind(model)
-        return lambda: rgtg_fast.generate(lm, prompt, reward_model=scorer, k=k, **options)
+    def guided(kind, model, k=k, **more):
+        scorer, how = kind(model), options | more
+        return lambda: rgtg_fast.generate(lm, prompt, reward_model=scorer, k=k, **how)
 
     found = {"plain": lambda: lm.generate(prompt, **options)}
     for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer)):
         found[name] = guided(kind, rewards["static"])
+        found[f"{name}, best of the sum"] = guided(kind, rewards["static"], candidates="sum")
+        found[f"{name}, whole"] = guided(kind, rewards["static"], None)
+        drawn = {"do_sample": True, "top_k": 0, "seed": 1}
+        found[f"{name}, whole, drawn"] = guided(kind, rewards["static"], None, **drawn)
         found[f"{name}, own cache"] = guided(kind, rewards["own"])
     rows = (lm.config.vocab_size, lm.config.hidden_size)
     q1, q2 = (0.02 * torch.randn(rows, dtype=lm.dtype, device=lm.device) for _ in range(2))
@@ -87,7 +92,7 @@ def main():
                 taken[name].append(1e3 * (clock() - begin) / args.new)
     least = {name: min(times) for name, times in taken.items()}
     for name, best in least.items():
-        print(f"{name:20} {best:8.3f} ms/token   {best / least['plain']:.2f} x plain")
+        print(f"{name:24} {best:8.3f} ms/token   {best / least['plain']:.2f} x plain")
     if args.json is not None:
         args.json.write_text(json.dumps({"options": vars(args) | {"json": None}, "ms": taken}))
 

@@ -24,7 +24,7 @@ def generate(
     inputs: Tensor | None = None,
     *,
     reward_model: Any = None,
-    k: int = 10,
+    k: int | None = 10,
     beta: float | Tensor = 1.0,
     seed: int | Tensor | None = None,
     temperature: float | Tensor | None = None,
@@ -47,6 +47,8 @@ def generate(
     beta_schedule: Callable[[int], float] | None = None,
     kl_budget: float | None = None,
     min_entropy: float | None = None,
+    candidates: str = "lm",
+    guided_top_p: float | None = None,
     cuda_graph: bool | None = None,
     compile: bool | str = "auto",
     speculate: bool | str | int = "auto",
@@ -77,7 +79,11 @@ def generate(
             A scorer: an object with `prefill`, `score` and `commit`.
             `rgtg_fast.WeightedRewards([a, b], [0.7, 0.3])` of any of these, or
             `0.7 * rgtg_fast.Reward(a) + 0.3 * rgtg_fast.Reward(b, reward_label="safe")`.
-        k: candidates per step, 1 to 64.
+        k: candidates per step, 1 to 64. None: the whole vocabulary, with rewards that know every
+            token: GenARM's and FaRMA's (`reward_kind`), pairs (policy, reference), and sums of
+            these. Each token is one draw from softmax((log π + β r)/T) over all tokens (or the best
+            of them), and `kl` that of the whole policy. (Hugging Face's own `top_k` is 50 where
+            nobody says otherwise, and cuts π in sampling: `top_k=0` for all of it.)
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts
             `num_return_sequences`). None draws one from torch's global generator.
@@ -142,6 +148,12 @@ def generate(
             token without reward, and the reward model is not asked: it reads those tokens in one
             forward when it is next. `rewards` is NaN there, `candidates_scored` 0, and `gating` in
             the output says what was saved.
+        candidates: "lm": the k most likely tokens of π; "sum": the k best of log π + β r, with
+            rewards as for `k=None`.
+        guided_top_p: in (0, 1]; draws from the nucleus of the ratio policy alone: its most likely
+            tokens that make this probability together (of the candidates, or of the whole
+            vocabulary with `k=None`). Hugging Face's `top_p` cuts π, before the reward. Greedy
+            decoding takes no notice.
         cuda_graph: capture the whole step in a CUDA graph and replay it: None (default) where that
             is possible, False never; True warns and says why where it is not. The tokens are the
             same. It needs both models on one GPU, each run on the cache of this package, and no
@@ -215,6 +227,8 @@ def generate(
             beta_schedule=beta_schedule,
             kl_budget=kl_budget,
             min_entropy=min_entropy,
+            candidates=candidates,
+            guided_top_p=guided_top_p,
             cuda_graph=cuda_graph,
             compile=compile,
             speculate=speculate,

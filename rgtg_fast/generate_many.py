@@ -243,13 +243,15 @@ class _Many:
             criteria=prepared.criteria,
             epilogue=policy.reward_range is None
             and policy.kl_budget is None
+            and policy.top_p is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(self.device),
         )
-        if all(type(processor) in SCORES_ALONE for processor in processors):
+        alike = all(type(processor) in SCORES_ALONE for processor in processors)
+        if alike and policy.over == "lm":
             look = self.device.type == "cpu"
             call.processors, policy.warpers = trailing(
-                processors, guide.k, checked.vocab_size, look
+                processors, policy.k, checked.vocab_size, look
             )
         return call
 
@@ -276,6 +278,11 @@ class _Many:
             if isinstance(source, RowSource)
             else f"{type(self.model).__name__} runs on Hugging Face's own cache"
         )
+        if self.guide.k is None or self.guide.guided_top_p is not None:
+            raise ValueError(
+                f"k=None and guided_top_p= need rows that come and go, and {what}; call generate "
+                "for batches of prompts"
+            )
         warnings.warn(
             f"generate_many goes through the prompts in padded batches of {self.batch_size}, as "
             f"{what}: rows wait for the longest answer of their batch",

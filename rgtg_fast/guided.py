@@ -62,7 +62,7 @@ class RewardGuided:
     """
 
     reward_model: Any
-    k: int = 10
+    k: int | None = 10
     beta: float | Tensor = 1.0
     seed: int | Tensor | None = None
     temperature: float | Tensor | None = None
@@ -86,6 +86,8 @@ class RewardGuided:
     beta_schedule: Callable[[int], float] | None = None
     kl_budget: float | None = None
     min_entropy: float | None = None
+    candidates: str = "lm"
+    guided_top_p: float | None = None
     cuda_graph: bool | None = None
     compile: bool | str = "auto"
     speculate: bool | str | int = "auto"
@@ -99,7 +101,15 @@ class RewardGuided:
         """The reward as it is now: a model's head or modules may be others at the next call."""
         own = {n: getattr(self, n) for n in Reward.__dataclass_fields__ if n != "model"}
         own_prompt = self.reward_input_ids is not None
-        return taken_apart(self.reward_model, Reward(None, **own), self.tokenizer, own_prompt)
+        reward = taken_apart(self.reward_model, Reward(None, **own), self.tokenizer, own_prompt)
+        if self.over != "lm":
+            check.knows_every_token(reward, self.k)
+        return reward
+
+    @property
+    def over(self) -> str:
+        """What the candidates are; see `RatioPolicy`."""
+        return "all" if self.k is None else self.candidates
 
     @torch.no_grad()
     def __call__(
@@ -140,7 +150,7 @@ class RewardGuided:
             try:
                 result = (speculate if call.speculation else decode)(call, input_ids)
                 if isinstance(call.scorer, LazyScorer) and isinstance(result, dict):
-                    result["gating"] = call.scorer.report(result, self.k)
+                    result["gating"] = call.scorer.report(result, call.policy.k)
             finally:
                 if hasattr(call.scorer, "finish"):
                     call.scorer.finish()
@@ -204,6 +214,7 @@ class RewardGuided:
             streamer=streamer,
             epilogue=policy.reward_range is None
             and policy.kl_budget is None
+            and policy.top_p is None
             and isinstance(scorer, SiblingScorer)
             and scorer.is_linear(input_ids.device),
         )
@@ -214,8 +225,8 @@ class RewardGuided:
         look = call.graph is None and input_ids.device.type == "cpu"
         if call.graph is not None:
             policy.prune = False  # a captured step asks for the same rewards each time
-        if record.scores is None:
-            call.processors, policy.warpers = trailing(processors, self.k, vocab_size, look)
+        if record.scores is None and policy.over == "lm":
+            call.processors, policy.warpers = trailing(processors, policy.k, vocab_size, look)
         assistant = drafter_of(
             self.assistant_model, mask, config.max_length, vocab_size, self.backend
         )
@@ -243,7 +254,7 @@ class RewardGuided:
         factor = self.beta_schedule
         low_high = self.reward_range
         return RatioPolicy(
-            k=self.k,
+            k=self.k or 1,
             beta=check.per_row("beta", self.beta, batch // copies, batch, device),
             temperature=check.per_row("temperature", own, batch // copies, batch, device),
             seeds=self._row_seeds(batch, do_sample, device),
@@ -255,6 +266,8 @@ class RewardGuided:
             schedule=None if factor is None else schedule_of(factor, steps, device),
             kl_budget=None if self.kl_budget is None else float(self.kl_budget),
             min_entropy=None if self.min_entropy is None else float(self.min_entropy),
+            over=self.over,
+            top_p=None if self.guided_top_p is None else float(self.guided_top_p),
         )
 
     def make_scorer(
@@ -269,14 +282,15 @@ class RewardGuided:
         """The scorer of a reward; `as_text` says of its parts in order whether they read text."""
         own_prompt = self.reward_input_ids is not None
         texts, shared, eos_ids = iter(as_text), False, foreign.eos_tensor(config)
+        k = self.k or 1
 
         def make(reward: Reward) -> Scorer:
             nonlocal shared
             rm, by_text = reward.model, next(texts)
-            if isinstance(rm, SiblingScorer) and self.k > rm.k:
+            if isinstance(rm, SiblingScorer) and k > rm.k:
                 raise ValueError(
-                    f"k={self.k} candidates asked for, and reward_model was made for "
-                    f"k={rm.k}; pass make_scorer(..., k={self.k})"
+                    f"k={k} candidates asked for, and reward_model was made for "
+                    f"k={rm.k}; pass make_scorer(..., k={k})"
                 )
             if isinstance(rm, NextTokenScorer):
                 rm.capacity = rm.reserved = max_length
@@ -301,7 +315,7 @@ class RewardGuided:
             return scorer_of(
                 reward if by_text else replace(reward, reward_tokenizer=None),
                 joint_way=found[1] if found is not None and (joint or of_states) else None,
-                k=self.k,
+                k=k,
                 vocab_size=vocab_size,
                 tokenizer=self.tokenizer,
                 own_prompt=own_prompt,

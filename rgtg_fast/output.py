@@ -21,14 +21,16 @@ class RewardGuidedOutput(GenerateDecoderOnlyOutput):
         kl: fp32 [B, T] in nats, KL(q || π) of the step's policy q from π, the full-vocabulary
             softmax of the processed logits; NaN after the row ended. Sampled, q is the ratio policy
             and KL is Σ q (log q − log π) over the candidates; NaN at a step where a candidate that
-            `reward_range` ruled out was not scored. Greedy, q is certain of the chosen token and KL
-            is −log π of it. Without other NaN, `kl.nansum(-1)` is a row's total: greedy, −log π of
-            its answer.
+            `reward_range` ruled out was not scored; over the whole vocabulary with `k=None`.
+            Greedy, q is certain of the chosen token and KL is −log π of it. Without other NaN,
+            `kl.nansum(-1)` is a row's total: greedy, −log π of its answer.
         candidates_scored: int64 [B, T], candidates that the reward model was asked for (k, fewer
-            where some could not win: see `prune=`); 0 after the row ended.
+            where some could not win: see `prune=`; the vocabulary with `k=None`); 0 after the row
+            ended.
         beta: fp32 [B, T], that of each step, where `beta_schedule` or `kl_budget` changes it; NaN
             after the row ended.
-        candidate_ids: int64 [B, T, k], most likely first (with `output_candidates=True`).
+        candidate_ids: int64 [B, T, k], most likely first, or with `candidates="sum"` the best of
+            log π + β r (with `output_candidates=True`).
         candidate_logprobs: fp32 [B, T, k], log π of the candidates.
         candidate_rewards: fp32 [B, T, k], rewards of prefix + candidate, NaN if not scored.
             After a row's end its candidates mean nothing.

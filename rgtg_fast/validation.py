@@ -16,6 +16,7 @@ from .decode import options
 from .models.foreign import CACHE, CACHE_NAMES
 from .ops import BACKENDS
 from .scorers.factory import EOS_REWARDS, METHODS
+from .scorers.rewards import leaves_of
 
 T = TypeVar("T")
 
@@ -45,13 +46,16 @@ _OTHER_MODES = {
 COUNTS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0}
 COUNTS |= {"num_return_sequences": 1, "top_k": 0}
 CHOICES = {"eos_reward": EOS_REWARDS, "reward_method": METHODS, "backend": BACKENDS}
+CHOICES |= {"candidates": ("lm", "sum")}
 
 
 def check_options(guide: Any) -> None:
     """The options of a `RewardGuided`, as far as they can be judged without a model; numpy's ints
     become Python's."""
-    guide.k = options.integer("k", guide.k, 1, 64)
+    if guide.k is not None:
+        guide.k = options.integer("k", guide.k, 1, 64)
     options.number("beta", guide.beta)
+    options.choices(vars(guide), CHOICES)
     if guide.temperature is not None:
         options.temperature(guide.temperature)
     guide.seed = options.seed(guide.seed)
@@ -60,10 +64,10 @@ def check_options(guide: Any) -> None:
     options.reward_range(guide.reward_range, guide.prune)
     options.steering(guide.beta_schedule, guide.kl_budget, guide.min_entropy)
     options.flags({n: getattr(guide, n) for n in ("output_candidates", "compact")})
+    options.vocabulary(guide)
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
     options.auto_or_flag("compile", guide.compile)
     guide.speculate = options.speculate(guide.speculate, guide.assistant_model)
-    options.choices(vars(guide), CHOICES)
     check_streamers(None, guide.streamer)
 
 
@@ -92,6 +96,20 @@ def prunes(scorer: Any, prune: bool | None, all_rewards: bool) -> bool:
             "out (all are scored), or use reward_method='tree' on a CPU or 'reencode'"
         )
     return (can and not all_rewards) if prune is None else prune
+
+
+def knows_every_token(reward: Any, k: int | None) -> None:
+    """`ValueError` where a part of a reward that is taken apart gives those of candidates alone."""
+    for part in leaves_of(reward):
+        if not hasattr(part.model, "score_all"):
+            model = getattr(part.model, "model", part.model)
+            given = "k=None" if k is None else "candidates='sum'"
+            raise ValueError(
+                f"{given} needs the reward of every token, "
+                f"and {type(model).__name__} gives those of candidates; pass a causal language "
+                "model with reward_kind='genarm' or 'farma', a pair (policy, reference), a scorer "
+                "with score_all(), or a sum of these; or else k=10, candidates='lm'"
+            )
 
 
 def check_model(model: Any) -> None:
@@ -265,7 +283,7 @@ def check_range(name: str, ids: Tensor, rows: int, owner: str) -> None:
         )
 
 
-def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) -> None:
+def check_config(model: Any, config: GenerationConfig, k: int | None, vocab_size: int) -> None:
     """The merged generation configuration, and k against the vocabulary."""
     check_model(model)
     check_counts(config)
@@ -276,7 +294,7 @@ def check_config(model: Any, config: GenerationConfig, k: int, vocab_size: int) 
             f"the generation configuration selects {mode.value}; "
             "guided decoding is greedy or sampled"
         )
-    if k > vocab_size:
+    if k is not None and k > vocab_size:
         raise ValueError(
             f"k={k} candidates asked for but the vocabulary has {vocab_size} tokens; "
             f"pass k<={vocab_size}"

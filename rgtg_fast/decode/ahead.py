@@ -142,6 +142,8 @@ def _why_not(call: Call) -> str | None:
         return f"rewards by {kind!r} are of one position at a time"
     if call.policy.schedule is not None or call.policy.kl_budget is not None:
         return "beta_schedule= and kl_budget= set beta at one step at a time"
+    if call.policy.over != "lm" or call.policy.top_p is not None:
+        return "k=None, candidates='sum' and guided_top_p= take in the rewards of a step as a whole"
     if call.record.wants_logits:
         return "output_scores and output_logits are wanted of every step"
     if call.streamer is not None and len(call.policy.seeds) > 1:

@@ -47,6 +47,8 @@ def _why_not_host(call: Call, device: torch.device) -> str | None:
         return "check_nan=True looks at every step"
     if call.policy.prune and call.policy.reward_range is not None:
         return "prune=True asks for other candidates at every step"
+    if call.policy.over == "all" and call.policy.top_p is not None:
+        return "guided_top_p= of the whole vocabulary looks where the nucleus ends"
     if call.record.wants_logits:
         return "output_scores and output_logits keep new tensors at every step"
     return None

@@ -247,6 +247,7 @@ def _kind(call: Call, input_ids: Tensor) -> tuple | None:
         *names,
         *(k, dims, call.plan.pad is None, call.epilogue, compiled),
         *(policy.do_sample, policy.check_nan, policy.reward_range, policy.backend, scorer.backend),
+        *(policy.over, policy.top_p),
         *(record.on, record.output_candidates),
         *(
             getattr(scorer, "largest_id", None),

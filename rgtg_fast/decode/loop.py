@@ -4,6 +4,9 @@
                                                                        |  ids, logprobs [B, k]
     next token <- commit(slot) <- ratio_sample <- rewards [B, k] <- scorer.score(ids)
 
+Where a scorer knows the reward of every token, the candidates may be the best of log π + β r, or
+the token drawn from all of them (vocabulary.py), instead of the most likely ones.
+
 The loop knows no model: a source gives logits, a scorer gives rewards. It waits for the device only
 when it has to know whether every row has ended: every `Plan.sync_every` steps. A step changes
 tensors in place, so that the same one runs eagerly or is captured and replayed (graphs.py).
@@ -17,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ..scorers.base import Scorer
-from ..scorers.weighted import checked
 from .call import Call
 from .graphs import Runner
 from .kept import reuse_of
 from .plan import ended
 from .ratio_policy import Choice, Contest
 from .rows import ROOM, Rows
+from .vocabulary import candidates_of_sum, draw_of_all, score
 
 
 @torch.no_grad()
@@ -42,13 +45,11 @@ def decode(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
 
     def choose(logits: Tensor) -> None:
         raw, scores = process_logits(logits, call, rows)
-        logprobs, ids = call.policy.candidates(scores)
-        contest = call.policy.contenders(logprobs, ids, known(scorer, ids), rows)
-        choice = weigh(call, logprobs, ids, contest, rows)
+        choice = pick(call, scores, rows)
         choice = choice._replace(slot=check(choice, rows))
         scorer.commit(choice.slot)
         call.record.write(rows, source, raw, scores, choice)
-        rows.append(ids, choice.slot)
+        rows.append(choice.ids, choice.slot)
 
     run = Runner(lambda: choose(source.step(rows)), call.graph, call.caches)
     if reuse is not None:
@@ -101,6 +102,19 @@ def process_logits(logits: Tensor, call: Call, rows: Rows) -> tuple[Tensor, Tens
     return logits, call.processors(ids, logits)  # type: ignore[arg-type]
 
 
+def pick(call: Call, scores: Tensor, rows: Rows) -> Choice:
+    """The candidates of a step with processed scores [B, V], and the draw among them."""
+    policy, scorer = call.policy, call.scorer
+    if policy.over == "all":
+        return draw_of_all(policy, scorer, scores, rows.position)
+    if policy.over == "sum":
+        logprobs, ids = candidates_of_sum(policy, scorer, scores, rows.position)
+    else:
+        logprobs, ids = policy.candidates(scores)
+    contest = policy.contenders(logprobs, ids, known(scorer, ids), rows)
+    return weigh(call, logprobs, ids, contest, rows)
+
+
 def weigh(call: Call, logprobs: Tensor, ids: Tensor, contest: Contest | None, rows: Rows) -> Choice:
     """Rewards of the candidates, and the draw from the ratio policy.
 
@@ -121,13 +135,6 @@ def weigh(call: Call, logprobs: Tensor, ids: Tensor, contest: Contest | None, ro
 def known(scorer: Scorer, ids: Tensor) -> Tensor | None:
     """Which candidates are tokens of the reward model, bool [B, k]; None for all."""
     return scorer.known(ids) if hasattr(scorer, "known") else None
-
-
-def score(scorer: Scorer, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Rewards [B, k] of the candidates (NaN of those not in `keep`, where it is given);
-    `ValueError` where a scorer gives another shape."""
-    rewards = scorer.score(ids) if keep is None else scorer.score(ids, keep)  # type: ignore[call-arg]
-    return checked(scorer, rewards, ids).to(torch.float32)
 
 
 def wait_for_peers(done: bool, call: Call, rows: Rows) -> None:

@@ -151,6 +151,36 @@ def steering(schedule: Any, kl_budget: Any, min_entropy: Any) -> None:
             raise ValueError(f"{name}={value!r}; pass a positive number of nats, or None")
 
 
+def vocabulary(guide: Any) -> None:
+    """Where the whole vocabulary is looked at, nothing may be asked for that needs candidates."""
+    top_p = guide.guided_top_p
+    if top_p is not None:
+        number("guided_top_p", top_p)
+        if isinstance(top_p, Tensor) or not 0 < top_p <= 1:
+            raise ValueError(f"guided_top_p={top_p!r}; pass a number in (0, 1], or None")
+        if guide.kl_budget is not None:
+            raise ValueError(
+                "guided_top_p= cuts the policy, and kl_budget= sets the KL of one that is not cut; "
+                "pass one of them"
+            )
+    if guide.k is None and guide.output_candidates:
+        raise ValueError(
+            "output_candidates=True, and k=None has no candidates; leave it out, or pass k=64 with "
+            "candidates='sum'"
+        )
+    if guide.over == "lm":
+        return
+    given = "k=None" if guide.k is None else "candidates='sum'"
+    for name, why in (
+        ("kl_budget", "solves for beta over candidates that do not depend on it"),
+        ("min_entropy", "is of π's candidates, and lets steps go without reward"),
+    ):
+        if getattr(guide, name) is not None:
+            raise ValueError(
+                f"{name}= {why}, and {given} looks at every token's reward; leave one of them out"
+            )
+
+
 def of_prompt(name: str, value: Any, index: int) -> float:
     """What a prompt has of an option that is a number, or a tensor [N] of one for each."""
     if not isinstance(value, Tensor) or value.dim() == 0:

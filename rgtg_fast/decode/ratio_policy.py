@@ -15,12 +15,16 @@ from .rows import Rows
 from .steering import entropy_of, solve_beta
 from .warpers import Last
 
+_NEXT_TO_NOTHING = 1e-30
+
 
 class Choice(NamedTuple):
     """A step's candidates and the one chosen: log-probabilities under π, rewards and
     log-probabilities under the ratio policy fp32 [B, k], ids int64 [B, k], `slot` int64 [B];
     `scored` bool [B, k] says which candidates were (None: all), `gated` bool [B] in which rows no
-    reward was wanted; `beta` fp32 [B] is the step's, where it is not the same at all."""
+    reward was wanted; `beta` fp32 [B] is the step's, where it is not the same at all. Of a draw
+    from the whole vocabulary k is 1, `kl` fp32 [B] that of the whole policy, and `known`
+    int64 [B] how many tokens were given a reward."""
 
     slot: Tensor
     ids: Tensor
@@ -30,6 +34,8 @@ class Choice(NamedTuple):
     scored: Tensor | None = None
     gated: Tensor | None = None
     beta: Tensor | None = None
+    kl: Tensor | None = None
+    known: Tensor | None = None
 
 
 class Contest(NamedTuple):
@@ -55,6 +61,10 @@ class RatioPolicy:
     the most that it may be, and as much as makes the KL from π so many nats. Rows whose entropy
     over the candidates is below `min_entropy` nats go without reward: the scorer then must commit
     rows unscored.
+
+    `over` says what the candidates are: "lm" the most likely tokens; where every token's reward is
+    known, "sum" the best of log π + β r, and "all" one token, drawn from the whole vocabulary.
+    `top_p` cuts the policy that is drawn from to its nucleus.
     """
 
     k: int
@@ -71,10 +81,16 @@ class RatioPolicy:
     schedule: Tensor | None = None
     kl_budget: float | None = None
     min_entropy: float | None = None
+    over: str = "lm"
+    top_p: float | None = None
 
     @functools.cached_property
     def _topk(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self._kernel("topk_logprobs")
+
+    @functools.cached_property
+    def mix(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        return self._kernel("mix_logits")
 
     @functools.cached_property
     def _sample(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -114,7 +130,7 @@ class RatioPolicy:
             return None
         if not self.prune:
             may_win = torch.ones_like(ids, dtype=torch.bool)
-        elif self.reward_range is None or self.kl_budget is not None:
+        elif self.reward_range is None or self.kl_budget is not None or self.top_p is not None:
             may_win = logprobs != -torch.inf  # a NaN may, to be seen
         else:
             if known is not None:
@@ -157,6 +173,13 @@ class RatioPolicy:
             beta = beta.masked_fill(contest.gated, 0.0)
         return beta
 
+    def weights(self, position: Tensor) -> Tensor:
+        """Of log π and of rewards in their sum, fp32 [B, 2]."""
+        beta = self._beta_at(position)
+        # With a weight of 0 a token that the rewards say is none could be drawn.
+        beta = beta.masked_fill(beta == 0, _NEXT_TO_NOTHING)
+        return torch.stack([torch.ones_like(beta), beta], 1)
+
     def _beta_at(self, position: Tensor) -> Tensor:
         if self.schedule is None:
             return self.beta
@@ -187,9 +210,16 @@ class RatioPolicy:
         `position` int64 [B] counts the answer's tokens, `beta` [B] is that of `step_beta`."""
         if contest is not None:
             logprobs, rewards = _contested(logprobs, rewards, contest)
-        if beta is not None:  # it may be 0, and 0 times -inf would be NaN
+        cut = self.top_p is not None and self.do_sample
+        # Beta may be 0 or less, and 0 times -inf would be NaN.
+        if beta is not None or cut or self.over == "sum":
             logprobs = logprobs.masked_fill(rewards == -torch.inf, -torch.inf)
             rewards = rewards.where(rewards != -torch.inf, 0.0)
+        if cut:
+            own = self._beta_at(position) if beta is None else beta
+            tempered = (logprobs + own[:, None] * rewards) / self.temperature[:, None]
+            inside = nucleus(tempered.double().softmax(-1), self.top_p)  # type: ignore[arg-type]
+            logprobs = logprobs.masked_fill(~inside, -torch.inf)
         return self._sample(logprobs, rewards, ids, *self._per_row(position, beta))
 
     def step(
@@ -208,6 +238,17 @@ class RatioPolicy:
     def keep_rows(self, rows: Tensor) -> RatioPolicy:
         columns = {n: getattr(self, n)[rows] for n in ("beta", "temperature", "seeds")}
         return replace(self, **columns)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Which of the probabilities [B, n], bool, are among the largest that make `top_p` together.
+
+    Of equal ones those that come first. Everything is where one is NaN, for it to be seen.
+    """
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    inside = ordered.cumsum(-1) - ordered < top_p
+    inside |= probabilities.isnan().any(-1, keepdim=True)
+    return torch.zeros_like(inside).scatter(-1, order, inside)
 
 
 def _contested(logprobs: Tensor, rewards: Tensor, contest: Contest) -> tuple[Tensor, Tensor]:

@@ -75,10 +75,12 @@ class Record:
     def of_step(self, unfinished: Tensor, choice: Choice) -> dict[str, Tensor]:
         """A step's columns: rewards, kl and candidates_scored [B], and the candidates' [B, k] where
         asked for."""
-        slot, ids, logprobs, rewards, logq, scored, gated, beta = choice
+        slot, ids, logprobs, rewards, logq, scored, gated, beta, kl, known = choice
         chosen = slot[:, None]
-        count = torch.full_like(slot, ids.shape[1]) if scored is None else scored.sum(-1)
-        if self.config.do_sample:
+        count = torch.full_like(slot, ids.shape[1]) if known is None else known
+        if scored is not None:
+            count = scored.sum(-1)
+        if self.config.do_sample and kl is None:
             # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
             q = logq.exp()
             kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
@@ -88,7 +90,7 @@ class Record:
                 if gated is not None:  # theirs has no reward
                     unknown &= ~gated
                 kl = kl.masked_fill(unknown, torch.nan)
-        else:  # all of the policy is on the token taken
+        elif kl is None:  # all of the policy is on the token taken
             kl = 0.0 - logprobs.gather(1, chosen)[:, 0]
         columns = {"rewards": rewards.gather(1, chosen)[:, 0], "kl": kl}
         if beta is not None:

@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from ..scorers.lazy import LazyScorer
 from ..scorers.weighted import WeightedRows
 from .call import Call
-from .loop import explain, known, weigh
+from .loop import explain, pick
 from .plan import ended
 from .ratio_policy import Choice
 
@@ -120,15 +120,13 @@ class Refill:
         if self.joined is not None:
             parts.append(self.joined)
             self.joined = None
-        logprobs, ids = call.policy.candidates(self._processed(torch.cat(parts)))
-        contest = call.policy.contenders(logprobs, ids, known(call.scorer, ids), live)  # type: ignore[arg-type]
-        choice = weigh(call, logprobs, ids, contest, live)  # type: ignore[arg-type]
+        choice = pick(call, self._processed(torch.cat(parts)), live)  # type: ignore[arg-type]
         slot = choice.slot.clamp(min=0)
         if self.sync_every == 1 and call.policy.check_nan is not False:
             self._blame(choice)
         call.scorer.commit(slot)
         columns = self._columns(choice._replace(slot=slot))
-        self.last = ids.gather(1, slot[:, None])
+        self.last = choice.ids.gather(1, slot[:, None])
         live.position += 1
         bad = choice.slot if call.policy.check_nan is not False else slot
         return bad, self.last[:, 0], columns

@@ -43,3 +43,6 @@ class AutoregressiveScorer(NextTokenScorer):
 
     def _rewards(self, state: Tensor, ids: Tensor) -> Tensor:
         return state.gather(1, ids) - state.logsumexp(-1, keepdim=True)
+
+    def _rewards_of_all(self, state: Tensor) -> Tensor:
+        return state.log_softmax(-1)

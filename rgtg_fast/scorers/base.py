@@ -28,6 +28,8 @@ class Scorer(Protocol):
     tensors in place in `score` and `commit`, never waits for the device there, and keeps nothing on
     the host but the lengths of its `caches`, the `SiblingCache`s it has after `prefill` (replaying
     a graph advances the counts on the device alone, so whoever replays one sets these).
+    One that has `score_all()` knows every token: it gives the rewards [B, V_r] of all tokens behind
+    the rows, before the `score` of the step; what it knows is part of no step's text.
     `finish()`, where there is one, ends a call and drops what belongs to it.
     """
 

@@ -40,6 +40,10 @@ class LogprobScorer(AutoregressiveScorer):
         self.rewards = (rewards + last).to(self.device)
         return self.rewards.to(ids.device)
 
+    def _rewards_of_all(self, state: Tensor) -> Tensor:
+        rewards = super()._rewards_of_all(state).double()
+        return rewards + self._totals(None)[:, None].to(rewards.device)
+
     def _committed(self, slot: Tensor, rows: Tensor | None, at: Tensor | None) -> None:
         rewards = self.rewards if at is None else self.rewards[at]
         self._put(rewards.gather(1, slot[:, None]), self._last(rows), rows)

@@ -107,6 +107,12 @@ class NextTokenScorer(ScorerRows):
         return rewards.to(ids.device)
 
     @torch.no_grad()
+    def score_all(self) -> Tensor:
+        """Rewards [B, V_r] of every token of this model behind the prefixes of all rows."""
+        self._catch_up(None)
+        return self._rewards_of_all(self.state)
+
+    @torch.no_grad()
     def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
         """Append candidate `slot` int64 [n] of the last scored ids to the rows."""
         rows, at = self.scored_rows(handles, slot)
@@ -264,3 +270,7 @@ class NextTokenScorer(ScorerRows):
     @abstractmethod
     def _rewards(self, state: Tensor, ids: Tensor) -> Tensor:
         """Rewards fp32 [n, k] of `ids` [n, k] out of the state [n, ..] of their rows."""
+
+    @abstractmethod
+    def _rewards_of_all(self, state: Tensor) -> Tensor:
+        """Rewards [n, V_r] of every token out of the same."""

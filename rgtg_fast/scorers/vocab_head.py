@@ -40,3 +40,7 @@ class VocabRewardScorer(NextTokenScorer):
         kernel = ops.kernel("vocab_reward", self.backend, hidden.device, len(hidden))
         rewards = kernel(hidden, head.weight, ids)
         return rewards if head.bias is None else rewards + head.bias[ids].float()
+
+    def _rewards_of_all(self, state: Tensor) -> Tensor:
+        head: Any = self.head
+        return head(state.to(head.weight.device, head.weight.dtype)).float()

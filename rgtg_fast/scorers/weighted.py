@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .base import RowScorer, Scorer
 from .combine import Combination
@@ -59,6 +60,13 @@ class WeightedScorer:
 
     def score(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         return self._combined(ids, keep, [{}] * len(self.parts), None)
+
+    def score_all(self) -> Tensor:
+        """Rewards fp32 [B, V_r] of every token that a part has, -inf of one that another lacks."""
+        rewards = [rewards_of_all(part) for part in self.parts]
+        width = max(each.shape[1] for each in rewards)
+        own = rewards[0].device
+        return self.now([of_width(each.to(own), width) for each in rewards], None)
 
     def commit(self, slot: Tensor) -> None:
         for part in self.parts:
@@ -219,6 +227,24 @@ def checked(scorer: Scorer, rewards: Any, ids: Tensor) -> Tensor:
             f"{type(scorer).__name__}.score must give one number for each candidate"
         )
     return rewards.to(ids.device)
+
+
+def rewards_of_all(scorer: Any) -> Tensor:
+    """The rewards [B, V_r] of every token; `ValueError` for anything else."""
+    rewards = scorer.score_all()
+    if not isinstance(rewards, Tensor) or rewards.dim() != 2:
+        got = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(
+            f"{type(scorer).__name__}.score_all gave {got}; it must give rewards [B, V] of every "
+            "token behind every row"
+        )
+    return rewards
+
+
+def of_width(rewards: Tensor, width: int) -> Tensor:
+    """The first `width` columns of rewards [B, V_r]; those that are missing are -inf."""
+    more = width - rewards.shape[1]
+    return rewards if not more else pad(rewards, (0, more), value=-torch.inf)
 
 
 def _all_of(calls: list[Callable[[], Any]]) -> None:

@@ -7,6 +7,7 @@ from test_graphs import assert_same_with_graph, cuda, guided  # noqa: F401
 
 import rgtg_fast
 from rgtg_fast import Reward, WeightedRewards
+from rgtg_fast.scorers import AutoregressiveScorer, LogprobScorer, VocabRewardScorer
 
 COLUMNS = ("rewards", "kl", "beta")
 
@@ -70,3 +71,52 @@ class Letters:
 
     def decode(self, ids, skip_special_tokens):
         return "".join(chr(0x100 + i) for i in ids)
+
+
+@pytest.mark.parametrize("options", [{"k": None}, {"k": 4, "candidates": "sum"}])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("kind", [AutoregressiveScorer, VocabRewardScorer, LogprobScorer])
+def test_the_whole_vocabulary_is_captured(cuda, options, do_sample, kind):  # noqa: F811
+    def run(**more):
+        scorer = kind(zoo.lm("gpt2")) - 0.5 * AutoregressiveScorer(zoo.lm("mistral"))
+        fixed = {"do_sample": do_sample, "output_candidates": False, "beta": 2.0} | options
+        return guided(zoo.lm("llama"), scorer, **fixed, **more)
+
+    want = run(cuda_graph=False)
+    got = run()
+    assert len(cuda.captures) == 1 and cuda.replays > 0
+    assert torch.equal(got.sequences, want.sequences)
+    for name in ("rewards", "kl"):
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_kept_graph_is_of_the_same_candidates_and_nucleus(cuda):  # noqa: F811
+    fixed = {"do_sample": True, "output_candidates": False}
+    for options in (
+        {},
+        {"candidates": "sum"},
+        {"guided_top_p": 0.5},
+        {"guided_top_p": 0.8},
+        {"k": 1},
+        {"k": None},
+    ):
+        scorer = AutoregressiveScorer(zoo.lm("gpt2"))
+        want = guided(zoo.lm("llama"), scorer, cuda_graph=False, **fixed | options)
+        got = guided(zoo.lm("llama"), scorer, **fixed | options)
+        assert torch.equal(got.sequences, want.sequences), options
+    assert len(cuda.captures) == 6
+
+
+def test_a_nucleus_of_candidates_is_captured_and_one_of_all_is_not(cuda):  # noqa: F811
+    lm, rm, pair = zoo.lm("llama"), zoo.rm("llama"), (zoo.lm("gpt2"), zoo.lm("mistral"))
+    assert_same_with_graph(cuda, lm, rm, do_sample=True, guided_top_p=0.6)
+    options = {"k": None, "guided_top_p": 0.6, "do_sample": True, "max_new_tokens": 4}
+    with pytest.warns(UserWarning, match="no effect: guided_top_p= of the whole vocabulary"):
+        rgtg_fast.generate(
+            lm,
+            **zoo.left_pad(zoo.prompts()),
+            reward_model=pair,
+            cuda_graph=True,
+            check_nan=False,
+            **options,
+        )
