@@ -102,14 +102,9 @@ class RewardGuided:
         own = {n: getattr(self, n) for n in Reward.__dataclass_fields__ if n != "model"}
         own_prompt = self.reward_input_ids is not None
         reward = taken_apart(self.reward_model, Reward(None, **own), self.tokenizer, own_prompt)
-        if self.over != "lm":
+        if self.k is None or self.candidates == "sum":
             check.knows_every_token(reward, self.k)
         return reward
-
-    @property
-    def over(self) -> str:
-        """What the candidates are; see `RatioPolicy`."""
-        return "all" if self.k is None else self.candidates
 
     @torch.no_grad()
     def __call__(
@@ -266,7 +261,7 @@ class RewardGuided:
             schedule=None if factor is None else schedule_of(factor, steps, device),
             kl_budget=None if self.kl_budget is None else float(self.kl_budget),
             min_entropy=None if self.min_entropy is None else float(self.min_entropy),
-            over=self.over,
+            over="all" if self.k is None else self.candidates,
             top_p=None if self.guided_top_p is None else float(self.guided_top_p),
         )
 

@@ -64,7 +64,8 @@ def check_options(guide: Any) -> None:
     options.reward_range(guide.reward_range, guide.prune)
     options.steering(guide.beta_schedule, guide.kl_budget, guide.min_entropy)
     options.flags({n: getattr(guide, n) for n in ("output_candidates", "compact")})
-    options.vocabulary(guide)
+    if guide.k is None or guide.candidates == "sum" or guide.guided_top_p is not None:
+        options.vocabulary(guide)
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
     options.auto_or_flag("compile", guide.compile)
     guide.speculate = options.speculate(guide.speculate, guide.assistant_model)

@@ -152,7 +152,7 @@ def steering(schedule: Any, kl_budget: Any, min_entropy: Any) -> None:
 
 
 def vocabulary(guide: Any) -> None:
-    """Where the whole vocabulary is looked at, nothing may be asked for that needs candidates."""
+    """`guided_top_p`, and that nothing asks for candidates where all tokens are drawn from."""
     top_p = guide.guided_top_p
     if top_p is not None:
         number("guided_top_p", top_p)
@@ -168,7 +168,7 @@ def vocabulary(guide: Any) -> None:
             "output_candidates=True, and k=None has no candidates; leave it out, or pass k=64 with "
             "candidates='sum'"
         )
-    if guide.over == "lm":
+    if guide.k is not None and guide.candidates == "lm":
         return
     given = "k=None" if guide.k is None else "candidates='sum'"
     for name, why in (
