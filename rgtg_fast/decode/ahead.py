@@ -94,12 +94,15 @@ class Speculation:
 
 
 Learnt = tuple[Costs, Survival, FittedHead]
-_learnt: weakref.WeakKeyDictionary[Any, dict[tuple, Learnt]] = weakref.WeakKeyDictionary()
+_learnt: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def learnt_of(model: Any, key: tuple) -> Learnt:
-    """What calls with a reward model have found so far; `key` is what that depends on."""
-    return _learnt.setdefault(model, {}).setdefault(key, (Costs(), Survival(), FittedHead()))
+def learnt_of(reward_model: Any, model: Any, key: tuple) -> Learnt:
+    """What calls with these two models have found so far, kept as long as both of them are; `key`
+    is what else that depends on."""
+    of_both = _learnt.setdefault(reward_model, weakref.WeakKeyDictionary())
+    known = of_both.setdefault(model, {})
+    return known.setdefault(key, (Costs(), Survival(), FittedHead()))
 
 
 def choose_speculation(
@@ -124,13 +127,14 @@ def choose_speculation(
     most = int(asked) if fixed else min(LONGEST, CANDIDATES // (batch * k))
     call.scorer.ahead = most  # type: ignore[attr-defined]
     rm = call.scorer.rm  # type: ignore[attr-defined]
-    lm, threads = call.source.view.model, torch.get_num_threads()  # type: ignore[attr-defined]
-    key = type(call.scorer), batch, k, rm.dtype, threads, type(lm), id(lm.config)
-    if drafter is None and not fixed and call.source.view.dtype is torch.float32:  # type: ignore[attr-defined]
+    view = call.source.view  # type: ignore[attr-defined]
+    on = view.device, view.dtype, rm.dtype, torch.get_num_threads()
+    key = type(call.scorer), batch, k, view.vocab_size, on
+    if drafter is None and not fixed and view.dtype is torch.float32:
         # (In bf16 a forward of several tokens rounds otherwise than one of each.)
         drafter = SuffixDrafter()
-    vocab_size = call.source.view.vocab_size  # type: ignore[attr-defined]
-    return Speculation(most, fixed, *learnt_of(rm.model, key), vocab_size, drafter)
+    learnt = learnt_of(rm.model, view.model, key)
+    return Speculation(most, fixed, *learnt, view.vocab_size, drafter)
 
 
 def _why_not(call: Call) -> str | None:

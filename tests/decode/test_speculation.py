@@ -323,6 +323,22 @@ def test_nothing_of_a_call_outlives_it(models, monkeypatch):
         gc.enable()
 
 
+@pytest.mark.filterwarnings("ignore:reward_model has")
+def test_what_is_learnt_is_of_the_models_as_they_are():
+    """A vocabulary of another size, another dtype, another model at the same address."""
+    rm = tiny.gpt2_rm()
+    for seed, width in ((1, 32), (2, 64), (3, 32)):
+        lm = tiny.llama_lm(seed=seed, hidden_size=width)
+        for _ in range(2):
+            ids = {n: t.clamp(max=200) for n, t in tiny.prompts(6, 4).items()}
+            want, got = (answers_to(ids, (lm, rm), how) for how in (False, 4))
+            assert_same(got, want)
+            lm.resize_token_embeddings(lm.config.vocab_size - 3)
+        del lm
+    gc.collect()
+    assert not len(ahead._learnt[rm])
+
+
 def test_a_nan_is_named_by_row_and_step(models):
     lm, rm = tiny.llama_lm(), tiny.gpt2_rm()
     with torch.no_grad():
