@@ -6,12 +6,13 @@ tokens at every step (arXiv 2406.07780); `RewardGuided` is the same as a `custom
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import ops
+from . import ops, presets
 from .decode.drafters import SuffixDrafter
 from .decode.kept import free_graphs
 from .generate import RewardGuided, generate
 from .generate_many import generate_many
 from .models.on_base import RewardAdapter, RewardHead
+from .models.vocab_head import VocabHead
 from .ops.installation import show_config
 from .output import Answer, RewardGuidedOutput
 from .scorers.endpoint import RewardEndpoint
@@ -31,10 +32,12 @@ __all__ = [
     "RewardGuidedOutput",
     "RewardHead",
     "SuffixDrafter",
+    "VocabHead",
     "WeightedRewards",
     "free_graphs",
     "generate",
     "generate_many",
     "ops",
+    "presets",
     "show_config",
 ]

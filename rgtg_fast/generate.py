@@ -75,7 +75,7 @@ def generate(
             log π_policy - log π_ref of the answer so far (arXiv 2305.18290).
             A function `list[str] -> list[float]` of the texts, or the http(s):// URL of a server
             that has one (`rgtg_fast.RewardEndpoint` has options for it); with `tokenizer`.
-            A `RewardHead` or `RewardAdapter` on the language model's own weights.
+            A `RewardHead`, `RewardAdapter` or `VocabHead` on the language model's own weights.
             A scorer: an object with `prefill`, `score` and `commit`.
             `rgtg_fast.WeightedRewards([a, b], [0.7, 0.3])` of any of these, or
             `0.7 * rgtg_fast.Reward(a) + 0.3 * rgtg_fast.Reward(b, reward_label="safe")`.

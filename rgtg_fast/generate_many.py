@@ -28,7 +28,7 @@ from .generate import generate, stop_strings_as_criterion
 from .guided import OneCall
 from .models import foreign
 from .models.padding import left_padded
-from .models.reward_model import RewardModel
+from .models.parts import ModelParts
 from .output import Answer
 from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
@@ -113,7 +113,7 @@ class _Many:
         check.check_options(self.guide)
         self.reward = self.guide.taken_apart()
         models = [part.model for part in leaves_of(self.reward)]
-        devices = self.device, *(rm.device for rm in models if isinstance(rm, RewardModel))
+        devices = self.device, *(rm.device for rm in models if isinstance(rm, ModelParts))
         self.modes = Modes(["cpu", *(device.type for device in devices)])
         stop_strings_as_criterion(model, tokenizer, self.kwargs)
         first = prepared_for(

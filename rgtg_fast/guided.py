@@ -34,6 +34,7 @@ from .models import foreign
 from .models.language_model import LanguageModel
 from .models.on_base import OnBase
 from .models.reward_model import Label
+from .models.vocab_head import VocabHead
 from .output import RewardGuidedOutput
 from .prompts import check_prompts
 from .scorers.base import Scorer
@@ -299,9 +300,16 @@ class RewardGuided:
                 and reward.reward_method in ("auto", "tree")
             )
             shared |= joint
+            of_states = (
+                found is not None
+                and found[1] == "fused"
+                and isinstance(rm, VocabHead)
+                and rm.base is found[0].base
+                and not own_prompt
+            )
             return scorer_of(
                 reward if by_text else replace(reward, reward_tokenizer=None),
-                joint_way=found[1] if joint and found is not None else None,
+                joint_way=found[1] if found is not None and (joint or of_states) else None,
                 k=k,
                 vocab_size=vocab_size,
                 tokenizer=self.tokenizer,

@@ -12,6 +12,7 @@ from . import validation as check
 from .models import foreign
 from .models.parts import ModelParts
 from .models.reward_model import RewardModel
+from .models.vocab_head import VocabHead
 from .scorers.rewards import Reward, leaves_of
 from .vocabularies import check_families, check_vocabularies
 
@@ -60,7 +61,7 @@ def check_prompts(
 def parts_of(reward: Reward) -> ModelParts | None:
     """The model of a part of a reward, taken apart, where its ids and positions are to be checked:
     of a scorer of the caller's, they are the caller's."""
-    if isinstance(reward.model, RewardModel):
+    if isinstance(reward.model, RewardModel | VocabHead):
         return reward.model
     return reward.model.rm if reward.reward_kind is not None else None
 

@@ -69,7 +69,8 @@ def check_options(guide: Any) -> None:
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
     options.auto_or_flag("compile", guide.compile)
     guide.speculate = options.speculate(guide.speculate, guide.assistant_model)
-    check_streamers(None, guide.streamer)
+    if guide.streamer is not None:
+        check_streamers(None, guide.streamer)
 
 
 def names_checked(cls: type[T]) -> type[T]:

@@ -13,6 +13,7 @@ from torch import nn
 from .models.foreign import name_or_path
 from .models.on_base import OnBase
 from .models.parts import ModelParts
+from .models.vocab_head import VocabHead
 from .scorers.factory import same_vocabulary
 from .scorers.rewards import Reward
 
@@ -34,7 +35,7 @@ def check_vocabularies(reward: Reward, rm: ModelParts, model: Any, tokenizer: An
             if not (hasattr(given, "get_vocab") and hasattr(given, "decode")):
                 raise ValueError(f"{name} must be a transformers tokenizer; got {given!r}")
         as_text = not same_vocabulary(tokenizer, reward_tokenizer)
-        if as_text and reward.reward_kind is not None:
+        if as_text and (reward.reward_kind is not None or isinstance(rm, VocabHead)):
             raise ValueError(
                 "tokenizer and reward_tokenizer have different tokens, and a causal language model "
                 f"as reward ({type(rm.model).__name__}) gives its rewards to the language model's "
@@ -72,7 +73,7 @@ def check_families(model: Any, rm: ModelParts, reward_tokenizer: Any) -> None:
     """Warns, once for a pair of models that share token ids, where neither BOS nor EOS (of those
     that both configurations know) has an id in common. One suffices: the chat models of a family
     often have another EOS than its base models."""
-    if reward_tokenizer is not None or isinstance(rm, OnBase):
+    if reward_tokenizer is not None or isinstance(rm, OnBase | VocabHead):
         return  # the vocabularies were compared, or the tokenizer is one
     with _comparing:
         others = _compared.setdefault(model, WeakSet())

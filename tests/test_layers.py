@@ -10,7 +10,18 @@ import rgtg_fast
 PACKAGE = Path(rgtg_fast.__file__).parent
 # A module may import from its own layer and those before it. The modules at the root of the package
 # are one layer, above `decode`.
-LAYERS = ("ops", "models", "scorers", "decode", "", "training", "evaluation", "demo", "cli")
+LAYERS = (
+    "ops",
+    "models",
+    "scorers",
+    "decode",
+    "",
+    "presets",
+    "training",
+    "evaluation",
+    "demo",
+    "cli",
+)
 CALLS = {"generate", "generate_many", "guided", "prompts", "validation", "vocabularies", "output"}
 ROOT = {"__init__", "__main__", *CALLS}
 
@@ -68,6 +79,7 @@ def upward(edges):
         for name, targets in edges.items()
         for target in sorted(targets)
         if name != "__main__"  # the way into the command line
+        and (name, target) != ("__init__", "presets")  # a public name, as the calls are
         and ranks[layer_of(target)] > ranks[layer_of(name)]
     ]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..models.compiled import CompiledSiblings
 from ..scorers.next_token import NextTokenScorer
+from ..scorers.own_states import StateScorer
 from ..scorers.tree import SiblingScorer
 from ..scorers.weighted import WeightedScorer
 from .call import Call
@@ -47,6 +48,8 @@ def _why_not_source(source: Any) -> str | None:
 
 
 def _why_not_scorer(scorer: Any) -> str | None:
+    if isinstance(scorer, StateScorer):
+        return None  # its forward is the language model's
     if not isinstance(scorer, SiblingScorer | NextTokenScorer):
         kind = getattr(scorer, "method", type(scorer).__name__)
         return f"scoring by {kind!r}: it does not run candidates as siblings over one prefix"

@@ -249,7 +249,11 @@ def _kind(call: Call, input_ids: Tensor) -> tuple | None:
         *(policy.do_sample, policy.check_nan, policy.reward_range, policy.backend, scorer.backend),
         *(policy.over, policy.top_p),
         *(record.on, record.output_candidates),
-        *(getattr(scorer, "largest_id", None), getattr(rm, "label", None)),
+        *(
+            getattr(scorer, "largest_id", None),
+            getattr(rm, "label", None),
+            getattr(rm, "problem", None),
+        ),
         *map(_described, (*call.processors, policy.warpers)),
         *(input_ids.device, numerics(input_ids.device), torch.is_inference_mode_enabled()),
         *(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),

@@ -25,7 +25,9 @@ from ..models.padding import has_holes, positions_of
 from ..models.siblings import SiblingForward, fill_cache
 from ..scorers.causal import StaticForward, language_model
 from ..scorers.joint import JointScorer
-from ..scorers.weighted import WeightedScorer
+from ..scorers.lazy import LazyScorer
+from ..scorers.own_states import StateScorer
+from ..scorers.weighted import leaves_of
 from .rows import Rows
 
 
@@ -151,6 +153,8 @@ class CachedLogits:
 
     def join(self, prompts: Sequence[Tensor]) -> Tensor:
         hidden = self.static.join([prompt.to(self.view.device) for prompt in prompts])
+        known = [self.newest[:, -1:]] if len(self.counts) else []
+        self.newest = torch.cat([*known, hidden[:, None]])
         counts = self.counts.new_tensor([len(prompt) for prompt in prompts])
         self.counts = torch.cat([self.counts, counts])
         return self.static.logits(hidden).to(prompts[0].device)
@@ -159,7 +163,12 @@ class CachedLogits:
         device, n = self.view.device, len(last)
         rows = None if n == len(self.counts) else torch.arange(n, device=device)
         hidden = self.static.step(last.to(device), rows)
+        self.newest = torch.cat([hidden[:, None], self.newest[n:]])
         return self.static.logits(hidden).to(last.device)
+
+    def states(self) -> Tensor:
+        """See `scorers.own_states.States`."""
+        return self.newest[:, -1]
 
     def step(self, rows: Rows) -> Tensor:
         return self.feed(rows.last())
@@ -197,7 +206,7 @@ class CachedLogits:
     def keep_rows(self, rows: Tensor) -> None:
         rows = rows.to(self.view.device)
         self.static.keep_rows(rows)
-        self.counts = self.counts[rows]
+        self.counts, self.newest = self.counts[rows], self.newest[rows]
 
     @property
     def forward(self) -> SiblingForward:
@@ -249,6 +258,10 @@ class JointLogits:
 
     def advance(self, last: Tensor) -> Tensor:
         return self._logits(slice(len(last))).to(last.device)
+
+    def states(self) -> Tensor:
+        """See `scorers.own_states.States`."""
+        return self.scorer.next_hidden
 
     def _logits(self, rows: slice = slice(None)) -> Tensor:
         return self._logits_of(self.scorer.next_hidden[rows])
@@ -307,15 +320,21 @@ def logits_source(
     backend: ops.Backend,
 ) -> LogitsSource:
     """The source of a call; `found` is what `plain_language_model` gave for it."""
+    source: LogitsSource
     if found is not None:
         view, way = found
         cache = model_kwargs[CACHE]
-        parts = scorer.leaves if isinstance(scorer, WeightedScorer) else [scorer]
+        parts = leaves_of(scorer.scorer if isinstance(scorer, LazyScorer) else scorer)
         joint = next((part for part in parts if isinstance(part, JointScorer)), None)
-        if joint is not None:
-            return JointLogits(view, joint, attention_mask, cache)
-        if way == "fused":
-            return CachedLogits(view, attention_mask, config.max_length, backend, cache)
+        if joint is not None or way == "fused":
+            if joint is not None:
+                source = JointLogits(view, joint, attention_mask, cache)
+            else:
+                source = CachedLogits(view, attention_mask, config.max_length, backend, cache)
+            for part in parts:
+                if isinstance(part, StateScorer):
+                    part.source = source
+            return source
     return HFLogits(model, config, model_kwargs, len(attention_mask))
 
 

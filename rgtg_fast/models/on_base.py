@@ -28,15 +28,7 @@ class OnBase(RewardModel):
     """A reward model whose base is that of the language model `lm`."""
 
     def __init__(self, lm: Any, head: Callable[[Tensor], Tensor], layer: int = -1) -> None:
-        inner = lm.get_base_model() if hasattr(lm, "peft_config") else lm
-        if isinstance(inner, PreTrainedModel) and inner.config.is_encoder_decoder:
-            raise ValueError(
-                f"lm is {type(inner).__name__}, an encoder-decoder model; pass a decoder-only one"
-            )
-        if not isinstance(inner, PreTrainedModel) or find_base(inner) is inner:
-            raise ValueError(
-                f"lm must be a causal language model of transformers; got {type(lm).__name__}"
-            )
+        inner = check_language_model(lm)
         super().__init__(lm, head)
         self.lm = lm
         layers = self.text_config.num_hidden_layers
@@ -134,7 +126,7 @@ class RewardHead(OnBase):
                     "weight must be a float tensor [H] or [1, H], or a module or function, hidden "
                     f"[..., H] -> [...]; got {type(weight).__name__}"
                 )
-        head = _linear(weight, bias) if isinstance(weight, Tensor) else weight
+        head = linear("weight", weight, bias) if isinstance(weight, Tensor) else weight
         super().__init__(lm, head, layer)
         device = self._check_head(
             "weight", "pass a tensor [H], or a module or function, [..., H] -> [...] or [..., 1]"
@@ -158,7 +150,7 @@ class RewardAdapter(OnBase):
                 "lm is a PEFT model, and the reward adapter belongs on plain weights; pass "
                 "lm.merge_and_unload()"
             )
-        head = _linear(checkpoint.head_weight, checkpoint.head_bias)
+        head = linear("weight", checkpoint.head_weight, checkpoint.head_bias)
         super().__init__(lm, head)
         parts: dict[nn.Module, LowRank] = {}
         for name, (a, b, scale) in checkpoint.layers.items():
@@ -208,14 +200,29 @@ class RewardAdapter(OnBase):
         return self.low_rank.in_order
 
 
-def _linear(weight: Tensor, bias: Tensor | float | None) -> nn.Linear:
+def check_language_model(lm: Any) -> PreTrainedModel:
+    """The transformers model in `lm`; `ValueError` unless it is a decoder with a base."""
+    inner = lm.get_base_model() if hasattr(lm, "peft_config") else lm
+    if isinstance(inner, PreTrainedModel) and inner.config.is_encoder_decoder:
+        raise ValueError(
+            f"lm is {type(inner).__name__}, an encoder-decoder model; pass a decoder-only one"
+        )
+    if not isinstance(inner, PreTrainedModel) or find_base(inner) is inner:
+        raise ValueError(
+            f"lm must be a causal language model of transformers; got {type(lm).__name__}"
+        )
+    return inner
+
+
+def linear(name: str, weight: Tensor, bias: Tensor | float | None) -> nn.Linear:
+    """A frozen linear head of one output; `name` is what its weight is called in errors."""
     if (
         not weight.is_floating_point()
         or weight.dim() not in (1, 2)
         or weight.numel() != weight.shape[-1]
     ):
         raise ValueError(
-            f"weight has shape {list(weight.shape)} and dtype {weight.dtype}; pass a float tensor "
+            f"{name} has shape {list(weight.shape)} and dtype {weight.dtype}; pass a float tensor "
             "[H] or [1, H]"
         )
     if bias is not None:

@@ -31,6 +31,8 @@ class RewardModel(ModelParts):
     the configuration says `problem_type="multi_label_classification"`; with
     `problem_type="regression"`, and of a head that is named so, it is the label's logit itself.
     Several labels make a weighted sum: a list of them (each of weight 1) or {label: weight}.
+    `problem_type` stands in for the configuration's; "multi_label_classification" makes a head of
+    one number the log-sigmoid of it.
 
     Raises `ValueError` where no base or head is found, or the head gives several labels and none is
     named.
@@ -41,6 +43,7 @@ class RewardModel(ModelParts):
         model: nn.Module,
         head: Callable[[Tensor], Tensor] | None = None,
         label: Label = None,
+        problem_type: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -63,12 +66,16 @@ class RewardModel(ModelParts):
         self.check_public = head is None
         self.head: Any = head
         self.label: tuple[tuple[int, float], ...] | None = None  # columns and their weights
-        self._problem = getattr(getattr(inner, "config", self.config), "problem_type", None)
+        self.problem = getattr(getattr(inner, "config", self.config), "problem_type", None)
         if head is None:
             name, self.head = _find_head(inner, self.base)
             self.label = _columns(label, _labels(self.head), inner)
             if name.startswith("regression"):
-                self._problem = "regression"
+                self.problem = "regression"
+            if problem_type is not None:
+                self.problem = problem_type
+                if self.label is None and problem_type == "multi_label_classification":
+                    self.label = ((0, 1.0),)
         self._kernels: dict[tuple, Callable[..., Tensor]] = {}  # of reward_head
 
     def rewards(self, hidden: Tensor, backend: ops.Backend = "auto") -> Tensor:
@@ -109,9 +116,9 @@ class RewardModel(ModelParts):
         logits = logits.float()
         if self.label is None:
             return logits.squeeze(-1)
-        if self._problem == "multi_label_classification":
+        if self.problem == "multi_label_classification":
             logits = nn.functional.logsigmoid(logits)
-        elif self._problem != "regression":
+        elif self.problem != "regression":
             logits = logits.log_softmax(-1)
         (column, weight), *rest = self.label
         if not rest and weight == 1:

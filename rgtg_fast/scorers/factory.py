@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.on_base import OnBase
 from ..models.reward_model import Label, RewardModel
+from ..models.vocab_head import VocabHead
 from .base import RewardModelScorer, Scorer
 from .expand import ExpandScorer
 from .joint import JointScorer
+from .own_states import of_vocab_head
 from .probe import WAYS, Verdict, probe
 from .reencode import ReencodeScorer
 from .retokenize import RetokenizeScorer
@@ -103,6 +105,8 @@ def scorer_of(
 ) -> Scorer:
     """The scorer of a reward whose model is taken apart, or is one."""
     rm = reward.model
+    if isinstance(rm, VocabHead):
+        return of_vocab_head(rm, joint_way is not None, max_length or 0, backend)
     if not isinstance(rm, RewardModel):
         return rm
     method, reward_tokenizer = reward.reward_method or "auto", reward.reward_tokenizer

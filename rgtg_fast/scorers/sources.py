@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..models.reward_model import RewardModel, as_reward_model, is_causal
+from ..models.vocab_head import VocabHead
 from .base import Scorer
 from .endpoint import RewardEndpoint
 from .implicit import LogprobScorer
@@ -66,7 +67,7 @@ def _one(reward: Reward, tokenizer: Any, own_prompt: bool) -> Reward | WeightedR
         return _pair(reward)
     if kind is not None:
         return replace(reward, model=_causal(reward))
-    if is_scorer(model):
+    if is_scorer(model) or isinstance(model, VocabHead):
         _refuse_options(reward, type(model).__name__)
         return reward
     by_text = isinstance(model, str) or (

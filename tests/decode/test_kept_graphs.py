@@ -14,6 +14,7 @@ from graph_emulated import install
 
 import rgtg_fast
 from rgtg_fast.decode import graphs, kept
+from rgtg_fast.models.reward_model import RewardModel
 from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
 
 COLUMNS = ("rewards", "kl", "candidate_ids", "candidate_logprobs", "candidate_rewards")
@@ -74,6 +75,14 @@ def test_a_second_call_captures_nothing_and_gives_the_same(cuda, kind, lm, rm):
         assert_same(guided(lm, rm, **options), want)
         assert len(cuda.captures) == 1
     assert cuda.replays > 20
+
+
+def test_another_output_of_the_same_label_is_another_graph(cuda):
+    lm, rm = zoo.lm("llama"), zoo.build_rm("gpt2", num_labels=3)
+    for problem in (None, "regression", "multi_label_classification"):
+        reward = RewardModel(rm, label=1, problem_type=problem)
+        assert_same(guided(lm, reward), guided(lm, reward, cuda_graph=False))
+    assert len(cuda.captures) == 3
 
 
 SHAPES = [(9, 2, 14), (4, 7, 3), (5,), (12,), (3, 8)]

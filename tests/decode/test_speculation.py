@@ -231,9 +231,11 @@ def test_guesses_take_each_row_as_far_as_they_are_right(models, lengths, share):
             drafter = Knows(known, share, ends)
             got = answers(models, lengths, speculate, beta=0.02, assistant_model=drafter)
             assert_same(got, want)
-        if speculate == 8 and share and ends > NEW:
-            most = NEW // 6 if share == 1.0 else NEW // 2
-            assert got.speculation["lm_forwards"] <= most * (2 if len(lengths) > 1 else 1)
+            if speculate == 8 and share and ends > NEW:
+                # Each row goes as far as its own guesses are right; a round takes 8 positions.
+                most = {1.0: NEW // 3, 0.7: 3 * NEW // 4}[share]
+                assert got.speculation["lm_forwards"] <= most
+                assert got.speculation["acceptance"] > 0.6
 
 
 class Gives(Knows):

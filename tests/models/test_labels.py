@@ -34,6 +34,20 @@ def test_the_reward_is_the_public_logits_of_the_label(name, problem, reward):
         torch.testing.assert_close(out.rewards[row, -1], reward(logits)[0, 1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_likelihood_of_what_a_model_of_one_number_judges(name):
+    rm = zoo.build_rm(name)
+    out = guided(zoo.lm("llama"), rgtg_fast.presets.cd_fudge(rm)["reward_model"])
+    want = guided(zoo.lm("llama"), rm, beta=0.0)
+    assert (out.rewards < 0).all() and (want.rewards > 0).any()
+    for row, prompt in enumerate(zoo.prompts()):
+        ids = torch.cat([prompt, out.sequences[row, -4:]])
+        with torch.no_grad():
+            logit = rm(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0, 0]
+        reward = nn.functional.logsigmoid(logit)
+        torch.testing.assert_close(out.rewards[row, -1], reward, rtol=1e-3, atol=1e-3)
+
+
 def test_a_label_may_be_named():
     rm = zoo.build_rm("llama", num_labels=2)
     rm.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
