@@ -107,10 +107,10 @@ def knows_every_token(reward: Any, k: int | None) -> None:
             model = getattr(part.model, "model", part.model)
             given = "k=None" if k is None else "candidates='sum'"
             raise ValueError(
-                f"{given} needs the reward of every token, "
-                f"and {type(model).__name__} gives those of candidates; pass a causal language "
-                "model with reward_kind='genarm' or 'farma', a pair (policy, reference), a scorer "
-                "with score_all(), or a sum of these; or else k=10, candidates='lm'"
+                f"{given} needs the reward of every token, and {type(model).__name__} gives those "
+                "of candidates; pass a causal language model with reward_kind='genarm' or 'farma', "
+                "a pair (policy, reference), a VocabHead, a scorer with score_all(), or a sum of "
+                "these; or else k=10, candidates='lm'"
             )
 
 
