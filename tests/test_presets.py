@@ -139,7 +139,7 @@ def of_ilql(m: Models, beta: float) -> Formula:
     return formula
 
 
-Case = tuple[Callable[[Models, int], dict[str, Any]], Callable[[Models], Formula]]
+Case = tuple[Callable[[Models, int | None], dict[str, Any]], Callable[[Models], Formula]]
 CASES: dict[str, Case] = {
     "pargs": (lambda m, k: presets.pargs(m.rm, k=k), lambda m: of_pargs(m, 2.0)),
     "pargs_greedy": (lambda m, k: presets.pargs_greedy(m.rm, k=k), lambda m: of_pargs(m, 1.0)),
@@ -234,6 +234,26 @@ def test_greedy_tokens_are_those_of_the_formula(name: str, many: Models) -> None
     assert differs, "the reward changes no token: nothing is tested"
 
 
+@pytest.mark.parametrize("name", ["cd_q", "ilql"])
+def test_over_the_whole_vocabulary_as_published(name: str, many: Models, few: Models) -> None:
+    preset, formula = CASES[name]
+    batch = zoo.left_pad(PROMPTS)
+    options = preset(many, None) | {"do_sample": False, "eos_token_id": EOS}
+    got = rgtg_fast.generate(many.lm, **batch, **options, max_new_tokens=12)
+    exact, width = doubled(many), batch["input_ids"].shape[1]
+    for row, prompt in enumerate(PROMPTS):
+        want = greedy(exact, formula(exact), prompt, many.lm.config.vocab_size, 12)
+        assert until_eos(got[row, width:].tolist()) == want
+    options = preset(few, None) | {"eos_token_id": EOS, "num_return_sequences": DRAWS}
+    batch, exact = zoo.left_pad(PROMPTS[:2]), doubled(few)
+    out = rgtg_fast.generate(few.lm, **batch, **options, max_new_tokens=2, seed=3)
+    answers = out[:, batch["input_ids"].shape[1] :].view(2, DRAWS, 2).tolist()
+    for rows, prompt in zip(answers, PROMPTS, strict=False):
+        probs = enumerated(exact, formula(exact), prompt, few.lm.config.vocab_size)
+        probs = {answer: p for answer, p in probs.items() if p > 0}
+        assert chi_square_p(Counter(tuple(until_eos(row)) for row in rows), probs) > 1e-4
+
+
 @pytest.mark.parametrize("name", SAMPLED)
 def test_draws_are_of_the_formula(name: str, few: Models) -> None:
     preset, formula = CASES[name]
@@ -275,8 +295,8 @@ def test_defaults_are_the_published_ones(few: Models) -> None:
     assert numbers(presets.rad(few.rm)) == (30.0, 20, True, 1.0)
     assert presets.rad(few.rm)["reward_range"] == (0.0, 1.0)
     assert numbers(presets.cd_fudge(few.rm)) == (1.0, 64, True, 1.0)
-    assert numbers(presets.cd_q(few.lm, few.q)) == (1.0, 64, True, 1.0)
-    assert numbers(presets.ilql(few.lm, few.q1, few.v)) == (1.0, 64, True, 1.0)
+    assert numbers(presets.cd_q(few.lm, few.q)) == (1.0, None, True, 1.0)
+    assert numbers(presets.ilql(few.lm, few.q1, few.v)) == (1.0, None, True, 1.0)
 
 
 def test_a_generation_configuration_that_cuts_the_language_model_is_set_aside(few: Models) -> None:

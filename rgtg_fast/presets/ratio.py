@@ -119,17 +119,17 @@ def cd_q(
     q: Head,
     *,
     strength: Number = 1.0,
-    k: int = 64,
+    k: int | None = None,
     temperature: Number = 1.0,
 ) -> dict[str, Any]:
-    """CD-Q: y ~ softmax((log π(v) + λ q_v · h) / T) over the k most likely tokens v.
+    """CD-Q: y ~ softmax((log π(v) + λ q_v · h) / T) over all tokens v, or the k most likely.
 
     h is the hidden state of `lm` behind x, y_<t, and q_v · h the value of going on with v, which
     the paper learns by Bellman updates; `q` is a head [V, H] or a module (see `VocabHead`). It
     costs no forward. A value of prefix and token from a model of its own, V(x, y_<t, v), is
     `pargs(value_model, beta=λ)`; one from the states of `lm`, `pargs(RewardHead(lm, weight))`.
 
-    Published: λ is swept, over the whole vocabulary; here k <= 64. arXiv 2310.17022, no repository.
+    Published: λ is swept, over the whole vocabulary. arXiv 2310.17022, no repository.
     """
     return _sampled(VocabHead(lm, q), strength, k, temperature)
 
@@ -140,17 +140,18 @@ def ilql(
     value: Head,
     *,
     beta: Number = 1.0,
-    k: int = 64,
+    k: int | None = None,
     temperature: Number = 1.0,
 ) -> dict[str, Any]:
-    """ILQL: y ~ softmax((log π(v) + β (min(Q1(h)_v, Q2(h)_v) - V(h))) / T) over the k most likely.
+    """ILQL: y ~ softmax((log π(v) + β (min(Q1(h)_v, Q2(h)_v) - V(h))) / T) over all tokens v, or
+    the k most likely.
 
     h is the hidden state of `lm` behind x, y_<t; `q` are the target heads, one or two of them (a
     tensor [V, H], or a module such as the published linear - ReLU - linear), `value` is V: it is
     the same for all v, so `rewards` in the output shows it, and nothing else does. No forward.
 
     Published: β = 1 (8 in its toxicity evaluation), T = 1, the whole vocabulary (trlx: of the sum,
-    the 20 best); here k <= 64. Where the policy is a model of its own, as in that evaluation, `lm`
+    the 20 best). Where the policy is a model of its own, as in that evaluation, `lm`
     is that of the heads, and runs one token a step. arXiv 2206.11871,
     github.com/Sea-Snell/Implicit-Language-Q-Learning (`score` with `exp_weights=True`).
     """
@@ -161,7 +162,7 @@ def _greedy(reward_model: Any, beta: Number, k: int) -> dict[str, Any]:
     return {"reward_model": reward_model, "beta": beta, "k": k, "do_sample": False}
 
 
-def _sampled(reward_model: Any, beta: Number, k: int, temperature: Number) -> dict[str, Any]:
+def _sampled(reward_model: Any, beta: Number, k: int | None, temperature: Number) -> dict[str, Any]:
     # A model's own generation configuration may cut π, which none of these decoders does.
     whole = {"top_k": 0, "top_p": 1.0}
     chosen = {"reward_model": reward_model, "beta": beta, "k": k, "temperature": temperature}

@@ -8,7 +8,7 @@ import rgtg_fast
 from rgtg_fast.demo.run import load_assets
 
 PACKAGE = str(Path(rgtg_fast.__file__).parent)
-MOST = 175  # 20 of them choose warpers, compiled forwards and speculation
+MOST = 180  # 40 of them choose kinds of reward, candidates, warpers, compiled forwards, speculation
 
 
 def functions_called_before_the_loop(call):
