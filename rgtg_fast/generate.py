@@ -80,10 +80,10 @@ def generate(
             `rgtg_fast.WeightedRewards([a, b], [0.7, 0.3])` of any of these, or
             `0.7 * rgtg_fast.Reward(a) + 0.3 * rgtg_fast.Reward(b, reward_label="safe")`.
         k: candidates per step, 1 to 64. None: the whole vocabulary, with rewards that know every
-            token: GenARM's and FaRMA's (`reward_kind`), pairs (policy, reference), and sums of
-            these. Each token is one draw from softmax((log π + β r)/T) over all tokens (or the best
-            of them), and `kl` that of the whole policy. (Hugging Face's own `top_k` is 50 where
-            nobody says otherwise, and cuts π in sampling: `top_k=0` for all of it.)
+            token: GenARM's and FaRMA's (`reward_kind`), pairs (policy, reference), a `VocabHead`,
+            and sums of these. Each token is one draw from softmax((log π + β r)/T) over all tokens
+            (or the best of them), and `kl` that of the whole policy. (Hugging Face's own `top_k` is
+            50 where nobody says otherwise, and cuts π in sampling: `top_k=0` for all of it.)
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts
             `num_return_sequences`). None draws one from torch's global generator.

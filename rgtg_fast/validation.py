@@ -69,7 +69,8 @@ def check_options(guide: Any) -> None:
     options.flags({n: getattr(guide, n) for n in ("check_nan", "cuda_graph")}, or_none=True)
     options.auto_or_flag("compile", guide.compile)
     guide.speculate = options.speculate(guide.speculate, guide.assistant_model)
-    check_streamers(None, guide.streamer)
+    if guide.streamer is not None:
+        check_streamers(None, guide.streamer)
 
 
 def names_checked(cls: type[T]) -> type[T]:
@@ -106,10 +107,10 @@ def knows_every_token(reward: Any, k: int | None) -> None:
             model = getattr(part.model, "model", part.model)
             given = "k=None" if k is None else "candidates='sum'"
             raise ValueError(
-                f"{given} needs the reward of every token, "
-                f"and {type(model).__name__} gives those of candidates; pass a causal language "
-                "model with reward_kind='genarm' or 'farma', a pair (policy, reference), a scorer "
-                "with score_all(), or a sum of these; or else k=10, candidates='lm'"
+                f"{given} needs the reward of every token, and {type(model).__name__} gives those "
+                "of candidates; pass a causal language model with reward_kind='genarm' or 'farma', "
+                "a pair (policy, reference), a VocabHead, a scorer with score_all(), or a sum of "
+                "these; or else k=10, candidates='lm'"
             )
 
 

@@ -6,7 +6,7 @@ import torch
 from mixtures import STEPS, check, chi_square, decoded, logits, logp, models, nucleus
 
 import rgtg_fast
-from rgtg_fast.presets import mixtures as presets
+from rgtg_fast import presets
 
 SEEDS = torch.tensor([5, 6, 7])
 

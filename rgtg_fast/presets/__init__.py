@@ -4,8 +4,9 @@
 
     out = rgtg_fast.generate(lm, **inputs, **presets.pargs(rm, beta=2.0), max_new_tokens=64)
 
-The same dict goes into `generate_many`, and, but for `do_sample`, which is Hugging Face's, into
-`RewardGuided`. Another value for one of its entries: `presets.pargs(rm) | {"top_p": 0.9}`.
+The same dict goes into `generate_many`, and, but for `do_sample`, `top_k` and `logits_processor`,
+which are Hugging Face's, into `RewardGuided`. Another value for one of its entries:
+`presets.pargs(rm) | {"top_p": 0.9}`.
 """
 
 from .mixtures import (
