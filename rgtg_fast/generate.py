@@ -187,9 +187,10 @@ def generate(
             models of 64 MiB or more and a reward model scored by "tree" (smaller ones, a
             `RewardHead` or a `RewardAdapter` with an `assistant_model`), without `reward_range`,
             for up to 48 candidates of all rows (the cache then has room for up to 96). An int: so
-            many positions each time, 2 to 32, anywhere. False never. `speculation` in the output
-            says what came of it. As "auto" goes by the clock, the last bits of rewards may differ
-            from run to run.
+            many positions each time, 2 to 32, anywhere; on a GPU its two forwards are replayed from
+            CUDA graphs where steps would be (`cuda_graph`). False never. `speculation` in the
+            output says what came of it. As "auto" goes by the clock, the last bits of rewards may
+            differ from run to run.
         assistant_model: who guesses the language model's continuation, for it to look at several
             tokens in one forward too: a smaller causal language model with the same tokens;
             a `SuffixDrafter`, kept over calls whose texts are alike; or any object with the methods

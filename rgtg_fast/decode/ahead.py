@@ -17,7 +17,7 @@ from transformers.generation import (
 
 from ..models.language_model import LanguageModel
 from ..scorers.joint import JointScorer
-from ..scorers.tree import TreeScorer
+from ..scorers.tree import SiblingScorer, TreeScorer
 from .call import Call
 from .drafters import Drafter, SuffixDrafter
 from .fitted import FittedHead
@@ -111,6 +111,8 @@ def choose_speculation(
     """What a call speculates with; None where it is not asked for, or not possible (with a warning
     that says why, where a number of tokens or a drafter was given)."""
     fixed = not isinstance(asked, str)
+    if isinstance(call.scorer, SiblingScorer):
+        call.scorer.ahead = 1  # it may be the user's, and have served another call
     if asked is False or asked == 1:
         return None
     reason = _why_not(call)
@@ -122,10 +124,16 @@ def choose_speculation(
         if drafter is not None:
             warnings.warn(f"no speculation: {why}; pass speculate=4 to have it", stacklevel=4)
         return None
-    call.graph = None
     batch, k = len(call.policy.seeds), call.policy.k
     most = int(asked) if fixed else min(LONGEST, CANDIDATES // (batch * k))
     call.scorer.ahead = most  # type: ignore[attr-defined]
+    # What reaches behind a row's end must not make a cache grow, whose tensors a graph knows.
+    if isinstance(call.source, CachedLogits):
+        call.source.forward.capacity += most
+    else:  # the language model goes ahead in the scorer's cache
+        call.graph = None
+    longest = call.reward_prompt[0].shape[1] + call.plan.steps + most
+    call.scorer.capacity = max(call.scorer.capacity, longest)  # type: ignore[attr-defined]
     rm = call.scorer.rm  # type: ignore[attr-defined]
     view = call.source.view  # type: ignore[attr-defined]
     on = view.device, view.dtype, rm.dtype, torch.get_num_threads()

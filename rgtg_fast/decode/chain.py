@@ -9,6 +9,7 @@ guesses, the chain is the same.
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import replace
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from .loop import process_logits
 from .pace import observed
 from .plan import keep_rows
 from .ratio_policy import RatioPolicy
+from .replayed import Replayed
 from .rows import RaggedRows
 
 
@@ -114,10 +116,14 @@ class Drafting:
     def __init__(self, call: Call, speculation: Speculation, rows: RaggedRows) -> None:
         self.call, self.speculation, self.rows = call, speculation, rows
         self.source: Any = call.source
+        source = self.source
+        fed = functools.partial(_fed, source)
+        self.feed = Replayed(fed, call.graph, lambda: source.caches, 1, commits=True)
         self.changed()
 
     def changed(self) -> None:
         """The rows are others."""
+        self.feed.moved()
         self.policies: dict[int, RatioPolicy] = {1: self.call.policy}
         self.processors: list[Any] | None = None
 
@@ -153,7 +159,7 @@ class Drafting:
         n = int(counts.max())
         guesses = guesses[:, : n - 1]
         if n == 1 and bool((going | ~rows.unfinished).all()):
-            logits = self.source.feed(chain.last(rows))[:, None]
+            logits, self.source.newest = self.feed(chain.last(rows))
         else:
             tokens = torch.cat([chain.last(rows), guesses.clamp(min=0)], dim=1)
             logits = self.source.extend(tokens, counts)
@@ -297,3 +303,9 @@ class Drafting:
             }
             self.policies[m] = replace(one, **each)
         return self.policies[m]
+
+
+def _fed(source: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, 1, V] and hidden states [B, 1, H] after one more token [B, 1]."""
+    logits = source.feed(tokens)
+    return logits[:, None], source.newest

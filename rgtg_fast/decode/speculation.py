@@ -12,11 +12,13 @@ its seed, and a drafted token is right or wrong: no probability of acceptance is
 
 What is drafted costs the language model nothing that it would not have to do for a kept token, and
 the reward model one forward of m * k tokens in place of m forwards of k. How far to draft is
-weighed in pace.py.
+weighed in pace.py. On a GPU, with m fixed, the language model's row and the reward model's m * k
+tokens are each replayed from a CUDA graph (replayed.py); what is accepted is read by the host.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -31,6 +33,7 @@ from .loop import ChoiceCheck
 from .pace import NODES
 from .plan import ended
 from .ratio_policy import Choice
+from .replayed import Replayed
 from .rows import RaggedRows
 
 
@@ -43,6 +46,16 @@ class Round:
         self.source: Any = call.source
         self.scorer = call.scorer
         self.drafts = Drafting(call, speculation, rows)
+        scorer, graph = call.scorer, call.graph
+        # A graph of its own: two that share memory could not be replayed in turns.
+        graph = None if graph is None else type(graph)(graph.device)
+        comb = functools.partial(_comb, scorer)
+        self.comb = Replayed(comb, graph, lambda: scorer.caches, speculation.most, commits=False)
+
+    def changed(self) -> None:
+        """The rows are others."""
+        self.drafts.changed()
+        self.comb.moved()
 
     def score(self, chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
         """Guided slots [B, m], rewards (NaN where they cannot matter) and log-probabilities of the
@@ -54,7 +67,12 @@ class Round:
         keep = own[..., None].expand_as(ids)
         if self.call.policy.prune:  # those at -inf cannot win
             keep = keep & (logprobs != -torch.inf)
-        rewards = self.scorer.score_comb(ids, chain.slots[:, : m - 1], keep)
+        if self.comb.runner.graph is None:
+            rewards = self.scorer.score_comb(ids, chain.slots[:, : m - 1], keep)
+        else:  # all that a round can have
+            most = self.speculation.most
+            (all_rewards,) = self.comb(chain.ids[:, :most], chain.slots[:, : most - 1])
+            rewards = all_rewards[:, :m].masked_fill(~keep.to(all_rewards.device), torch.nan)
         rewards = self.call.policy.bounded(rewards.to(ids.device, torch.float32))
         position = (self.rows.position[:, None] + ahead).flatten()
         slot, logq = self.drafts.policy(m).select(
@@ -122,6 +140,10 @@ class Round:
                 rows.unfinished[row] = False
 
 
+def _comb(scorer: SiblingScorer, ids: Tensor, chain: Tensor) -> tuple[Tensor]:
+    return (scorer.score_comb(ids, chain),)
+
+
 @torch.no_grad()
 def speculate(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
     """As `decode`, for a call with a `speculation`."""
@@ -147,7 +169,7 @@ def speculate(call: Call, input_ids: Tensor) -> dict[str, Any] | Tensor:
         if plan.compact and 2 * running <= len(rows.unfinished):
             kept = rows.compact()
             call.keep_rows(kept)
-            rounds.drafts.changed()
+            rounds.changed()
             if drafter is not None:
                 drafter.keep_rows(kept)
     check.finish()

@@ -82,27 +82,33 @@ class SiblingScorer(RewardModelScorer):
         return self.parts.rewards(self._hidden(ids, rows), self.backend).to(ids.device)
 
     @torch.no_grad()
-    def score_comb(self, ids: Tensor, chain: Tensor, keep: Tensor) -> Tensor:
+    def score_comb(self, ids: Tensor, chain: Tensor, keep: Tensor | None = None) -> Tensor:
         """Rewards fp32 [B, m, k] of candidates `ids` int64 [B, m, k] at the next m <= `ahead`
         positions, each behind the prefix and the candidates `chain` [B, m - 1] before it. NaN of
-        those not in `keep` bool [B, m, k], which has the chain's."""
-        here, chain, keep = (t.to(self.device) for t in (ids, chain, keep))
+        those not in `keep` bool [B, m, k], which has the chain's (None: all of them, for which the
+        host waits for nothing)."""
+        here, chain = ids.to(self.device), chain.to(self.device)
         known = self.known(here)
         if known is not None:
             here = here.where(known, 0)
-        flat = keep.flatten(0, 1)
-        self.selection = None if flat.all() else self._select(flat)
+        self.selection = None
+        if keep is not None:
+            keep = keep.to(self.device)
+            if not keep.all():
+                self.selection = self._select(keep.flatten(0, 1))
         rewards = self.parts.rewards(self._comb(here, self._places(chain)), self.backend)
         rewards = rewards.to(self.device)
         if self.selection is not None:
             rewards = self.selection.put_back(rewards)
         rewards = rewards.view(ids.shape)
         if known is not None:
-            rewards = rewards.masked_fill(~known & keep, -torch.inf)
+            unknown = ~known if keep is None else ~known & keep
+            rewards = rewards.masked_fill(unknown, -torch.inf)
         if self.eos_ids is not None:
             of_chain = rewards[:, :-1].gather(2, chain[..., None])[..., 0]
             before = torch.cat([self.last_reward[:, None], of_chain], dim=1)
-            is_eos = (here[..., None] == self.eos_ids).any(-1) & keep
+            is_eos = (here[..., None] == self.eos_ids).any(-1)
+            is_eos = is_eos if keep is None else is_eos & keep
             rewards = torch.where(is_eos, before[..., None], rewards)
         self.ids, self.rewards, self.chain, self.scored = here, rewards, chain, []
         return rewards.to(ids.device)

@@ -258,3 +258,15 @@ def test_reward_model_on_another_device(made):
     with pytest.warns(UserWarning, match="no effect: the reward model has weights on cuda:1"):
         got = guided(lm, rm.to("cuda:1"), cuda_graph=True)
     assert torch.equal(got.sequences, want.sequences)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rounds_of_speculation(made, family):
+    lm, rm = moved(zoo.lm(family)), moved(zoo.rm(family))
+    for do_sample in (False, True):
+        options = {"do_sample": do_sample, "beta": 0.3, "check_nan": False}
+        want = guided(lm, rm, cuda_graph=False, speculate=False, **options)
+        got = guided(lm, rm, cuda_graph=True, speculate=4, **options)
+        assert torch.equal(got.sequences, want.sequences)
+        torch.testing.assert_close(got.rewards, want.rewards, atol=2e-3, rtol=1e-3, equal_nan=True)
+    assert sum(graph.count for graph in made) == 4 and all(graph.played for graph in made)
