@@ -174,6 +174,7 @@ def measure(args, models, contenders, point):
         "slow_new": bench.slow_new,
         "bandwidth": {key: statistics.median(r[key] for r in rates) for key in rates[0]},
         "near_ties": bench.near_ties,
+        "kl": bench.answer("auto").kl,
         "skipped": skipped,
         "failed": failed,
         "candidates_scored": scored,
@@ -220,7 +221,8 @@ def show(args, cell):
         f"k={cell['k']}, batch {cell['batch']}, prompt {cell['prompt']}, {cell['new']} new tokens, "
         f"{args.device}, {torch.get_num_threads()} threads, median of {args.repeats} "
         f"({min(args.repeats, SLOW_REPEATS)} for re-encoding)\n"
-        f"copy {rate['copy_gb_s']:.1f} GB/s, read {rate['read_gb_s']:.1f} GB/s"
+        f"copy {rate['copy_gb_s']:.1f} GB/s, read {rate['read_gb_s']:.1f} GB/s; KL of the guided "
+        f"answer from π {cell['kl']:.3f} nats per token"
     )
     heads = ["ms/token", "spread", "tokens/s", "/ plain", "/ guided", "decode", "/ plain"]
     heads += ["/ floor", "peak MB"]

@@ -13,6 +13,7 @@ from generate_probes import peak_memory
 from published import KFoldCache, ReEncode, RewardAugmentedProcessor, decode, now
 
 import rgtg_fast
+from rgtg_fast.decode import ahead
 from rgtg_fast.ops.reference import gumbel_noise
 
 SEED = 0  # of the draws
@@ -21,10 +22,14 @@ NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
 SLOW = ("reencode", "re-encode one by one")
 K_FOLD = ("k-fold cache", "rad")
 MODES = ("auto", "tree", "expand", "reencode")
+# `speculate=` of these; the others take one token at a time.
+ROUNDS = {"rounds": "auto", "rounds of 4": 4}
 LABELS = {
     "plain": "plain HF generate",
     "static": "plain HF, static + compiled",
     "auto": "guided, auto",
+    "rounds": "guided, in rounds that pay",
+    "rounds of 4": "guided, in rounds of 4",
     "tree": "guided, tree",
     "expand": "guided, expand",
     "reencode": "guided, reencode (k at once)",
@@ -86,11 +91,13 @@ class Models:
 
 @dataclass
 class Answer:
-    """Tokens [B, T], by how much each won [B, T], lowest and highest candidate reward."""
+    """Tokens [B, T], by how much each won [B, T], lowest and highest candidate reward, and KL of
+    the guided policy from π per token, in nats (greedy: −log π of the tokens)."""
 
     tokens: torch.Tensor
     margins: torch.Tensor
     rewards: tuple[float, float]
+    kl: float
 
 
 class Bench:
@@ -116,6 +123,8 @@ class Bench:
         fast = self.models.on_base.get(name)
         if name in MODES:
             options["reward_method"] = name
+        if name in ROUNDS:
+            ahead._learnt.clear()  # of the same text, which it would otherwise know
         if name == "pruned":
             low, high = self.answer("auto").rewards
             options["reward_range"] = (low - 0.01, high + 0.01)  # the tightest that clamps nothing
@@ -128,6 +137,7 @@ class Bench:
             beta=self.beta,
             max_new_tokens=new,
             seed=SEED,
+            speculate=ROUNDS.get(name, False),
             **self.way,
             **options,
         )
@@ -155,6 +165,7 @@ class Bench:
                 beta=self.beta,
                 max_new_tokens=self.new,
                 seed=SEED,
+                speculate=False,
                 **self.way,
                 return_dict_in_generate=True,
                 output_candidates=True,
@@ -172,6 +183,7 @@ class Bench:
                 out.sequences[:, self.prompt.shape[1] :],
                 margins,
                 (rewards.min().item(), rewards.max().item()),
+                out.kl.nanmean().item(),
             )
         return self.answers[reward]
 

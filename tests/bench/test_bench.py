@@ -63,7 +63,7 @@ def bench(monkeypatch):
 
 CONTENDERS = (
     *("plain", "static", "auto", "tree", "expand", "reencode", "pruned", "head", "adapter"),
-    *("k-fold cache", "rad", "re-encode one by one"),
+    *("k-fold cache", "rad", "re-encode one by one", "rounds", "rounds of 4"),
 )
 
 
