@@ -190,7 +190,8 @@ def generate(
             many positions each time, 2 to 32, anywhere; on a GPU its two forwards are replayed from
             CUDA graphs where steps would be (`cuda_graph`). False never. `speculation` in the
             output says what came of it. As "auto" goes by the clock, the last bits of rewards may
-            differ from run to run.
+            differ from run to run. What calls learn of the pace and of rewards to expect (at most
+            32 MiB) is kept as long as the two models are; it never changes a token.
         assistant_model: who guesses the language model's continuation, for it to look at several
             tokens in one forward too: a smaller causal language model with the same tokens;
             a `SuffixDrafter`, kept over calls whose texts are alike; or any object with the methods

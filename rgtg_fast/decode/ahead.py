@@ -93,16 +93,19 @@ class Speculation:
         }
 
 
-Learnt = tuple[Costs, Survival, FittedHead]
 _learnt: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def learnt_of(reward_model: Any, model: Any, key: tuple) -> Learnt:
-    """What calls with these two models have found so far, kept as long as both of them are; `key`
-    is what else that depends on."""
+def learnt_of(
+    reward_model: Any, model: Any, kind: tuple, shape: tuple
+) -> tuple[Costs, Survival, FittedHead]:
+    """What calls with these two models have found so far, kept as long as both of them are: of a
+    `kind` of call, what is foreseen of rewards (at most `fitted.LARGEST` bytes), and of a `shape`
+    of it the pace."""
     of_both = _learnt.setdefault(reward_model, weakref.WeakKeyDictionary())
     known = of_both.setdefault(model, {})
-    return known.setdefault(key, (Costs(), Survival(), FittedHead()))
+    head = known.setdefault(kind, FittedHead())
+    return *known.setdefault((kind, shape), (Costs(), Survival())), head
 
 
 def choose_speculation(
@@ -137,11 +140,11 @@ def choose_speculation(
     rm = call.scorer.rm  # type: ignore[attr-defined]
     view = call.source.view  # type: ignore[attr-defined]
     on = view.device, view.dtype, rm.dtype, torch.get_num_threads()
-    key = type(call.scorer), batch, k, view.vocab_size, on
+    kind = type(call.scorer), view.vocab_size, on
     if drafter is None and not fixed and view.dtype is torch.float32:
         # (In bf16 a forward of several tokens rounds otherwise than one of each.)
         drafter = SuffixDrafter()
-    learnt = learnt_of(rm.model, view.model, key)
+    learnt = learnt_of(rm.model, view.model, kind, (batch, k))
     return Speculation(most, fixed, *learnt, view.vocab_size, drafter)
 
 
