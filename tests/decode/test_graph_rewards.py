@@ -120,3 +120,18 @@ def test_a_nucleus_of_candidates_is_captured_and_one_of_all_is_not(cuda):  # noq
             check_nan=False,
             **options,
         )
+
+
+@pytest.mark.parametrize("lm", ["llama", "gpt2"])
+def test_rewards_of_next_tokens_from_the_states_of_the_language_model(cuda, lm):  # noqa: F811
+    lm = zoo.lm(lm)
+    size = lm.config.get_text_config().hidden_size
+    torch.manual_seed(0)
+    mlp = torch.nn.Sequential(torch.nn.Linear(size, 16), torch.nn.Linear(16, zoo.VOCAB))
+    head = rgtg_fast.VocabHead(lm, [0.3 * torch.randn(zoo.VOCAB, size), mlp], torch.randn(size))
+    assert_same_with_graph(cuda, lm, head, do_sample=True)
+    options = {"do_sample": True, "eos_token_id": list(range(3, 30)), "num_return_sequences": 3}
+    for sync_every in (2, 3):
+        options |= {"sync_every": sync_every, "return_dict_in_generate": False}
+        want = guided(lm, head, cuda_graph=False, **options)
+        assert torch.equal(guided(lm, head, **options), want)

@@ -72,21 +72,6 @@ def test_rewards_from_the_language_model_itself(cuda, lm, do_sample):
     assert_same_with_graph(cuda, lm, rgtg_fast.RewardHead(lm, weight), do_sample=do_sample)
 
 
-@pytest.mark.parametrize("lm", ["llama", "gpt2"])
-def test_rewards_of_next_tokens_from_the_states_of_the_language_model(cuda, lm):
-    lm = zoo.lm(lm)
-    size = lm.config.get_text_config().hidden_size
-    torch.manual_seed(0)
-    mlp = torch.nn.Sequential(torch.nn.Linear(size, 16), torch.nn.Linear(16, zoo.VOCAB))
-    head = rgtg_fast.VocabHead(lm, [0.3 * torch.randn(zoo.VOCAB, size), mlp], torch.randn(size))
-    assert_same_with_graph(cuda, lm, head, do_sample=True)
-    options = {"do_sample": True, "eos_token_id": list(range(3, 30)), "num_return_sequences": 3}
-    for sync_every in (2, 3):
-        options |= {"sync_every": sync_every, "return_dict_in_generate": False}
-        want = guided(lm, head, cuda_graph=False, **options)
-        assert torch.equal(guided(lm, head, **options), want)
-
-
 @pytest.mark.parametrize("kind", [AutoregressiveScorer, VocabRewardScorer])
 @pytest.mark.parametrize(("lm", "rm"), [("llama", "gpt2"), ("gemma3", "mistral")])
 def test_rewards_of_every_next_token(cuda, kind, lm, rm):
