@@ -170,6 +170,7 @@ def test_threads_that_begin_at_once_compile_once(rm):
 
 @torch.no_grad()
 def test_what_is_compiled_goes_with_its_model():
+    gc.collect()  # models of other tests are not counted
     rm = small_rm()
     forward = forward_of(rm)
     hidden_states(forward)
