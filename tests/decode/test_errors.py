@@ -329,7 +329,11 @@ def test_reward_prompt_past_the_positions_of_the_reward_model(lm):
 
 
 def test_up_to_the_last_position_is_fine():
-    assert guided(tiny.gpt2_lm(), tiny.gpt2_rm(), max_new_tokens=64 - 9).shape[1] == 64
+    got = guided(tiny.gpt2_lm(), tiny.gpt2_rm(), max_new_tokens=64 - 9)
+    assert got.shape[1] == 64
+    # With positions to spare the tokens are the same.
+    fewer = guided(tiny.gpt2_lm(), tiny.gpt2_rm(), max_new_tokens=30)
+    assert torch.equal(got[:, : 9 + 30], fewer)
 
 
 def test_stop_strings_without_tokenizer(lm, rm):

@@ -179,10 +179,10 @@ def test_rows_stopped_without_eos_go_on_until_all_have_stopped(rm):
 def test_loop_ends_when_every_row_has_ended(lm, rm):
     inputs = tiny.prompts(5, 9)
     tokens = greedy_tokens(lm, inputs)
-    out = unguided(
-        lm, rm, **inputs, max_new_tokens=NEW, eos_token_id=[int(t) for t in tokens[:, 3]]
-    )
+    options = {"max_new_tokens": NEW, "eos_token_id": [int(t) for t in tokens[:, 3]]}
+    out = unguided(lm, rm, **inputs, **options)
     assert out.shape[1] == 9 + 4
+    assert out.tolist() == lm.generate(**inputs, **options, do_sample=False).tolist()
 
 
 def test_forced_bos_after_one_token_prompt(lm, rm):
@@ -290,6 +290,7 @@ def test_model_generation_config_is_the_default(rm):
 def test_keyword_wins_over_generation_config(lm, rm):
     config = GenerationConfig(max_new_tokens=7)
     out = unguided(lm, rm, **tiny.prompts(5), generation_config=config, max_new_tokens=3)
+    assert out.tolist() == lm.generate(**tiny.prompts(5), max_new_tokens=3).tolist()
     assert out.shape[1] == 8
 
 

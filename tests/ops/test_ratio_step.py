@@ -41,7 +41,9 @@ def test_takes_half_precision_logprobs_and_per_row_arguments():
 
 def test_reference_takes_any_k():
     inputs = step_inputs(k=100)
-    assert ops.ratio_step(*inputs, 1.0, 1.0, 0, 0, True, backend="reference")[1].shape == (3, 100)
+    _, hidden, weight, _ = inputs
+    rewards = ops.ratio_step(*inputs, 1.0, 1.0, 0, 0, True, backend="reference")[1]
+    assert torch.equal(rewards, ops.reward_head(hidden, weight, backend="reference"))
     with pytest.raises(ValueError, match=r"k=100 .* at most 64; pass k<=64 or backend='reference"):
         ops.ratio_step(*inputs, 1.0, 1.0, 0, 0, True)
 
