@@ -216,10 +216,11 @@ class Drafting:
         tokens = ids.gather(1, slots[:, None]).view(batch, n)
         right = (tokens[:, :-1] == guesses).long().cumprod(1).bool()
         kept = torch.cat([inside[:, :1], inside[:, 1:] & right], dim=1)
-        possible = (
-            logprobs != -torch.inf if policy.prune else torch.ones_like(ids, dtype=torch.bool)
-        )
-        chain.nodes += int((possible.view(batch, n, -1) & kept[..., None]).sum())
+        if policy.prune:  # those at -inf are not scored
+            scored = (logprobs != -torch.inf).sum(1).view(batch, n)
+            chain.nodes += int((scored * kept).sum())
+        else:
+            chain.nodes += policy.k * int(kept.sum())
         if levels:
             over = self._over(position.view(batch, n) + 1, tokens)
             self._weigh(chain, levels, kept.sum(1).tolist(), over.tolist())
