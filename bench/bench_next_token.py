@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from generate_models import build_models
+from generate_models import ARGUMENTS, build_models
 
 import rgtg_fast
 from rgtg_fast import presets
@@ -56,15 +56,11 @@ def contenders(lm, rewards, prompt, new, k):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--shape", choices=["gpt2", "llama", "llama-8b"], default="llama")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--device", default="cpu")
+    for name, options in ARGUMENTS.items():
+        add(name, **options)
     add("--batch", type=int, default=1)
-    add("--prompt", type=int, default=128)
     add("--new", type=int, default=64)
-    add("--k", type=int, default=10)
     add("--repeats", type=int, default=7)
-    add("--small", type=int, help="a tiny vocabulary and model instead, to see that it runs")
     add("--only", nargs="+", help="names of the table's lines")
     add("--threads", type=int)
     add("--cpu-time", action="store_true")

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from generate_models import build_models
+from generate_models import ARGUMENTS, build_models
 
 import rgtg_fast
 from rgtg_fast.cli.microbench import circumstances
@@ -104,16 +104,12 @@ def contenders(lm, a, b, ids, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--shape", choices=["gpt2", "llama", "llama-8b"], default="llama")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--device", default="cpu")
-    add("--prompt", type=int, default=128)
+    for name, options in ARGUMENTS.items():
+        add(name, **options)
     add("--new", type=int, default=32)
-    add("--k", type=int, default=10)
     add("--repeats", type=int, default=5)
     add("--min-entropy", type=float, default=2.295, help="nats; ten equal candidates have 2.303")
     add("--only", choices=["sum", "tokens"])
-    add("--small", type=int, help="a tiny vocabulary and model instead, to see that it runs")
     add("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -27,6 +27,15 @@ CLASSES = {
     "llama-8b": (LlamaForCausalLM, LlamaForSequenceClassification),
 }
 NO_SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+# What picks models and calls, in more than one benchmark.
+ARGUMENTS = {
+    "--shape": {"choices": [*SHAPES], "default": "llama"},
+    "--dtype": {"choices": ["float32", "bfloat16", "float16"], "default": "float32"},
+    "--device": {"default": "cpu"},
+    "--prompt": {"type": int, "default": 128},
+    "--k": {"type": int, "default": 10},
+    "--small": {"type": int, "help": "a tiny vocabulary and model instead, to see that it runs"},
+}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
