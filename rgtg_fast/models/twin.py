@@ -42,6 +42,11 @@ class Twins:
     dropout is off; without it each module keeps its training flag.
     """
 
+    # Instance dictionaries that lead back to their own module. They are emptied at the end: a
+    # reference cycle would keep its module until Python's collector runs. Empty on the class, as
+    # an interrupt ahead of `__init__` leaves an object that `__del__` is called for too.
+    cyclic: list[dict[str, Any]] = []  # noqa: RUF012
+
     def __init__(
         self,
         roots: Sequence[nn.Module],
@@ -50,9 +55,7 @@ class Twins:
     ) -> None:
         self._of: dict[int, Any] = {id(m): twin for m, twin in (given or {}).items()}
         self._configs: dict[int, Any] = {}
-        # Instance dictionaries that lead back to their own module. They are emptied at the end: a
-        # reference cycle would keep its module until Python's collector runs.
-        self.cyclic: list[dict[str, Any]] = []
+        self.cyclic = []
         self._roots = roots  # kept alive, as copies are found by id
         originals = self._walk(list(roots))
         self.modules: list[nn.Module] = [self._of[id(m)] for m in originals]
