@@ -93,7 +93,7 @@ class RatioPolicy:
         return self._kernel("mix_logits")
 
     @functools.cached_property
-    def _sample(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def sample(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self._kernel("ratio_sample")
 
     @functools.cached_property
@@ -218,9 +218,9 @@ class RatioPolicy:
         if cut:
             own = self._beta_at(position) if beta is None else beta
             tempered = (logprobs + own[:, None] * rewards) / self.temperature[:, None]
-            inside = nucleus(tempered.double().softmax(-1), self.top_p)  # type: ignore[arg-type]
+            inside = ops.nucleus(tempered.double().softmax(-1), self.top_p)  # type: ignore[arg-type]
             logprobs = logprobs.masked_fill(~inside, -torch.inf)
-        return self._sample(logprobs, rewards, ids, *self._per_row(position, beta))
+        return self.sample(logprobs, rewards, ids, *self._per_row(position, beta))
 
     def step(
         self,
@@ -238,17 +238,6 @@ class RatioPolicy:
     def keep_rows(self, rows: Tensor) -> RatioPolicy:
         columns = {n: getattr(self, n)[rows] for n in ("beta", "temperature", "seeds")}
         return replace(self, **columns)
-
-
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Which of the probabilities [B, n], bool, are among the largest that make `top_p` together.
-
-    Of equal ones those that come first. Everything is where one is NaN, for it to be seen.
-    """
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    inside = ordered.cumsum(-1) - ordered < top_p
-    inside |= probabilities.isnan().any(-1, keepdim=True)
-    return torch.zeros_like(inside).scatter(-1, order, inside)
 
 
 def _contested(logprobs: Tensor, rewards: Tensor, contest: Contest) -> tuple[Tensor, Tensor]:
