@@ -24,11 +24,7 @@ def nucleus_by_sorting(given, top_p, temperature, alpha=None):
         scores[one.exp() < alpha * one.exp().amax(1, keepdim=True)] = -torch.inf
     for row, share in zip(scores, (scores / temperature).softmax(1), strict=True):
         order = share.argsort(descending=True, stable=True)
-        total, last = 0.0, 0
-        for last, token in enumerate(order.tolist()):
-            total += float(share[token])
-            if total >= top_p:
-                break
+        last = int((share[order].cumsum(0) < top_p).sum())
         row[order[last + 1 :]] = -torch.inf
     return scores, one
 
