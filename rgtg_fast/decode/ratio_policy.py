@@ -210,15 +210,12 @@ class RatioPolicy:
         `position` int64 [B] counts the answer's tokens, `beta` [B] is that of `step_beta`."""
         if contest is not None:
             logprobs, rewards = _contested(logprobs, rewards, contest)
-        cut = self.top_p is not None and self.do_sample
-        # Beta may be 0 or less, and 0 times -inf would be NaN.
-        if beta is not None or cut or self.over == "sum":
-            logprobs = logprobs.masked_fill(rewards == -torch.inf, -torch.inf)
-            rewards = rewards.where(rewards != -torch.inf, 0.0)
-        if cut:
+        if self.top_p is not None and self.do_sample:
             own = self._beta_at(position) if beta is None else beta
-            tempered = (logprobs + own[:, None] * rewards) / self.temperature[:, None]
-            inside = ops.nucleus(tempered.double().softmax(-1), self.top_p)  # type: ignore[arg-type]
+            impossible = rewards == -torch.inf
+            total = logprobs + own[:, None] * rewards.masked_fill(impossible, 0.0)
+            tempered = total.masked_fill(impossible, -torch.inf) / self.temperature[:, None]
+            inside = ops.nucleus(tempered.double().softmax(-1), self.top_p)
             logprobs = logprobs.masked_fill(~inside, -torch.inf)
         return self.sample(logprobs, rewards, ids, *self._per_row(position, beta))
 
