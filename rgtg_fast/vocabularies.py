@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -80,7 +79,6 @@ def check_ends(name: str, rows: int, ends: Collection[int]) -> None:
 
 
 _compared: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
-_comparing = threading.Lock()
 
 
 def check_families(model: Any, rm: ModelParts, reward_tokenizer: Any) -> None:
@@ -89,11 +87,10 @@ def check_families(model: Any, rm: ModelParts, reward_tokenizer: Any) -> None:
     often have another EOS than its base models."""
     if reward_tokenizer is not None or isinstance(rm, OnBase | VocabHead):
         return  # the vocabularies were compared, or the tokenizer is one
-    with _comparing:
-        others = _compared.setdefault(model, WeakSet())
-        if rm.model in others:
-            return
-        others.add(rm.model)
+    others = _compared.setdefault(model, WeakSet())
+    if rm.model in others:
+        return
+    others.add(rm.model)
     differ = _other_specials(model, rm)
     if differ:
         names = [name_or_path(c) or c.model_type for c in (model.config, rm.config)]

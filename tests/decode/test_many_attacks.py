@@ -2,13 +2,13 @@
 
 import contextlib
 import itertools
-import sys
 import threading
 
 import pytest
 import tiny
 import torch
 import zoo
+from interrupts import interrupted
 from test_threads import state
 
 import rgtg_fast
@@ -188,39 +188,19 @@ def test_a_scorer_serves_one_run_whichever_thread_reads_it():
     assert tokens_of(by_hand) == want and want in [x for x in got if isinstance(x, list)]
 
 
-def interrupted(prompts, at, **options):
-    """Reads answers, with KeyboardInterrupt at the `at`-th line of the package; the lines seen."""
-    root, seen = rgtg_fast.__path__[0], 0
-
-    def trace(frame, event, arg):
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(root):
-            return None
-        seen += event == "line"
-        if event == "line" and seen == at:
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        tokens_of(begun(prompts, max_new_tokens=2, **options))
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return seen
-
-
 @pytest.mark.parametrize("positions", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_an_interrupt_anywhere_leaves_models_and_scorer_as_they_were(positions):
     scorer, prompts = make_scorer(zoo.rm("gpt2"), k=4), zoo.prompts(11, (4, 2, 3))
     models = zoo.lm("llama"), zoo.rm("gpt2")
     want = tokens_of(begun(prompts))
     before = [str(state(model)) for model in models]
-    lines = interrupted(prompts, 0, reward_model=scorer)
+
+    def answers():
+        tokens_of(begun(prompts, max_new_tokens=2, reward_model=scorer))
+
+    lines = interrupted(answers, 0)
     for at in range(1, lines + 1, max(1, lines // positions)):
-        interrupted(prompts, at, reward_model=scorer)
+        interrupted(answers, at)
         assert [str(state(model)) for model in models] == before, at
         assert not turns._in_use, at
     assert tokens_of(begun(prompts, reward_model=scorer)) == want
