@@ -1,6 +1,7 @@
 """`generate_many` with what a caller may do to it between two answers, and before the first."""
 
 import contextlib
+import gc
 import itertools
 import threading
 
@@ -179,10 +180,12 @@ def test_a_scorer_serves_one_run_whichever_thread_reads_it():
     thread.start()
     thread.join(60)
     assert len(refused) == 1
+    refused.clear()  # its traceback holds the refused call
     waiting = threading.Thread(target=lambda: got.append(tokens_of(begun(reward_model=scorer))))
     waiting.start()  # another thread than the reader's waits for its end
     got += answers
     waiting.join(60)
+    gc.collect()
     assert not waiting.is_alive() and not turns._in_use
     by_hand = [answer for answer in got if not isinstance(answer, list)]
     assert tokens_of(by_hand) == want and want in [x for x in got if isinstance(x, list)]
