@@ -141,7 +141,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, tmp_path, monkeypatc
 
     monkeypatch.setattr(COMMANDS[command], "run", interrupted)
     argv = ["--config", "x"] if command in BY_CONFIG else []
-    argv = ["--out", "x"] if command == "gpu-report" else argv
+    argv = {"gpu-report": ["--out", "x"], "plan": ["--model", "x"]}.get(command, argv)
     code, said = ends(capsys, command, *argv)
     assert code == 130
     assert said.strip() == f"{command}: stopped. {COMMANDS[command].STOPPED}"
