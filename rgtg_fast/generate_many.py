@@ -128,7 +128,9 @@ class _Many:
             self.seeds = self.guide.seed
         elif first.config.do_sample:
             self.seeds = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        self.split = torch.zeros(0, dtype=torch.int64)  # of an int seed, as far as needed
+        self.split = torch.zeros(
+            0, dtype=torch.int64, device="cpu"
+        )  # of an int seed, as far as needed
         self.samples = bool(first.config.do_sample)
         self.call = self._call_of(first, FIRST_BOUND)
         self.eos = set(eos_ids(first.criteria, self.device).tolist())

@@ -14,7 +14,7 @@ from .models.parts import ModelParts
 from .models.reward_model import RewardModel
 from .models.vocab_head import VocabHead
 from .scorers.rewards import Reward, leaves_of
-from .vocabularies import check_families, check_vocabularies
+from .vocabularies import check_ends, check_families, check_vocabularies
 
 
 class CheckedPrompts(NamedTuple):
@@ -47,6 +47,8 @@ def check_prompts(
     copies = config.num_return_sequences or 1
     reward_prompt = _reward_prompt(guide, rms, input_ids, mask, copies)
     new_tokens = config.max_length - input_ids.shape[1]
+    eos = foreign.eos_tensor(config)
+    ends = [] if eos is None else eos.tolist()
     as_text = []
     for part, rm in zip(parts, rms, strict=True):
         by_text = rm is not None and check_vocabularies(part, rm, model, guide.tokenizer)
@@ -54,6 +56,9 @@ def check_prompts(
             own_prompt = guide.reward_input_ids is not None
             _check_reward_prompt(rm, *reward_prompt, new_tokens, own_prompt, by_text)
             check_families(model, rm, part.reward_tokenizer)
+        rows = rm.vocab_size if rm is not None else getattr(part.model, "vocabulary", None)
+        if rows is not None and not by_text:
+            check_ends("reward_model", rows, ends)
         as_text.append(by_text)
     return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, tuple(as_text))
 
