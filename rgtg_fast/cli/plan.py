@@ -35,7 +35,6 @@ WAYS = ("classifier", "autoregressive", "head", "adapter")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.epilog = f"Example: {EXAMPLE}"
     add("--model", required=True, help="folder or hub name of the language model (its config)")
     add("--reward-model", help="folder or hub name of the reward; without it, plain generation")
     add("--reward-kind", choices=WAYS, help="what it is; by default what its files say")
