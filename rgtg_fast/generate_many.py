@@ -33,6 +33,7 @@ from .output import Answer
 from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
 from .scorers.rewards import leaves_of, of_rows
+from .scorers.rewrite import RewriteScorer, drafts_at
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -194,6 +195,9 @@ class _Many:
         plan = self._plan(prepared, checked.new_tokens, processors)
         own = self.guide.temperature
         of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
+        for part in leaves_of(self.reward):
+            if isinstance(part.model, RewriteScorer) and part.model.drafts is not None:
+                part.model.draft_of(index)  # an error where there is none
         alike = all(type(processor) in SCORES_ALONE for processor in processors)
         return Entry(
             index,
@@ -227,7 +231,7 @@ class _Many:
         rest = config, prepared.model_kwargs, guide.backend
         found = plain_language_model(self.model, ids, checked.mask, *rest)
         to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
-        scorer = guide.make_scorer(self.reward, *to_scorer)
+        scorer = guide.make_scorer(self.model, self.reward, *to_scorer)
         of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
         policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0, self.bound)
         policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
@@ -341,6 +345,7 @@ class _Many:
         }
         indices = [entry.index for entry in batch]
         reward = of_rows(self.guide.reward_model, lambda name, values: values[indices])
+        reward = drafts_at(reward, indices)
         kwargs = {n: v for n, v in self.kwargs.items() if n not in ("max_length", "max_new_tokens")}
         try:
             out: Any = generate(

@@ -42,6 +42,7 @@ from .scorers.factory import assembled, scorer_of
 from .scorers.lazy import LazyScorer, lazily
 from .scorers.next_token import NextTokenScorer
 from .scorers.rewards import Reward, WeightedRewards, of_rows
+from .scorers.rewrite import RewriteScorer, rewriters_of
 from .scorers.sources import taken_apart
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
@@ -178,7 +179,10 @@ class RewardGuided:
         if isinstance(reward, WeightedRewards):
             of_row = batch // copies, batch, input_ids.device
             reward = of_rows(reward, lambda name, value: check.per_row(name, value, *of_row))
-        scorer = self.make_scorer(reward, as_text, max_length, config, vocab_size, found)
+        scorer = self.make_scorer(model, reward, as_text, max_length, config, vocab_size, found)
+        for rewriter in rewriters_of(scorer):
+            rewriter.check_drafts(batch // copies)
+            rewriter.expect([row // copies for row in range(batch)], [new_tokens] * batch)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
@@ -267,6 +271,7 @@ class RewardGuided:
 
     def make_scorer(
         self,
+        model: Any,
         reward: Reward | WeightedRewards,
         as_text: Sequence[bool],
         max_length: int,
@@ -274,7 +279,8 @@ class RewardGuided:
         vocab_size: int,
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
-        """The scorer of a reward; `as_text` says of its parts in order whether they read text."""
+        """The scorer of a reward for a call of `model`; `as_text` says of its parts in order
+        whether they read text."""
         own_prompt = self.reward_input_ids is not None
         texts, shared, eos_ids = iter(as_text), False, foreign.eos_tensor(config)
         k = self.k or 1
@@ -288,7 +294,14 @@ class RewardGuided:
                     f"k={rm.k}; pass make_scorer(..., k={k})"
                 )
             if isinstance(rm, NextTokenScorer):
-                rm.capacity = rm.reserved = max_length
+                rm.reserve(max_length)
+            if isinstance(rm, RewriteScorer):
+                if own_prompt and rm.drafts is None:
+                    raise ValueError(
+                        "reward_input_ids= are prompts of the reward model's own, to which the "
+                        "language model makes no drafts; pass RewriteScorer(rm, drafts=...)"
+                    )
+                rm.draft_by(model, eos_ids)
             joint = (
                 found is not None
                 and not shared  # one part gives the language model's logits

@@ -22,11 +22,16 @@ class PairCollator:
 
     `fill_eos` gives EOS ids behind the shorter answer up to the longer one's length (the published
     padding): attended to, and not in `answer_mask`, for the loss with `extension="eos"`.
+
+    `separator`, of the loss "seq2seq", gives `separator` int64 [N], that token id, and
+    `draft_lengths` int64 [N, 2], the answers' lengths without the id `eos` at their end.
     """
 
     pad_id: int = 0
     fill_eos: int | None = None
     margin: float | None = None
+    separator: int | None = None
+    eos: int | None = None
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         sides = [[row[s] for s in ("chosen_ids", "rejected_ids")] for row in rows]
@@ -53,6 +58,11 @@ class PairCollator:
             "answer_mask": answer,
             "start": torch.tensor([len(row["prompt_ids"]) for row in rows]),
         }
+        if self.separator is not None:
+            batch["separator"] = torch.full((len(rows),), self.separator)
+            batch["draft_lengths"] = torch.tensor(
+                [[len(a) - (a[-1] == self.eos) for a in pair] for pair in sides]
+            )
         if any("margin" in row for row in rows):
             margins = [float(row.get("margin", self.margin or 0.0)) for row in rows]
             batch["margin"] = torch.tensor(margins)
