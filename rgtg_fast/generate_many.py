@@ -33,7 +33,7 @@ from .output import Answer
 from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
 from .scorers.rewards import leaves_of, of_rows
-from .scorers.rewrite import RewriteScorer, drafts_at
+from .scorers.rewrite import RewriteScorer, drafts_at, rewriters_of
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -231,7 +231,9 @@ class _Many:
         rest = config, prepared.model_kwargs, guide.backend
         found = plain_language_model(self.model, ids, checked.mask, *rest)
         to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
-        scorer = guide.make_scorer(self.model, self.reward, *to_scorer)
+        scorer = guide.make_scorer(self.reward, *to_scorer)
+        for rewriter in rewriters_of(scorer):
+            rewriter.draft_by(self.model, foreign.eos_tensor(config))
         of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
         policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0, self.bound)
         policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))

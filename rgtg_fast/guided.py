@@ -144,6 +144,7 @@ class RewardGuided:
             if own_streamer is not None:  # Hugging Face has not put the prompt into this one
                 own_streamer.put(input_ids.cpu())
             try:
+                expect_drafts(call, model, len(input_ids), generation_config)
                 result = (speculate if call.speculation else decode)(call, input_ids)
                 if isinstance(call.scorer, LazyScorer) and isinstance(result, dict):
                     result["gating"] = call.scorer.report(result, call.policy.k)
@@ -179,10 +180,9 @@ class RewardGuided:
         if isinstance(reward, WeightedRewards):
             of_row = batch // copies, batch, input_ids.device
             reward = of_rows(reward, lambda name, value: check.per_row(name, value, *of_row))
-        scorer = self.make_scorer(model, reward, as_text, max_length, config, vocab_size, found)
+        scorer = self.make_scorer(reward, as_text, max_length, config, vocab_size, found)
         for rewriter in rewriters_of(scorer):
             rewriter.check_drafts(batch // copies)
-            rewriter.expect([row // copies for row in range(batch)], [new_tokens] * batch)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
@@ -271,7 +271,6 @@ class RewardGuided:
 
     def make_scorer(
         self,
-        model: Any,
         reward: Reward | WeightedRewards,
         as_text: Sequence[bool],
         max_length: int,
@@ -279,8 +278,7 @@ class RewardGuided:
         vocab_size: int,
         found: tuple[LanguageModel, str] | None,
     ) -> Scorer:
-        """The scorer of a reward for a call of `model`; `as_text` says of its parts in order
-        whether they read text."""
+        """The scorer of a reward; `as_text` says of its parts in order whether they read text."""
         own_prompt = self.reward_input_ids is not None
         texts, shared, eos_ids = iter(as_text), False, foreign.eos_tensor(config)
         k = self.k or 1
@@ -295,13 +293,11 @@ class RewardGuided:
                 )
             if isinstance(rm, NextTokenScorer):
                 rm.reserve(max_length)
-            if isinstance(rm, RewriteScorer):
-                if own_prompt and rm.drafts is None:
-                    raise ValueError(
-                        "reward_input_ids= are prompts of the reward model's own, to which the "
-                        "language model makes no drafts; pass RewriteScorer(rm, drafts=...)"
-                    )
-                rm.draft_by(model, eos_ids)
+            if isinstance(rm, RewriteScorer) and own_prompt and rm.drafts is None:
+                raise ValueError(
+                    "reward_input_ids= are prompts of the reward model's own, to which the "
+                    "language model makes no drafts; pass RewriteScorer(rm, drafts=...)"
+                )
             joint = (
                 found is not None
                 and not shared  # one part gives the language model's logits
@@ -352,6 +348,14 @@ class RewardGuided:
                 else 0
             )
         return ops.split_seed(seed, batch).to(device)
+
+
+def expect_drafts(call: Call, model: Any, batch: int, config: GenerationConfig) -> None:
+    """Tell scorers that need drafts whose the rows of a call are, and who makes those not given."""
+    copies = config.num_return_sequences or 1
+    for rewriter in rewriters_of(call.scorer):
+        rewriter.draft_by(model, foreign.eos_tensor(config))
+        rewriter.expect([row // copies for row in range(batch)], [call.plan.steps] * batch)
 
 
 class OneCall(RewardGuided):

@@ -34,7 +34,7 @@ class RewriteScorer(AutoregressiveScorer):
             is left out. None: the greedy answer of the language model that decodes, without
             processors, in as many tokens as the answer may have.
         separator: the token between draft and answer, its id or, with `tokenizer`, its text; None
-            is the model's EOS.
+            is what the model's configuration says that training took, or else its EOS.
         tokenizer: of texts.
 
     Raises:
@@ -183,6 +183,8 @@ class RewriteScorer(AutoregressiveScorer):
         return [drafts[key] for key in keys]
 
     def _separator(self, separator: Any, tokenizer: Any) -> int:
+        if separator is None:
+            separator = getattr(self.model.config, "draft_separator_id", None)
         if separator is None:
             if not self.eos:
                 raise ValueError(

@@ -70,8 +70,9 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
     out = str(args.output_dir)
     head = "SequenceClassification" if OBJECTIVES[args.loss_type].head == "scalar" else "CausalLM"
     guide, *others = (k.usage for k in kinds_trained_by(args.loss_type, settings.frozen))
-    if args.separator is not None:
-        guide = guide.replace("(rm)", f"(rm, separator={args.separator!r}, tokenizer=tokenizer)")
+    if OBJECTIVES[args.loss_type].rewrites and settings.lora is not None:
+        # An adapter is saved without the configuration, which would say so.
+        guide = guide.replace("(rm)", f"(rm, separator={model_config.draft_separator_id})")
     imports: dict[str, set[str]] = {"transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
     if settings.frozen:
         imports["safetensors.torch"] = {"load_file"}

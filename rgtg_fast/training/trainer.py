@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .collate import LabelledCollator, PairCollator
+from .collate import make_collator
 from .config import PrefixRewardConfig
 from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
 from .forward import TrainedParts, call_inside, check_causal
@@ -163,6 +163,9 @@ class PrefixRewardTrainer(Trainer):
         trained: Any = self.model
         if args.disable_dropout:
             disable_dropout(trained)
+        if objective.rewrites and data_collator is None:
+            # With the model, for the guide: a tokenizer's EOS need not be the configuration's.
+            trained.config.draft_separator_id = self.data_collator.separator
         parts = self.parts(trained)
         check_causal(parts)
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
@@ -374,42 +377,3 @@ def make_dataset(
     }
     labelled = OBJECTIVES[args.loss_type].data == "labelled"
     return (LabelledDataset if labelled else PreferenceDataset)(source, tokenizer, **options)
-
-
-def make_collator(args: PrefixRewardConfig, tokenizer: Any, model: Any) -> Any:
-    """The collator for this configuration. Padding is masked, so any id does: 0 is in each
-    vocabulary, where a padding token that was added to the tokenizer only is not."""
-    if OBJECTIVES[args.loss_type].data == "labelled":
-        return LabelledCollator()
-    eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(getattr(model, "config", None), "eos_token_id", None)
-    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
-    if args.extension == "eos" and eos is None:
-        raise ValueError("extension='eos' needs an EOS token; pass a tokenizer that has one")
-    between = separator_of(args, tokenizer, eos) if OBJECTIVES[args.loss_type].rewrites else None
-    return PairCollator(
-        fill_eos=eos if args.extension == "eos" else None,
-        margin=args.margin,
-        separator=between,
-        eos=eos,
-    )
-
-
-def separator_of(args: PrefixRewardConfig, tokenizer: Any, eos: int | None) -> int:
-    """The id of the token between draft and rewriting."""
-    if args.separator is None:
-        if eos is None:
-            raise ValueError(
-                "loss_type='seq2seq' puts EOS between draft and rewriting, and there is none; pass "
-                "separator=, or a tokenizer that has an EOS token"
-            )
-        return eos
-    found = None if tokenizer is None else tokenizer.get_vocab().get(args.separator)
-    if found is None:
-        known = "no tokenizer was given" if tokenizer is None else "the tokenizer has no such token"
-        raise ValueError(
-            f"separator={args.separator!r} is to be one token, and {known}; pass one that is in "
-            "its vocabulary, or leave it out for EOS"
-        )
-    return found

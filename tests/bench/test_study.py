@@ -138,7 +138,7 @@ def test_value_gaps_hold_the_shorter_answer_at_its_end(study):
 
 
 def test_a_study_that_is_not_complete_is_not_reported(study, tmp_path):
-    with pytest.raises(ValueError, match=r"lacks .* such as seed3_partial"):
+    with pytest.raises(ValueError, match=r"lacks .* such as seed3_base"):
         study("figures").load(tmp_path, "recipe", [3])
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EOS, gpt2_lm, gpt2_rm, llama_lm, tokenizer
+from tiny import BOS, EOS, gpt2_lm, gpt2_rm, llama_lm, tokenizer
 from training import id_pairs, step, text_pairs, trainer
+from transformers import AutoModelForCausalLM
 
-from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
+from rgtg_fast.scorers import AutoregressiveScorer, RewriteScorer, VocabRewardScorer
 from rgtg_fast.training import LabelledDataset, PreferenceDataset
 from rgtg_fast.training.head_only import fit_head, head_accuracy, pair_features
 
@@ -96,6 +97,19 @@ def test_seq2seq_is_the_likelihood_of_the_chosen_answer_behind_either_draft(tmp_
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+
+
+def test_the_separator_of_training_is_that_of_the_guide(tmp_path):
+    """Also where the model's configuration has another EOS than the tokenizer."""
+    for separator, wanted in ((None, EOS), ("<bos>", BOS)):
+        model = gpt2_lm(eos_token_id=9)
+        trained = trainer(tmp_path, model, id_pairs(4), loss_type="seq2seq", separator=separator)
+        trained.save_model(str(tmp_path / "rm"))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "rm")
+        assert RewriteScorer(loaded).separator == wanted
+        assert RewriteScorer(loaded, separator=7).separator == 7
+    with pytest.raises(ValueError, match="separator='two tokens' is to be one token"):
+        trainer(tmp_path, lm(), id_pairs(4), loss_type="seq2seq", separator="two tokens")
 
 
 def test_seq2seq_judges_an_answer_by_how_likely_it_is_to_stay(tmp_path):
