@@ -21,16 +21,19 @@ LINT := $(VENV)/.lint
 HEADER_TOOLS := build/header-tools/.installed
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-slow test-oldest test-newest headers wheel bench study assets lint clean
+.PHONY: demo test test-slow test-exhaustive test-oldest test-newest headers wheel bench study assets lint clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgtg_fast demo
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(PYTEST_ARGS)
 
 test-slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-exhaustive: $(BUILT)
+	$(BIN)/python -m pytest -m exhaustive $(PYTEST_ARGS)
 
 test-oldest:
 	$(MAKE) test test-slow VENV=.venv-oldest TORCH="$(OLDEST_TORCH)" PINS="$(OLDEST_PINS)"

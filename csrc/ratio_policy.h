@@ -1,5 +1,6 @@
 // One candidate under the ratio policy softmax((logprob + beta * reward) / T), in fp32 operations
-// that are each rounded once, so that every backend has the same scores bit for bit.
+// that are each rounded once, so that every backend has the same scores bit for bit. A reward of
+// -inf says that it is no token, whatever beta is: 0 * -inf would be NaN, and -1 * -inf the best.
 #pragma once
 
 #include "gumbel.h"
@@ -10,7 +11,7 @@ struct Score {
   float plain, tempered;
 
   RGTG_HOST_DEVICE Score(float logprob, float reward, float beta, float temperature)
-      : plain(add_rn(logprob, mul_rn(beta, reward))), tempered(div_rn(plain, temperature)) {}
+      : plain(add_rn(logprob, reward == -kInf<float> ? reward : mul_rn(beta, reward))), tempered(div_rn(plain, temperature)) {}
 
   // One such candidate makes its whole row undefined.
   RGTG_HOST_DEVICE bool undefined() const {

@@ -23,7 +23,8 @@ def draw(
     SAMPLE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The slot and ``logq [K]`` of one row; slots that are not ``live`` hold no candidate."""
-    scores = logprobs + beta * rewards
+    # What has a reward of -inf is no token, whatever beta is; 0 * -inf would be NaN.
+    scores = logprobs + tl.where(rewards == float("-inf"), rewards, beta * rewards)
     tempered = tl.where(live, tl.div_rn(scores, temperature), -float("inf"))
     is_nan = tempered != tempered
     undefined = is_nan | (tempered == float("inf"))

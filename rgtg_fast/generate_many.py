@@ -33,7 +33,7 @@ from .output import Answer
 from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
 from .scorers.rewards import leaves_of, of_rows
-from .scorers.rewrite import RewriteScorer, drafts_at, rewriters_of
+from .scorers.rewrite import RewriteScorer, drafts_at, makes_drafts, rewriters_of
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -128,7 +128,9 @@ class _Many:
             self.seeds = self.guide.seed
         elif first.config.do_sample:
             self.seeds = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        self.split = torch.zeros(0, dtype=torch.int64)  # of an int seed, as far as needed
+        self.split = torch.zeros(
+            0, dtype=torch.int64, device="cpu"
+        )  # of an int seed, as far as needed
         self.samples = bool(first.config.do_sample)
         self.call = self._call_of(first, FIRST_BOUND)
         self.eos = set(eos_ids(first.criteria, self.device).tolist())
@@ -329,10 +331,11 @@ class _Many:
                 continue
             if entry is not None:
                 batch.append(entry)
-            # What reads the text would see the padding.
-            by_text = any(e.processors is not None or e.criteria is not None for e in batch)
-            if batch and (entry is None or by_text or len(batch) == self.batch_size):
-                alone = [[e] for e in batch] if by_text else [batch]
+            # What reads the text would see the padding; drafts may be as long as their answers.
+            apart = any(e.processors is not None or e.criteria is not None for e in batch)
+            apart |= makes_drafts(self.reward) and len({e.steps for e in batch}) > 1
+            if batch and (entry is None or apart or len(batch) == self.batch_size):
+                alone = [[e] for e in batch] if apart else [batch]
                 for rows in alone:
                     yield from self._batch(rows)
                 batch = []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -17,9 +16,9 @@ from .models.vocab_head import VocabHead
 from .scorers.factory import same_vocabulary
 from .scorers.rewards import Reward
 
-# A reward model with up to so many rows more than the language model has tokens added: padding,
-# rounded up for speed.
-ADDED_ROWS = 64
+# Of two models that differ by so many rows at most, one has tokens added: padding, rounded up for
+# speed to a multiple of 128.
+ADDED_ROWS = 128
 
 
 def check_vocabularies(reward: Reward, rm: ModelParts, model: Any, tokenizer: Any) -> bool:
@@ -50,23 +49,36 @@ def check_vocabularies(reward: Reward, rm: ModelParts, model: Any, tokenizer: An
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if rm.vocab_size == vocab_size:
         return False
-    if not 0 < rm.vocab_size - vocab_size <= ADDED_ROWS or _other_specials(model, rm):
+    if abs(rm.vocab_size - vocab_size) > ADDED_ROWS or _other_specials(model, rm):
         raise ValueError(
             f"reward_model has a vocabulary of {rm.vocab_size} tokens and the language model one "
             f"of {vocab_size}; pass reward_tokenizer= and tokenizer= (ids are shared where the two "
             "agree, texts re-encoded where they do not)"
         )
+    lacks = ""
+    if rm.vocab_size < vocab_size:
+        lacks = f" (those from {rm.vocab_size} on have no reward and are never chosen)"
     warnings.warn(
         f"reward_model has {rm.vocab_size} tokens and the language model {vocab_size}: taken for "
-        "the same with tokens added (padding), and ids are shared; pass tokenizer= and "
+        f"the same with tokens added (padding), and ids are shared{lacks}; pass tokenizer= and "
         "reward_tokenizer= to have them compared",
         stacklevel=3,
     )
     return False
 
 
+def check_ends(name: str, rows: int, ends: Collection[int]) -> None:
+    """`ValueError` where each of `ends`, which are the ids that end an answer, is beyond the `rows`
+    of a reward model: none of them would ever be chosen."""
+    if ends and all(end >= rows for end in ends):
+        raise ValueError(
+            f"{name} has {rows} tokens, and what ends an answer (eos_token_id) is {sorted(ends)}: "
+            "it has no reward, so no answer would end before max_new_tokens; pass a reward model "
+            "that has the token (resize_token_embeddings), or eos_token_id= with one it has"
+        )
+
+
 _compared: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
-_comparing = threading.Lock()
 
 
 def check_families(model: Any, rm: ModelParts, reward_tokenizer: Any) -> None:
@@ -75,11 +87,10 @@ def check_families(model: Any, rm: ModelParts, reward_tokenizer: Any) -> None:
     often have another EOS than its base models."""
     if reward_tokenizer is not None or isinstance(rm, OnBase | VocabHead):
         return  # the vocabularies were compared, or the tokenizer is one
-    with _comparing:
-        others = _compared.setdefault(model, WeakSet())
-        if rm.model in others:
-            return
-        others.add(rm.model)
+    others = _compared.setdefault(model, WeakSet())
+    if rm.model in others:
+        return
+    others.add(rm.model)
     differ = _other_specials(model, rm)
     if differ:
         names = [name_or_path(c) or c.model_type for c in (model.config, rm.config)]

@@ -93,7 +93,7 @@ class RatioPolicy:
         return self._kernel("mix_logits")
 
     @functools.cached_property
-    def _sample(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def sample(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self._kernel("ratio_sample")
 
     @functools.cached_property
@@ -210,17 +210,14 @@ class RatioPolicy:
         `position` int64 [B] counts the answer's tokens, `beta` [B] is that of `step_beta`."""
         if contest is not None:
             logprobs, rewards = _contested(logprobs, rewards, contest)
-        cut = self.top_p is not None and self.do_sample
-        # Beta may be 0 or less, and 0 times -inf would be NaN.
-        if beta is not None or cut or self.over == "sum":
-            logprobs = logprobs.masked_fill(rewards == -torch.inf, -torch.inf)
-            rewards = rewards.where(rewards != -torch.inf, 0.0)
-        if cut:
+        if self.top_p is not None and self.do_sample:
             own = self._beta_at(position) if beta is None else beta
-            tempered = (logprobs + own[:, None] * rewards) / self.temperature[:, None]
-            inside = nucleus(tempered.double().softmax(-1), self.top_p)  # type: ignore[arg-type]
+            impossible = rewards == -torch.inf
+            total = logprobs + own[:, None] * rewards.masked_fill(impossible, 0.0)
+            tempered = total.masked_fill(impossible, -torch.inf) / self.temperature[:, None]
+            inside = ops.nucleus(tempered.double().softmax(-1), self.top_p)
             logprobs = logprobs.masked_fill(~inside, -torch.inf)
-        return self._sample(logprobs, rewards, ids, *self._per_row(position, beta))
+        return self.sample(logprobs, rewards, ids, *self._per_row(position, beta))
 
     def step(
         self,
@@ -238,17 +235,6 @@ class RatioPolicy:
     def keep_rows(self, rows: Tensor) -> RatioPolicy:
         columns = {n: getattr(self, n)[rows] for n in ("beta", "temperature", "seeds")}
         return replace(self, **columns)
-
-
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Which of the probabilities [B, n], bool, are among the largest that make `top_p` together.
-
-    Of equal ones those that come first. Everything is where one is NaN, for it to be seen.
-    """
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    inside = ordered.cumsum(-1) - ordered < top_p
-    inside |= probabilities.isnan().any(-1, keepdim=True)
-    return torch.zeros_like(inside).scatter(-1, order, inside)
 
 
 def _contested(logprobs: Tensor, rewards: Tensor, contest: Contest) -> tuple[Tensor, Tensor]:

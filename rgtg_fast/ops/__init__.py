@@ -27,6 +27,7 @@ from .dispatch import (
 )
 from .losses import prefix_bt_loss
 from .mixing import mix_logits
+from .nucleus import mix_nucleus, nucleus
 from .registry import MAX_CANDIDATES, OPS
 from .sampling import ratio_keep, ratio_sample, ratio_step
 from .scoring import reward_head, topk_logprobs, vocab_reward
@@ -41,6 +42,8 @@ __all__ = [
     "kernel",
     "kernel_or_auto",
     "mix_logits",
+    "mix_nucleus",
+    "nucleus",
     "prefix_bt_loss",
     "ratio_keep",
     "ratio_sample",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .checks import check_device, check_float, check_k, mixture_weights, per_row_draw
 from .dispatch import Backend, limit_k, limit_mixed, run
+from .nucleus import mix_nucleus
 
 
 def mix_logits(
@@ -21,6 +23,7 @@ def mix_logits(
     seed: int | Tensor | None = None,
     position: int | Tensor | None = None,
     *,
+    top_p: float | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The ``k`` best tokens of ``s = sum_i w_i log softmax(logits[i])``, or draws of softmax(s/T).
@@ -46,6 +49,10 @@ def mix_logits(
     is a draw of softmax(s / T) over the whole vocabulary, the k of them are draws without
     replacement. A NaN or +inf in a tensor makes what depends on it NaN in that row, and no other.
 
+    With ``top_p`` and a temperature only the nucleus of softmax(s / T) can be drawn: its most
+    likely tokens, up to the one with which their shares reach ``top_p``; all others have
+    ``s = -inf``, and the last two results are those of the nucleus.
+
     Args:
         logits: n tensors ``[B, V_i]``, each of any float dtype and strides; n <= 4 unless
             ``backend="reference"``.
@@ -55,6 +62,9 @@ def mix_logits(
             plausible token has; None for no such bound. It costs a second read of ``logits[0]``.
         temperature: a positive finite number or ``[B]``; None where neither a draw nor the last
             two results are wanted.
+        top_p: 0 < top_p <= 1, which takes a ``temperature``; None for the whole policy. Each tensor
+            is read once where the 64 most likely tokens have that share, and a row where they have
+            not is sorted as a whole in float64, so that ``torch.compile`` breaks its graph here.
         seed, position: as for :func:`ratio_sample`, both or none; they take a ``temperature``.
         backend: see ``rgtg_fast.ops``.
 
@@ -86,5 +96,12 @@ def mix_logits(
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha={alpha}; pass a share in (0, 1], or None for no bound")
         floor = given[0].amax(dim=1).to(torch.float32) + math.log(alpha)
-    draw = per_row_draw(temperature, seed, position, rows, given[0].device)
-    return run("mix_logits", backend, given, shares, k, floor, *draw)
+    tempered, *noise = per_row_draw(temperature, seed, position, rows, given[0].device)
+    if top_p is None:
+        return run("mix_logits", backend, given, shares, k, floor, tempered, *noise)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}; pass a share in (0, 1], or None for the whole policy")
+    if tempered is None:
+        raise ValueError("top_p came without temperature; pass temperature=1.0 for softmax(s)")
+    mix, sample = (partial(run, op, backend) for op in ("mix_logits", "ratio_sample"))
+    return mix_nucleus(mix, sample, given, shares, k, top_p, floor, tempered, *noise)

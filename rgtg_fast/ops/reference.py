@@ -151,7 +151,10 @@ def ratio_sample(
     position: Tensor,
     do_sample: bool,
 ) -> tuple[Tensor, Tensor]:
-    scores = logprobs + beta.unsqueeze(1) * rewards  # [B, k], float32 as on every backend
+    none = torch.isneginf(rewards)  # no token, whatever beta is; 0 * -inf would be NaN
+    weighted = beta.unsqueeze(1) * rewards.masked_fill(none, 0.0)
+    # [B, k], float32 as on every backend
+    scores = logprobs + weighted.masked_fill(none, -torch.inf)
     tempered = scores / temperature.unsqueeze(1)
     usable = torch.isfinite(tempered)
     undefined = (torch.isnan(tempered) | torch.isposinf(tempered)).any(dim=1) | ~usable.any(dim=1)

@@ -26,7 +26,8 @@ def ratio_sample(
     With ``s = logprobs + beta * rewards`` in float32, the slot is ``argmax(s / T + g)`` with
     standard Gumbel noise ``g`` (the Gumbel-max draw), or ``argmax(s)`` without ``do_sample``; ties
     go to the lowest slot. ``g`` depends on (row seed, position, token id) alone and is the same bit
-    for bit on every backend. A candidate with ``s = -inf`` cannot be chosen.
+    for bit on every backend. A candidate with ``s = -inf`` cannot be chosen, nor one with a reward
+    of -inf, whatever ``beta`` is.
 
     A row whose ``s / T`` holds a NaN or +inf, or nothing finite, has slot -1 and NaN in ``logq``.
 

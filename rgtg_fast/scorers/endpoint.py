@@ -52,7 +52,10 @@ class RewardEndpoint:
         scores: Callable[[Any], Any] | None = None,
     ) -> None:
         if not isinstance(url, str) or not re.match(r"https?://[^/\s]", url):
-            raise ValueError(f"reward_model={url!r}; pass the http:// or https:// URL of a server")
+            raise ValueError(
+                f"reward_model={url!r}; pass the http:// or https:// URL of a server, or a model "
+                "(AutoModelForSequenceClassification.from_pretrained(...) of a path)"
+            )
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("concurrency", concurrency, 1),

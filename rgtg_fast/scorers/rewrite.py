@@ -15,6 +15,7 @@ from ..models.padding import left_padded
 from .autoregressive import AutoregressiveScorer
 from .lazy import LazyScorer
 from .rewards import Reward, WeightedRewards
+from .rewards import leaves_of as rewards_of
 from .weighted import leaves_of
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -271,6 +272,12 @@ def rewriters_of(scorer: Any) -> list[RewriteScorer]:
     """Those that a scorer is made of."""
     inner = scorer.scorer if isinstance(scorer, LazyScorer) else scorer
     return [leaf for leaf in leaves_of(inner) if isinstance(leaf, RewriteScorer)]
+
+
+def makes_drafts(reward: Any) -> bool:
+    """Whether the language model makes drafts for a part of the reward."""
+    parts = [leaf.model for leaf in rewards_of(reward)]
+    return any(isinstance(part, RewriteScorer) and part.drafts is None for part in parts)
 
 
 def drafts_at(reward: Any, prompts: Sequence[int]) -> Any:

@@ -6,27 +6,37 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
 from .sources import is_scorer, scorers_in
 
-# By the id of a scorer, which need not be hashable: its lock, how many calls want it, and the
-# thread of the call that has it.
-_in_use: dict[int, list[Any]] = {}
+
+class _Use:
+    """Of a scorer: its lock, and the thread of the call that has it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: int | None = None
+
+
+# By the id of a scorer, which need not be hashable. The calls that want a scorer hold its entry:
+# with the last of them it goes, however that ended, and before the id can be another scorer's.
+_in_use: WeakValueDictionary[int, _Use] = WeakValueDictionary()
 _looking = threading.Lock()
 
 
 class Turn:
     """The turn of a call on its scorers, whose thread must not wait for it."""
 
-    def __init__(self, entries: list[list[Any]]) -> None:
-        self.entries = entries
+    def __init__(self, uses: list[_Use]) -> None:
+        self.uses = uses
 
     def taken(self) -> None:
         """It is this thread that goes on with the call."""
-        for entry in self.entries:
-            entry[2] = threading.get_ident()
+        for use in self.uses:
+            use.thread = threading.get_ident()
 
 
 @contextmanager
@@ -47,26 +57,18 @@ def alone(reward_model: Any) -> Iterator[Turn]:
 
 
 @contextmanager
-def _turn(scorer: Any) -> Iterator[list[Any]]:
-    key = id(scorer)
+def _turn(scorer: Any) -> Iterator[_Use]:
     with _looking:
-        entry = _in_use.setdefault(key, [threading.Lock(), 0, None])
-        if entry[2] == threading.get_ident():
-            raise ValueError(
-                f"reward_model {type(scorer).__name__} serves the call within which this one "
-                "is made, or a generate_many that this thread has begun and not ended; pass one of "
-                "the two a scorer object of its own"
-            )
-        entry[1] += 1
-    try:
-        with entry[0]:
-            try:
-                entry[2] = threading.get_ident()
-                yield entry
-            finally:
-                entry[2] = None
-    finally:
-        with _looking:
-            entry[1] -= 1
-            if not entry[1]:
-                del _in_use[key]
+        use = _in_use.setdefault(id(scorer), _Use())
+    if use.thread == threading.get_ident():
+        raise ValueError(
+            f"reward_model {type(scorer).__name__} serves the call within which this one "
+            "is made, or a generate_many that this thread has begun and not ended; pass one of "
+            "the two a scorer object of its own"
+        )
+    with use.lock:
+        try:
+            use.thread = threading.get_ident()
+            yield use
+        finally:
+            use.thread = None

@@ -12,6 +12,7 @@ import zoo
 from graph_cases import BATCH, LMS, RMS
 from graph_emulated import install
 from lora_checkpoints import make_checkpoint
+from marks import some_slow
 
 import rgtg_fast
 from rgtg_fast.decode import compiling, graphs
@@ -59,9 +60,10 @@ def a_head(lm):
     return rgtg_fast.RewardHead(lm, weight)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "qwen3", "gemma2_eager"])
+@pytest.mark.parametrize(
+    "family", some_slow([("llama",), ("gpt2",), ("qwen2",), ("qwen3",), ("gemma2_eager",)], 2)
+)
 def test_answers_of_inductor_are_those_without(family, do_sample):
     lm, rm = zoo.build_lm(family), zoo.build_rm(family)
     assert_same(lm, rm, 2, do_sample=do_sample)

@@ -272,38 +272,6 @@ def test_k_above_the_vocabulary():
         guided(lm, rm, k=40, input_ids=torch.ones(2, 9).long())
 
 
-@pytest.mark.parametrize("more", [-12, 65])
-def test_vocabularies_that_differ(lm, more):
-    rm = tiny.llama_rm(vocab_size=V + more)
-    with refused([str(V), str(V + more), "reward_tokenizer"], lm, rm):
-        guided(lm, rm)
-
-
-@pytest.mark.parametrize("special", ["bos_token_id", "eos_token_id"])
-def test_added_rows_do_not_make_another_vocabulary_the_same(lm, special):
-    """With no special token in common, more rows are other tokens."""
-    rm = tiny.llama_rm(vocab_size=V + 1, bos_token_id=7, eos_token_id=8)
-    with refused([str(V + 1), "reward_tokenizer"], lm, rm):
-        guided(lm, rm)
-    setattr(rm.config, special, getattr(lm.config, special))
-    with pytest.warns(UserWarning, match=f"{V + 1} tokens and the language model {V}: taken for"):
-        guided(lm, rm)
-
-
-@pytest.mark.filterwarnings("ignore:reward_model has")
-def test_a_reward_model_with_a_row_more_shares_ids(lm):
-    """An added padding token, 32001 beside 32000: its rows before are the same."""
-    rm, wide = tiny.llama_rm(), tiny.llama_rm(vocab_size=V + 1)
-    weights = rm.state_dict()
-    with torch.no_grad():
-        wide.model.embed_tokens.weight[:V] = weights.pop("model.embed_tokens.weight")
-        wide.load_state_dict(weights, strict=False)
-    options = {"return_dict_in_generate": True, "max_new_tokens": 4}
-    one, other = (guided(lm, r, **options) for r in (rm, wide))
-    assert torch.equal(one.sequences, other.sequences)
-    assert torch.equal(one.rewards, other.rewards)
-
-
 @pytest.mark.parametrize("given, missing", [("reward_tokenizer", "tokenizer")])
 def test_one_tokenizer_without_the_other(given, missing, lm, rm):
     with refused([given, missing], lm, rm):

@@ -1,14 +1,15 @@
 """`generate_many` with what a caller may do to it between two answers, and before the first."""
 
 import contextlib
+import gc
 import itertools
-import sys
 import threading
 
 import pytest
 import tiny
 import torch
 import zoo
+from interrupts import interrupted
 from test_threads import state
 
 import rgtg_fast
@@ -179,37 +180,15 @@ def test_a_scorer_serves_one_run_whichever_thread_reads_it():
     thread.start()
     thread.join(60)
     assert len(refused) == 1
+    refused.clear()  # its traceback holds the refused call
     waiting = threading.Thread(target=lambda: got.append(tokens_of(begun(reward_model=scorer))))
     waiting.start()  # another thread than the reader's waits for its end
     got += answers
     waiting.join(60)
+    gc.collect()
     assert not waiting.is_alive() and not turns._in_use
     by_hand = [answer for answer in got if not isinstance(answer, list)]
     assert tokens_of(by_hand) == want and want in [x for x in got if isinstance(x, list)]
-
-
-def interrupted(prompts, at, **options):
-    """Reads answers, with KeyboardInterrupt at the `at`-th line of the package; the lines seen."""
-    root, seen = rgtg_fast.__path__[0], 0
-
-    def trace(frame, event, arg):
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(root):
-            return None
-        seen += event == "line"
-        if event == "line" and seen == at:
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        tokens_of(begun(prompts, max_new_tokens=2, **options))
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return seen
 
 
 @pytest.mark.parametrize("positions", [40, pytest.param(1000, marks=pytest.mark.slow)])
@@ -218,9 +197,13 @@ def test_an_interrupt_anywhere_leaves_models_and_scorer_as_they_were(positions):
     models = zoo.lm("llama"), zoo.rm("gpt2")
     want = tokens_of(begun(prompts))
     before = [str(state(model)) for model in models]
-    lines = interrupted(prompts, 0, reward_model=scorer)
+
+    def answers():
+        tokens_of(begun(prompts, max_new_tokens=2, reward_model=scorer))
+
+    lines = interrupted(answers, 0)
     for at in range(1, lines + 1, max(1, lines // positions)):
-        interrupted(prompts, at, reward_model=scorer)
+        interrupted(answers, at)
         assert [str(state(model)) for model in models] == before, at
         assert not turns._in_use, at
     assert tokens_of(begun(prompts, reward_model=scorer)) == want

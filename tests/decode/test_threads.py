@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from interrupts import interrupted
 from test_state import assert_unchanged, snapshot
 
 import rgtg_fast
@@ -144,31 +145,6 @@ def test_an_adapter_and_a_head_on_one_language_model(tmp_path):
     assert_unchanged(lm, before)
 
 
-def interrupted(lm, rm, at):
-    """A guided call with KeyboardInterrupt at the `at`-th line of the package; the lines seen."""
-    root, seen = rgtg_fast.__path__[0], 0
-
-    def trace(frame, event, arg):
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(root):
-            return None
-        if event == "line":
-            seen += 1
-            if seen == at:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        guided(lm, rm, 1)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return seen
-
-
 def state(model):
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     return [
@@ -181,10 +157,10 @@ def test_an_interrupt_anywhere_leaves_the_models_as_they_were(positions):
     lm, rm = tiny.llama_lm(), tiny.llama_rm().train()
     wanted = guided(lm, rm, 1).tolist()
     before = str(state(lm)), str(state(rm))
-    lines = interrupted(lm, rm, 0)
+    lines = interrupted(lambda: guided(lm, rm, 1), 0)
     step = max(1, lines // positions)
     for at in range(1, lines + 1, step):
-        interrupted(lm, rm, at)
+        interrupted(lambda: guided(lm, rm, 1), at)
         assert (str(state(lm)), str(state(rm))) == before, at
     assert guided(lm, rm, 1).tolist() == wanted
 

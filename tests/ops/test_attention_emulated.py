@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cuda_emulated import FORWARD, Emulator, build
+from marks import some_slow
 from op_arguments import attention
 from op_support import assert_no_worse
 from parity import Backend, check_candidate_attention, torch_attention
@@ -126,9 +127,9 @@ def test_the_cases_of_the_broken_kernels_pass_where_nothing_is_broken():
     run_all(Emulator(build()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "old", "new", "occurrence"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN]
+    ("file", "old", "new", "occurrence"),
+    some_slow([b[1:] for b in BROKEN], 3, ids=[b[0] for b in BROKEN]),
 )
 def test_a_broken_kernel_is_found(tmp_path, file, old, new, occurrence):
     broken = mutant(tmp_path, file, old, new, occurrence)

@@ -32,7 +32,9 @@ KERNELS = {
     [
         (source, arch)
         if (source, arch) == ("ops.cpp", "90")
-        else pytest.param(source, arch, marks=pytest.mark.slow)
+        else pytest.param(
+            *(source, arch), marks=pytest.mark.slow if arch == "90" else pytest.mark.exhaustive
+        )
         for source in KERNELS
         for arch in ARCHS
     ],

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from cuda_emulated import FORWARD, OPS, ROOT, Emulator, build, emulator
+from marks import some_slow
 from op_support import FLOATS, assert_no_worse
 
 from rgtg_fast import ops
@@ -265,8 +266,7 @@ def test_every_barrier_and_fence_has_its_mutation():
     assert found == {mutation[:3] for mutation in MISSING_BARRIERS}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file, barrier, occurrence, where", MISSING_BARRIERS)
+@pytest.mark.parametrize("file, barrier, occurrence, where", some_slow(MISSING_BARRIERS, 3))
 def test_a_missing_barrier_is_found(tmp_path, file, barrier, occurrence, where):
     broken = mutant(tmp_path, file, barrier, "", occurrence)
     with pytest.raises(AssertionError):
@@ -298,8 +298,7 @@ BROKEN_BOUNDS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file, old, new", BROKEN_BOUNDS)
+@pytest.mark.parametrize("file, old, new", some_slow(BROKEN_BOUNDS))
 def test_a_read_outside_the_buffers_is_found(tmp_path, file, old, new):
     broken = mutant(tmp_path, file, old, new)
     with pytest.raises(AssertionError, match="reached outside"):

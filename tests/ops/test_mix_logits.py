@@ -2,6 +2,7 @@ import pytest
 import torch
 from cuda_emulated import emulator
 from hypothesis import strategies as st
+from marks import some_slow
 from op_arguments import draw_logits, examples, generator
 from op_support import FLOATS, SIMD_LEVELS, simd_level, threads
 from parity import BACKENDS, INF, NAN, backends_of, check_mix_logits, crossed
@@ -335,8 +336,7 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.slow
-@over(("old", "new"), MUTATIONS)
+@over(("old", "new"), some_slow(MUTATIONS))
 def test_a_fault_in_the_cuda_kernel_is_found(tmp_path, old, new):
     broken = mutant(tmp_path, "mix_logits.cuh", old, new)
     with pytest.raises(AssertionError):

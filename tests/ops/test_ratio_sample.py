@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_support import FLOATS, assert_no_worse, threads
+from parity import backends_of
 from scipy import stats
 
 from rgtg_fast import ops
@@ -162,9 +163,30 @@ def test_undefined_rows_get_slot_minus_one_and_leave_others_alone(backend, do_sa
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_zero_beta_times_infinite_reward_is_undefined(backend):
-    rewards = torch.tensor([[INF, 0.0], [-INF, 0.0]])
-    slot, _ = draw(torch.full((2, 2), -1.0), rewards, beta=0.0, backend=backend)
-    assert slot.tolist() == [-1, -1]
+    rewards = torch.tensor([[INF, 0.0]])
+    slot, _ = draw(torch.full((1, 2), -1.0), rewards, beta=0.0, backend=backend)
+    assert slot.tolist() == [-1]
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("backend", backends_of("ratio_sample"))
+def test_a_reward_of_minus_infinity_is_never_chosen_whatever_beta(backend, do_sample):
+    """Neither 0 * -inf, which is NaN, nor -1 * -inf, which would be the best of all."""
+    rows = 24
+    logprobs = torch.tensor([[-0.01, -5.0, -6.0]]).expand(rows, -1)
+    rewards = torch.tensor([[-INF, 0.5, -0.5]]).repeat(rows, 1)
+    rewards[-1] = -INF
+    logprobs = logprobs.where(torch.arange(rows)[:, None] != 1, NAN)  # still seen
+    beta = torch.tensor([0.0, 1.0, -1.0]).repeat(rows // 3)
+    ids = torch.arange(3).expand(rows, -1).contiguous()
+    steps = torch.zeros(rows, dtype=torch.int64)
+    per_row = beta, torch.ones(rows), torch.arange(rows), steps
+    slot, logq = backend("ratio_sample", logprobs, rewards, ids, *per_row, do_sample)
+    assert slot[1] == -1 and slot[-1] == -1
+    good = torch.tensor([i for i in range(rows - 1) if i != 1])
+    assert (slot[good] > 0).all() and (logq[good, 0] == -INF).all()
+    want = (logprobs + beta[:, None] * rewards)[good, 1:].log_softmax(1)
+    assert torch.allclose(logq[good, 1:], want, atol=1e-5)
 
 
 def test_minus_infinity_cannot_be_chosen():

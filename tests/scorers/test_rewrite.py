@@ -171,6 +171,18 @@ def test_prompts_in_padded_batches_keep_their_drafts():
         assert answer.tokens == out[0, len(prompt) :].tolist()
 
 
+def test_prompts_in_padded_batches_have_drafts_of_their_own_length():
+    lm, rm = zoo.lm("bloom"), zoo.lm("gpt2")
+    options = {"k": 4, "max_length": 13, "reward_model": rm, "reward_kind": "seq2seq"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        many = list(rgtg_fast.generate_many(lm, PROMPTS, batch_size=3, **options))
+    for answer in many:
+        prompt = PROMPTS[answer.index]
+        out = rgtg_fast.generate(lm, prompt[None], **options)
+        assert answer.tokens == out[0, len(prompt) :].tolist()
+
+
 def test_a_sum_that_is_asked_lazily_has_the_drafts_too():
     reward = 0.5 * RewriteScorer(zoo.lm("gpt2"), DRAFTS) + 0.5 * Reward(
         zoo.lm("gpt2"), reward_kind="genarm"

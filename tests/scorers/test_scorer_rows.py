@@ -292,13 +292,13 @@ def test_rows_come_and_go_in_every_family(case: str) -> None:
     play(CASES[case], 60)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", MANY)
 def test_a_thousand_schedules(case: str) -> None:
     play(CASES[case], 1000)
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(1000, marks=pytest.mark.exhaustive)])
 def test_rows_come_and_go_with_an_adapter(times: int, tmp_path: Path) -> None:
     _, lm = make_checkpoint(tmp_path)
     adapter = rgtg_fast.RewardAdapter.from_pretrained(lm, tmp_path)

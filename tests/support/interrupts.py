@@ -1,0 +1,52 @@
+"""KeyboardInterrupt at any line of the package."""
+
+import dis
+import functools
+import sys
+
+import rgtg_fast
+
+
+@functools.cache
+def _leaving(code):
+    """Where in `code` a `with` begins to call its `__exit__`.
+
+    Python looks for signals after calls and at jumps backward, so that no Ctrl-C comes between the
+    last line of a `with` and that call. A trace function can raise there: the lock would be held
+    for good, and the next call would wait for ever.
+    """
+    instructions = list(dis.get_instructions(code))
+    triples = zip(instructions, instructions[1:], instructions[2:], strict=False)
+    return {
+        first.offset
+        for first, *others in triples
+        if all(i.opname == "LOAD_CONST" and i.argval is None for i in (first, *others))
+    }
+
+
+def interrupted(call, at):
+    """Runs `call`, with KeyboardInterrupt at the `at`-th line of the package (the next one that a
+    signal can be seen at); the lines seen until then."""
+    root, seen, due = rgtg_fast.__path__[0], 0, False
+
+    def trace(frame, event, arg):
+        nonlocal seen, due
+        if not frame.f_code.co_filename.startswith(root):
+            return None
+        if event == "line":
+            seen += 1
+            due = due or seen == at
+            if due and frame.f_lasti not in _leaving(frame.f_code):
+                due = False
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return seen
