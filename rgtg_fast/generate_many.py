@@ -33,6 +33,7 @@ from .output import Answer
 from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
 from .scorers.rewards import leaves_of, of_rows
+from .scorers.rewrite import RewriteScorer, drafts_at, makes_drafts, rewriters_of
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -197,6 +198,9 @@ class _Many:
         plan = self._plan(prepared, checked.new_tokens, processors)
         own = self.guide.temperature
         of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
+        for part in leaves_of(self.reward):
+            if isinstance(part.model, RewriteScorer) and part.model.drafts is not None:
+                part.model.draft_of(index)  # an error where there is none
         alike = all(type(processor) in SCORES_ALONE for processor in processors)
         return Entry(
             index,
@@ -238,6 +242,8 @@ class _Many:
         found = plain_language_model(self.model, ids, checked.mask, *rest)
         to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
         scorer = guide.make_scorer(self.reward, *to_scorer)
+        for rewriter in rewriters_of(scorer):
+            rewriter.draft_by(self.model, foreign.eos_tensor(config))
         of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
         policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0, self.bound)
         policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
@@ -333,10 +339,11 @@ class _Many:
                 continue
             if entry is not None:
                 batch.append(entry)
-            # What reads the text would see the padding.
-            by_text = any(e.processors is not None or e.criteria is not None for e in batch)
-            if batch and (entry is None or by_text or len(batch) == self.batch_size):
-                alone = [[e] for e in batch] if by_text else [batch]
+            # What reads the text would see the padding; drafts may be as long as their answers.
+            apart = any(e.processors is not None or e.criteria is not None for e in batch)
+            apart |= makes_drafts(self.reward) and len({e.steps for e in batch}) > 1
+            if batch and (entry is None or apart or len(batch) == self.batch_size):
+                alone = [[e] for e in batch] if apart else [batch]
                 for rows in alone:
                     yield from self._batch(rows)
                 batch = []
@@ -351,6 +358,7 @@ class _Many:
         }
         indices = [entry.index for entry in batch]
         reward = of_rows(self.guide.reward_model, lambda name, values: values[indices])
+        reward = drafts_at(reward, indices)
         kwargs = {n: v for n, v in self.kwargs.items() if n not in ("max_length", "max_new_tokens")}
         try:
             out: Any = generate(

@@ -57,6 +57,10 @@ class NextTokenScorer(ScorerRows):
     def device(self) -> torch.device:
         return self.rm.device
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of up to `tokens`, prompt and answer."""
+        self.capacity = self.reserved = tokens
+
     def _taken_apart(self) -> LanguageModel | None:
         """The model's parts, where it runs on a static cache."""
         found = language_model(self.model, self.capacity or None, self.backend)
