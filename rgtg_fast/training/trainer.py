@@ -165,7 +165,8 @@ class PrefixRewardTrainer(Trainer):
             disable_dropout(trained)
         if objective.rewrites and data_collator is None:
             # With the model, for the guide: a tokenizer's EOS need not be the configuration's.
-            trained.config.draft_separator_id = self.data_collator.separator
+            collator: Any = self.data_collator
+            trained.config.draft_separator_id = collator.separator
         parts = self.parts(trained)
         check_causal(parts)
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
