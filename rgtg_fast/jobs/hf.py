@@ -95,13 +95,13 @@ class _Engine:
             else of_job[row.index]
             for row in rows
         ]
-        found: dict[str, Any] = {"seed": torch.tensor(seeds, dtype=torch.int64)}
+        found: dict[str, Any] = {"seed": torch.tensor(seeds, dtype=torch.int64, device="cpu")}
         usual = {"beta": 1.0, "temperature": self.lm.generation_config.temperature or 1.0}
         for name in ("beta", "temperature", "max_new_tokens"):
             if any(name in row.options for row in rows):
                 of_others = self.options.get(name, usual.get(name))
                 values = [row.options.get(name, of_others) for row in rows]
-                found[name] = torch.tensor(values, dtype=_DTYPES[name])
+                found[name] = torch.tensor(values, dtype=_DTYPES[name], device="cpu")
         return found
 
     def _answer(self, row: Row, got: Answer) -> dict[str, Any]:
