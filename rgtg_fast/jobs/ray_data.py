@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from ..evaluation import models
 from . import JobFailed, hf
 from .rows import Row
@@ -34,11 +32,17 @@ class Answerer:
     engine: hf.Engine | None = None
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        if self.engine is None:
-            values = json.loads(part["job"])
-            self.engine = hf.Engine(Job(**values | {"shard": tuple(values["shard"])}))
-        rows = [Row(**json.loads(text)) for text in part["row"]]
-        return {"answer": [json.dumps(answer) for answer in self.engine.answers(rows)]}
+        found: list[str] = []
+        try:
+            if self.engine is None:
+                values = json.loads(part["job"])
+                self.engine = hf.Engine(Job(**values | {"shard": tuple(values["shard"])}))
+            rows = [Row(**json.loads(text)) for text in part["row"]]
+            found += map(json.dumps, self.engine.answers(rows))
+        except (JobFailed, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            # Given, not raised: Ray would make pages of it, and lose the answers before it.
+            return {"answer": found, "failed": str(error) or type(error).__name__}
+        return {"answer": found, "failed": ""}
 
 
 def answers(job: Job, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -86,21 +90,13 @@ def _answered(ray: Any, job: Job, rows: Sequence[Row]) -> Iterator[dict[str, Any
     try:
         for row in found.iter_rows():
             yield from map(json.loads, row["answer"])
-    except ray.exceptions.RayTaskError as error:
-        raise JobFailed(_said(error)) from error
+            if row["failed"]:
+                raise JobFailed(" ".join(row["failed"].split()))
     except ray.exceptions.RayActorError as error:
         raise JobFailed(
             f"actors were lost {_TRIES} times ({str(error).splitlines()[0]}); look at the memory "
             "of their machines, or pass a smaller batch_size"
         ) from error
-
-
-def _said(error: Exception) -> str:
-    """What the actor raised, without Ray's report of where."""
-    cause = getattr(error, "cause", None) or error
-    while getattr(cause, "cause", None) is not None:
-        cause = cause.cause
-    return " ".join(str(cause).split())
 
 
 def _ray() -> Any:
