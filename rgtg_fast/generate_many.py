@@ -63,9 +63,10 @@ def generate_many(
         reward_model: as for `generate`.
         batch_size: rows at a time.
         tokenizer: encodes texts, as it is called with a text alone, and decodes answers.
-        options: those of `generate`, but for what is about its batch. `beta`, `temperature` and
-            `seed` may be tensors with a value for each prompt; an int `seed` is split among the
-            prompts as among the rows of a batch: prompt i has `ops.split_seed(seed, i + 1)[i]`.
+        options: those of `generate`, but for what is about its batch. `beta`, `temperature`,
+            `max_new_tokens` and `seed` may be tensors with a value for each prompt; an int `seed`
+            is split among the prompts as among the rows of a batch: prompt i has
+            `ops.split_seed(seed, i + 1)[i]`.
             Processors and criteria that read the text are called with one row at a time.
 
     Returns:
@@ -89,8 +90,7 @@ def generate_many(
     """
     many_options.check_options(options)
     many_options.check_tokenizer(tokenizer)
-    of_prompts = {name: options.get(name) for name in ("beta", "temperature", "seed")}
-    many_options.check_prompts(prompts, of_prompts)
+    many_options.check_prompts(prompts, {n: options.get(n) for n in many_options.OF_PROMPTS})
     batch_size = numbers.integer("batch_size", batch_size, 1)
     return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 
@@ -105,6 +105,7 @@ class _Many:
         own = {f.name for f in fields(OneCall)}
         self.guiding = {name: given[name] for name in given if name in own}
         self.kwargs = {name: value for name, value in given.items() if name not in own}
+        self.new_tokens = many_options.new_tokens(self.kwargs)
         check.check_model(model)
         self.device = model.get_input_embeddings().weight.device
         pad = model.generation_config.pad_token_id
@@ -161,7 +162,7 @@ class _Many:
                     break  # once the batch is empty, it is made anew for longer prompts
                 else:
                     self._finish()
-                    prepared = prepared_for(self.model, waiting.ids, self.kwargs)
+                    prepared = self._prepared(waiting.index, waiting.ids)
                     self.call = self._call_of(prepared, 2 * (len(waiting.ids) + waiting.steps))
                     refill = self._refill()
                     continue
@@ -184,7 +185,7 @@ class _Many:
     def _entry(self, index: int, prompt: Any) -> Entry:
         ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
         check.check_ids("prompt", ids[None])
-        prepared = prepared_for(self.model, ids, self.kwargs)
+        prepared = self._prepared(index, ids)
         checked = check_prompts(
             self.guide,
             self.reward,
@@ -213,6 +214,13 @@ class _Many:
             processors=None if alike else processors,
             criteria=prepared.criteria if plan.foreign else None,
         )
+
+    def _prepared(self, index: int, ids: Tensor) -> Prepared:
+        own = self.kwargs
+        if self.new_tokens is not None:
+            count = int(numbers.of_prompt("max_new_tokens", self.new_tokens, index))
+            own = own | {"max_new_tokens": count}
+        return prepared_for(self.model, ids, own)
 
     def _call_of(self, prepared: Prepared, bound: int) -> Call:
         """The models, ready for rows of up to `bound` tokens, or as many as they have positions

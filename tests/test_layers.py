@@ -19,6 +19,7 @@ LAYERS = (
     "presets",
     "training",
     "evaluation",
+    "jobs",
     "demo",
     "cli",
 )
