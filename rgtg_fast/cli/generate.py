@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward-model", "folder, hub name, http(s) URL or module:function; again for a sum",
         action="append")  # fmt: skip
     add("--weight", "of each --reward-model", type=finite, action="append")
-    add("--reward-kind", "of a causal language model as reward model: genarm or farma")
+    add("--reward-kind", "of a causal language model as reward model: genarm, farma or seq2seq")
     add("--reward-label", "of a reward model with several labels: a name or an index", type=_label)
     add("--preset", "a published decoder: a name of rgtg_fast.presets")
     add("--input", "JSONL file; - is standard input")
