@@ -33,7 +33,7 @@ from .output import Answer
 from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
 from .scorers.rewards import leaves_of, of_rows
-from .scorers.rewrite import RewriteScorer, drafts_at, makes_drafts, rewriters_of
+from .scorers.rewrite import check_draft, drafts_at, makes_drafts, rewriters_of
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -186,21 +186,13 @@ class _Many:
         ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
         check.check_ids("prompt", ids[None])
         prepared = self._prepared(index, ids)
-        checked = check_prompts(
-            self.guide,
-            self.reward,
-            self.model,
-            prepared.input_ids,
-            prepared.config,
-            prepared.model_kwargs,
-        )
+        given = prepared.input_ids, prepared.config, prepared.model_kwargs
+        checked = check_prompts(self.guide, self.reward, self.model, *given)
         temperature, processors = take_temperature(prepared.processors)
         plan = self._plan(prepared, checked.new_tokens, processors)
         own = self.guide.temperature
         of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
-        for part in leaves_of(self.reward):
-            if isinstance(part.model, RewriteScorer) and part.model.drafts is not None:
-                part.model.draft_of(index)  # an error where there is none
+        check_draft(self.reward, index)
         alike = all(type(processor) in SCORES_ALONE for processor in processors)
         return Entry(
             index,

@@ -48,8 +48,6 @@ def check_prompts(
     copies = config.num_return_sequences or 1
     reward_prompt = _reward_prompt(guide, rms, input_ids, mask, copies)
     new_tokens = config.max_length - input_ids.shape[1]
-    eos = foreign.eos_tensor(config)
-    ends = [] if eos is None else eos.tolist()
     as_text = []
     for part, rm in zip(parts, rms, strict=True):
         by_text = rm is not None and check_vocabularies(part, rm, model, guide.tokenizer)
@@ -60,8 +58,9 @@ def check_prompts(
         if isinstance(part.model, RewriteScorer):
             _check_drafts(part.model, reward_prompt[1], new_tokens)
         rows = rm.vocab_size if rm is not None else getattr(part.model, "vocabulary", None)
-        if rows is not None and not by_text:
-            check_ends("reward_model", rows, ends)
+        if rows is not None and rows < vocab_size and not by_text:
+            eos = foreign.eos_tensor(config)
+            check_ends("reward_model", rows, [] if eos is None else eos.tolist())
         as_text.append(by_text)
     return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, tuple(as_text))
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward-model", "folder, hub name, http(s) URL or module:function; again for a sum",
         action="append")  # fmt: skip
     add("--weight", "of each --reward-model", type=finite, action="append")
-    add("--reward-kind", "of a causal language model as reward model: genarm, farma or seq2seq")
+    add("--reward-kind", "of a causal language model as reward model: genarm, farma, ..")
     add("--reward-label", "of a reward model with several labels: a name or an index", type=_label)
     add("--preset", "a published decoder: a name of rgtg_fast.presets")
     add("--input", "JSONL file; - is standard input")
@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", "default: a GPU where there is one")
     add("--shard", "i/n: every n-th prompt from the i-th (0 to n-1), to a file of its own; "
         "default: torchrun's rank")  # fmt: skip
-    add("--engine", "who runs the models (default: hf)")
+    add("--engine", "who runs the models: hf, or ray over a cluster (default: hf)")
+    add("--workers", "of --engine ray: actors (default: one for each GPU)", type=whole(1))
     add("--report", "folder for the distribution of rewards, KL and lengths")
     add("--overwrite", "begin anew where the output has lines", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in the YAML file")

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,32 +30,36 @@ _DTYPES |= {"max_new_tokens": torch.int64, "seed": torch.int64}
 def answers(job: Job, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """An answer to each row, in the order they end: `id`, `text`, `tokens`, `reward`, `kl`, or `id`
     and `error`. The models are loaded at once."""
-    tokenizer = models.load_tokenizer(job.tokenizer or job.model)
-    _check_conversations(rows, tokenizer)
-    transformers.utils.logging.disable_progress_bar()  # of weight loading: it would break up ours
-    lm = models.load_model("CausalLM", job.model, job.dtype, job.device)
-    loaded = Loaded(lm, tokenizer, job.dtype, job.device)
-    options = guiding_options(job.reward_model, job.preset, job.options, loaded)
-    samples = options.get("do_sample", lm.generation_config.do_sample)
-    logger.info("%s, %s", lm.device, f"sampled, seed {job.seed}" if samples else "greedy")
-    engine = _Engine(job, lm, tokenizer, options, per_token(job.reward_model, options))
-    return within_memory(engine.run, rows, job.batch_size)
+    check_conversations(job, rows)
+    return Engine(job).answers(rows)
 
 
-def _check_conversations(rows: Sequence[Row], tokenizer: Any) -> None:
+def check_conversations(job: Job, rows: Sequence[Row]) -> None:
     """A conversation needs a template: said of the first one, and not in an answer to each."""
-    for row in rows:
-        if is_conversation(row.prompt) and not getattr(tokenizer, "chat_template", None):
-            prompt_of(row.prompt, tokenizer, f"line {row.line}")
+    first = next((row for row in rows if is_conversation(row.prompt)), None)
+    if first is not None:
+        tokenizer = models.load_tokenizer(job.tokenizer or job.model)
+        if not getattr(tokenizer, "chat_template", None):
+            prompt_of(first.prompt, tokenizer, f"line {first.line}")
 
 
-@dataclass
-class _Engine:
-    job: Job
-    lm: Any
-    tokenizer: Any
-    options: dict[str, Any]
-    per_token: bool | None
+class Engine:
+    """The models of a job, loaded."""
+
+    def __init__(self, job: Job) -> None:
+        transformers.utils.logging.disable_progress_bar()  # of loading: it would break up ours
+        self.job, self.tokenizer = job, models.load_tokenizer(job.tokenizer or job.model)
+        self.lm = models.load_model("CausalLM", job.model, job.dtype, job.device)
+        loaded = Loaded(self.lm, self.tokenizer, job.dtype, job.device)
+        self.options = guiding_options(job.reward_model, job.preset, job.options, loaded)
+        self.per_token = per_token(job.reward_model, self.options)
+        samples = self.options.get("do_sample", self.lm.generation_config.do_sample)
+        how = f"sampled, seed {job.seed}" if samples else "greedy"
+        logger.info("%s, %s", self.lm.device, how)
+
+    def answers(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        """An answer to each row, in the order they end."""
+        return within_memory(self.run, rows, self.job.batch_size)
 
     def run(self, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[Row, dict[str, Any]]]:
         errors: dict[int, str] = {}
@@ -87,7 +90,7 @@ class _Engine:
 
     def _of_rows(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The options that rows have of their own, as tensors [N]: all rows then have a value."""
-        of_job = ops.split_seed(self.job.seed, rows[-1].index + 1).tolist()
+        of_job = ops.split_seed(self.job.seed, max(row.index for row in rows) + 1).tolist()
         # A row's own seed gives what `generate(seed=...)` gives for it.
         seeds = [
             int(ops.split_seed(row.options["seed"], 1)[0])
@@ -95,13 +98,13 @@ class _Engine:
             else of_job[row.index]
             for row in rows
         ]
-        found: dict[str, Any] = {"seed": torch.tensor(seeds, dtype=torch.int64)}
+        found: dict[str, Any] = {"seed": torch.tensor(seeds, dtype=torch.int64, device="cpu")}
         usual = {"beta": 1.0, "temperature": self.lm.generation_config.temperature or 1.0}
         for name in ("beta", "temperature", "max_new_tokens"):
             if any(name in row.options for row in rows):
                 of_others = self.options.get(name, usual.get(name))
                 values = [row.options.get(name, of_others) for row in rows]
-                found[name] = torch.tensor(values, dtype=_DTYPES[name])
+                found[name] = torch.tensor(values, dtype=_DTYPES[name], device="cpu")
         return found
 
     def _answer(self, row: Row, got: Answer) -> dict[str, Any]:

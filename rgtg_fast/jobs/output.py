@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,20 +46,20 @@ class Stream:
 class File:
     """A JSONL file that this process alone writes; see `opened`."""
 
-    def __init__(self, path: Path, descriptor: int, done: set[str | int], size: int) -> None:
-        self.path, self.descriptor, self.done, self.size = path, descriptor, done, size
+    def __init__(self, path: Path, raw: FileIO, done: set[str | int], size: int) -> None:
+        self.path, self.raw, self.done, self.size = path, raw, done, size
         self.synced = time.monotonic()
 
     def add(self, answer: dict[str, Any]) -> None:
         line = line_of(answer)
         with naming(self.path):
             try:
-                written = os.write(self.descriptor, line)
+                written = self.raw.write(line)
                 if written < len(line):  # a full disk takes what it has room for
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 with suppress(OSError):
-                    os.ftruncate(self.descriptor, self.size)
+                    self.raw.truncate(self.size)
                 raise
             self.size += len(line)
             if time.monotonic() - self.synced > _SYNC_EVERY:
@@ -67,7 +68,7 @@ class File:
     def sync(self) -> None:
         """Everything written is on the disk when this returns."""
         with naming(self.path):
-            os.fsync(self.descriptor)
+            os.fsync(self.raw.fileno())
         self.synced = time.monotonic()
 
 
@@ -92,41 +93,37 @@ def opened(path: Path, key: dict[str, Any], ids: set[str | int], overwrite: bool
     Raises `ValueError` for a file that another process writes, that cannot be written to, or whose
     lines belong to another job (naming what has changed), with the ways out.
     """
-    descriptor = _open(path)
-    try:
+    with _open(path) as raw:  # which holds the lock until it is closed, or the process has ended
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"output={str(path)!r} is being written by another process; wait until it has "
                 "ended, or name another output"
             ) from None
         if overwrite:
-            os.ftruncate(descriptor, 0)
-        if os.fstat(descriptor).st_size == 0:
+            raw.truncate(0)
+        if os.fstat(raw.fileno()).st_size == 0:
             write_whole(key_file(path), json.dumps({"key": key}, indent=1).encode() + b"\n")
         else:
             _check_key(path, key)
         done, size = _kept(path, ids)
-        if size < os.fstat(descriptor).st_size:
-            os.ftruncate(descriptor, size)
-        file = File(path, descriptor, done, size)
+        raw.truncate(size)
+        file = File(path, raw, done, size)
         try:
             yield file
         finally:
             file.sync()
-    finally:
-        os.close(descriptor)  # which gives the lock back, as the end of the process does
 
 
-def _open(path: Path) -> int:
+def _open(path: Path) -> FileIO:
     if path.exists() and not path.is_file():
         raise ValueError(
             f"output={str(path)!r} is no regular file; name one, or - for standard output"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        return FileIO(path, "ab")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -20,7 +20,12 @@ from ..scorers.sources import CAUSAL_KINDS
 from ..training.config_file import check_keys
 
 KINDS = ("classifier", *CAUSAL_KINDS, "head", "adapter", "attention_credit")
-_PER_TOKEN = ("genarm",)
+_PER_TOKEN = {
+    said
+    for name, kind in registry.KINDS.items()
+    if kind.per_token
+    for said in (name, *kind.loss_types)
+}
 # What a mapping has beside the key that says what it is, and beside weight and clamp.
 FORMS: dict[str, tuple[str, ...]] = {
     "model": ("kind", "options", "label", "tokenizer", "method", "eos_reward"),

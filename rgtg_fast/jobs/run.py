@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import models
-from . import hf
+from . import hf, ray_data
 from .output import File, Output, Stream, opened
 from .progress import Pace, shown
 from .report import read_answers, write_report
@@ -20,7 +20,7 @@ from .settings import Job, check_settings, known_options
 logger = logging.getLogger(__name__)
 Engine = Callable[[Job, Sequence[Row]], Iterator[dict[str, Any]]]
 # Rows in, answers out, in any order: {"id", "text", "tokens", "reward", "kl"} or {"id", "error"}.
-ENGINES: dict[str, Engine] = {"hf": hf.answers}
+ENGINES: dict[str, Engine] = {"hf": hf.answers, "ray": ray_data.answers}
 
 
 def run_job(values: dict[str, Any]) -> Pace:
@@ -82,7 +82,6 @@ def _key(job: Job, rows: Sequence[Row]) -> dict[str, Any]:
         "preset": job.preset,
         "seed": job.seed,
         "dtype": job.dtype,
-        "engine": job.engine,
         "input": [models.digest([[row.id, row.prompt, row.options] for row in rows]), len(rows)],
         "shard": "/".join(map(str, job.shard)),
         **job.options,

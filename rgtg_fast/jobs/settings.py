@@ -43,6 +43,7 @@ class Job:
         device: auto (a GPU where there is one, under torchrun the local rank's), cpu, cuda, ..
         shard: (i, n): rows i, i + n, i + 2n, ..; given as "i/n". Default: torchrun's rank.
         engine: one of `run.ENGINES`.
+        workers: of the engine "ray": actors, each with the models (default: one for each GPU).
         report: a folder for the distribution of rewards, KL and lengths.
         overwrite: begins anew where the output has lines.
         options: of `rgtg_fast.generate_many` (k, beta, do_sample, top_p, ..); they stand beside the
@@ -61,6 +62,7 @@ class Job:
     device: str = "auto"
     shard: tuple[int, int] = (0, 1)
     engine: str = "hf"
+    workers: int = 0
     report: str | None = None
     overwrite: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -116,6 +118,10 @@ def check_settings(values: dict[str, Any], engines: tuple[str, ...]) -> Job:
 
 
 def _check(job: Job, engines: tuple[str, ...]) -> None:
+    if job.workers < 0 or (job.workers and job.engine != "ray"):
+        raise ValueError(
+            f"workers={job.workers} is of engine=ray, at least 1; pass that, or drop it"
+        )
     if job.batch_size < 1:
         raise ValueError(f"batch_size={job.batch_size}; pass at least 1")
     for name, allowed in (("dtype", DTYPES), ("engine", engines)):

@@ -280,6 +280,13 @@ def makes_drafts(reward: Any) -> bool:
     return any(isinstance(part, RewriteScorer) and part.drafts is None for part in parts)
 
 
+def check_draft(reward: Any, prompt: int) -> None:
+    """`ValueError` where a part of the reward was given drafts, and none for this prompt."""
+    for part in rewards_of(reward):
+        if isinstance(part.model, RewriteScorer) and part.model.drafts is not None:
+            part.model.draft_of(prompt)
+
+
 def drafts_at(reward: Any, prompts: Sequence[int]) -> Any:
     """The reward for a call of these prompts alone, of those that drafts are given for."""
     if isinstance(reward, WeightedRewards):

@@ -1,10 +1,13 @@
 """`rgtg-fast generate`: each answer is there once and whole, whatever happens on the way."""
 
 import fcntl
+import json
+import random
 import resource
 
 import pytest
 import torch
+from interrupts import interrupted
 from prompt_jobs import ASSETS, PROMPTS, fake
 
 from rgtg_fast.decode.refill import Refill
@@ -99,6 +102,20 @@ def test_an_interrupt_at_any_answer_loses_none(job, monkeypatch, stop):
         if job() == 0:
             break
     assert list(job.answers()) == [1, 2, 3, 4, 5]
+
+
+def test_an_interrupt_at_any_line_leaves_whole_lines_and_no_lock(job, quick):
+    job.write({"prompt": f"p{i}"} for i in range(3))
+    lines = interrupted(lambda: job(output=job.folder / "whole.jsonl"), 0)
+    for at in sorted(random.Random(0).sample(range(1, lines), 40)):
+        interrupted(job, at)
+        text = job.output.read_text() if job.output.exists() else ""
+        assert text == "" or text.endswith("\n")
+        ids = [json.loads(line)["id"] for line in text.splitlines()]
+        assert ids == [1, 2, 3][: len(ids)]
+        if len(ids) == 3:
+            job.output.unlink()
+    assert job() == 0 and list(job.answers()) == [1, 2, 3]
 
 
 ERRORS = {

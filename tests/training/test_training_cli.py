@@ -129,7 +129,7 @@ def test_the_report_of_a_head_is_that_of_a_classifier_with_it(folder, loss_type)
     fit = fit_head(features, l2=0.01, label_smoothing=0.1)
     weight = load_file(out / "reward_head.safetensors")["weight"]
     torch.testing.assert_close(weight, fit.weight, rtol=1e-3, atol=1e-3)
-    rm = gpt2_rm(initializer_range=0.1)
+    rm = gpt2_rm(initializer_range=0.1, n_positions=128)
     rm.load_state_dict(lm.transformer.state_dict(prefix="transformer."), strict=False)
     rm.score.weight.data = weight[None]
     predicted = trainer(folder, rm, data[1]).predict(data[1])
