@@ -141,13 +141,14 @@ class PrefixRewardTrainer(Trainer):
         pairs = objective.data == "pairs"
         config = getattr(model, "config", None)
         cached = getattr(config, "use_cache", None)
+        collator: Any = data_collator or make_collator(args, processing_class, model)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=data_collator or make_collator(args, processing_class, model),
+            data_collator=collator,
             compute_metrics=compute_metrics or (pair_metrics if pairs else label_metrics),
             **kwargs,
         )
@@ -165,7 +166,6 @@ class PrefixRewardTrainer(Trainer):
             disable_dropout(trained)
         if objective.rewrites and data_collator is None:
             # With the model, for the guide: a tokenizer's EOS need not be the configuration's.
-            collator: Any = self.data_collator
             trained.config.draft_separator_id = collator.separator
         parts = self.parts(trained)
         check_causal(parts)

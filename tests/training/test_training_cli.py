@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from tiny import gpt2_rm, tokenizer
+from tiny import gpt2_lm, gpt2_rm, tokenizer
 from training import config, train, trainer, write_rows
 
 import rgtg_fast
@@ -80,6 +80,8 @@ def test_what_the_card_says_runs_as_written(folder, capsys, overrides, model, gu
     labelled = folder / "labelled.jsonl"
     labelled.write_text('{"text": "thank you", "label": 1}\n{"text": "no", "label": 0}\n')
     overrides = [o.replace("train={}", f"train={labelled}") for o in overrides]
+    # Room for the draft beside the answer.
+    gpt2_lm(initializer_range=0.1, n_positions=128).save_pretrained(folder / "lm")
     _, out = train(folder, *overrides, "max_steps=2", model=model)
     assert guide in fenced((out / "README.md").read_text(), "python")
     assert run_card(out, capsys).shape[1] > 1
