@@ -208,7 +208,7 @@ def test_a_recurrent_model_whose_tokens_may_not_come_one_by_one_is_refused(make)
     """Its rewards were wrong from the second token on, without a word."""
     ids = zoo.left_pad(zoo.prompts())
     for _ in range(2):  # the verdict is kept
-        with pytest.raises(ValueError, match="Mamba.* cannot reward next tokens; pass a transfor"):
+        with pytest.raises(ValueError, match=r"Mamba.* cannot reward next tokens; pass a transfor"):
             rgtg_fast.generate(
                 zoo.lm("llama"), **ids, reward_model=make(zoo.lm("mamba")), max_new_tokens=2
             )
