@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from rgtg_fast.ops import BackendUnavailable
 
-from . import bench, demo, eval, gpu_report, info, select_pairs, train
+from . import bench, demo, eval, gpu_report, info, select_pairs, serve, train
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "eval": eval,
     "select-pairs": select_pairs,
+    "serve": serve,
     "gpu-report": gpu_report,
 }
 # Errors that a user can mend are said in one line; any other is a bug and keeps its traceback.

@@ -38,6 +38,8 @@ def load_rows(settings: Settings, model_config: Any, device: torch.device) -> Re
         for name in names:
             _check_tokens(name, tokenizer, model_config)
         loaded = [_load(name, settings, model_config.dtype, device) for name in names]
+        for model in loaded:
+            _check_positions(model, longest)
         reward = loaded[0] if isinstance(settings.reward_model, str) else loaded
     scorer = make_scorer(
         reward,
@@ -58,13 +60,6 @@ def load_rows(settings: Settings, model_config: Any, device: torch.device) -> Re
             "with reward_kind, a pair of these, or a URL"
         )
     models = [leaf.rm for leaf in leaves_of(scorer) if hasattr(leaf, "rm")]
-    for rm in models:
-        limit = position_limit(rm.base, rm.text_config)
-        if limit is not None and limit < longest:
-            raise ValueError(
-                f"reward_model {type(rm.model).__name__} has {limit} positions, and requests may "
-                f"have {longest} tokens; start vLLM with --max-model-len {limit}"
-            )
     for leaf in leaves_of(scorer):
         if isinstance(leaf, NextTokenScorer):
             leaf.capacity = longest
@@ -112,6 +107,16 @@ def _load(name: str, settings: Settings, dtype: torch.dtype, device: torch.devic
     return model.to(device).eval().requires_grad_(False)
 
 
+def _check_positions(model: Any, longest: int) -> None:
+    parts = ModelParts(model)
+    limit = position_limit(parts.base, parts.text_config)
+    if limit is not None and limit < longest:
+        raise ValueError(
+            f"reward_model {type(model).__name__} has {limit} positions, and requests may have "
+            f"{longest} tokens; start vLLM with --max-model-len {limit}"
+        )
+
+
 def _tokenizer(name: str) -> Any:
     """A tokenizer by its name, or None."""
     try:
@@ -131,7 +136,10 @@ def _check_tokens(name: str, tokenizer: Any, model_config: Any) -> None:
                 "and pass its URL: texts are then sent to it"
             )
         return
-    rows = transformers.AutoConfig.from_pretrained(name).get_text_config().vocab_size
+    try:
+        rows = transformers.AutoConfig.from_pretrained(name).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise ValueError(f"reward_model={name!r} cannot be loaded: {error}") from None
     if abs(rows - model_config.get_vocab_size()) > ADDED_ROWS:
         raise ValueError(
             f"reward_model={name!r} has {rows} tokens and the language model "

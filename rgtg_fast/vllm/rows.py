@@ -33,6 +33,7 @@ class _Row:
 
     text: Text
     length: int
+    room: int  # the most tokens it has had: cropping gives no slots back
 
 
 @dataclass
@@ -69,7 +70,11 @@ class RewardRows:
     @property
     def used(self) -> int:
         """How much of the budget is taken."""
-        return sum(self.size(row.length) for row in self.rows.values())
+        return sum(self.size(row.room) for row in self.rows.values())
+
+    def _size_of(self, text: Text) -> int:
+        row = self._own(text)
+        return self.size(max(len(text.tokens), 0 if row is None else row.room))
 
     def score(self, texts: Sequence[Text], ids: Tensor, keep: Tensor) -> Tensor:
         """Rewards fp32 [n, k] of candidates `ids` int64 [n, k] behind the texts; NaN, or anything,
@@ -115,7 +120,7 @@ class RewardRows:
             candidates, token = self.scored.get(handle, []), text.tokens[-1]
             if token in candidates:
                 slots[handle] = candidates.index(token)
-                row.length += 1
+                self._grown(row, row.length + 1)
         self.scored = {}
         if slots:
             slot = torch.tensor(list(slots.values()), dtype=torch.int64, device="cpu")
@@ -128,7 +133,7 @@ class RewardRows:
         wave: list[int] = []
         total = 0
         for i in order:
-            size = self.size(len(texts[i].tokens))
+            size = self._size_of(texts[i])
             if wave and total + size > self.budget:
                 self.counts.waves += 1
                 yield wave
@@ -143,46 +148,50 @@ class RewardRows:
         wanting = [text for text in wave if self._own(text) is None]
         if wanting:
             taken = {text.handle for text in step if self._own(text) is not None}
+            spare = self.budget - sum(map(self._size_of, wave))
             for text in wanting:
-                text.handle = self._left_over(text.tokens, taken)
+                text.handle = self._left_over(text.tokens, taken, spare)
                 if text.handle is not None:
                     taken.add(text.handle)
-                    old = self.rows[text.handle]
-                    self._crop(text.handle, old, _common(text.tokens, old))
-                    old.text = text
+                    spare += self.size(len(text.tokens))
+                    self._take_over(text, self.rows[text.handle])
+                    spare -= self._size_of(text)
         self._make_room(wave)
         self._catch_up([text for text in wave if text.handle is not None])
         self._join([text for text in wave if text.handle is None])
 
-    def _left_over(self, tokens: list[int], taken: set[int | None]) -> int | None:
-        """The row that has most of these tokens, if it is more than half of them."""
+    def _left_over(self, tokens: list[int], taken: set[int | None], spare: int) -> int | None:
+        """The row that has most of these tokens, if it is more than half of them, and the row takes
+        no more than `spare` more than they need."""
         best, most = None, len(tokens) // 2
         for handle, row in self.rows.items():
             if handle in taken or row.length <= most:
                 continue
+            if self.size(row.room) - self.size(len(tokens)) > spare:
+                continue
             common = _common(tokens, row)
             if common > most:
                 best, most = handle, common
-        if best is not None:
-            self.counts.reused += most
         return best
 
-    def _crop(self, handle: int, row: _Row, length: int) -> None:
-        if length < row.length:
-            self.scorer.crop([handle], [length])
-            row.length = length
+    def _take_over(self, text: Text, row: _Row) -> None:
+        common = _common(text.tokens, row)
+        if common < row.length:
+            self.scorer.crop([text.handle], [common])  # type: ignore[list-item]
+        row.text, row.length = text, common
+        self.counts.reused += common
 
     def _make_room(self, wave: Sequence[Text]) -> None:
-        wanted = sum(self.size(len(text.tokens)) for text in wave)
+        wanted = sum(map(self._size_of, wave))
         own = {text.handle for text in wave}
         free = {handle: row for handle, row in self.rows.items() if handle not in own}
-        over = wanted + sum(self.size(row.length) for row in free.values()) - self.budget
+        over = wanted + sum(self.size(row.room) for row in free.values()) - self.budget
         gone = []
         for handle, row in free.items():
             if over <= 0:
                 break
             gone.append(handle)
-            over -= self.size(row.length)
+            over -= self.size(row.room)
         self._drop(gone)
 
     def _drop(self, handles: list[int]) -> None:
@@ -200,13 +209,16 @@ class RewardRows:
             row = self.rows[text.handle]
             if row.length < len(text.tokens):
                 behind.append((text.handle, text.tokens[row.length :]))
-                row.length = len(text.tokens)
-        # Longer ones by themselves: the tokens of one forward are padded to the longest.
-        single = [(handle, ids) for handle, ids in behind if len(ids) == 1]
-        longer = [[each] for each in behind if len(each[1]) > 1]
-        for group in [*([single] if single else []), *longer]:
-            self.scorer.extend([h for h, _ in group], [self._ids(ids) for _, ids in group])
-            self.counts.prefilled += sum(len(ids) for _, ids in group)
+                self._grown(row, len(text.tokens))
+        self.counts.prefilled += sum(len(ids) for _, ids in behind)
+        # A store that has to grow gives every row as much room as the longest extension needs.
+        while behind:
+            parts = [self._ids(ids[:SLACK]) for _, ids in behind]
+            self.scorer.extend([handle for handle, _ in behind], parts)
+            behind = [(handle, ids[SLACK:]) for handle, ids in behind if len(ids) > SLACK]
+
+    def _grown(self, row: _Row, length: int) -> None:
+        row.length, row.room = length, max(row.room, length)
 
     def _join(self, texts: list[Text]) -> None:
         groups: list[list[Text]] = []
@@ -219,7 +231,7 @@ class RewardRows:
             joined = self.scorer.join([self._ids(text.tokens) for text in group])
             for text, handle in zip(group, joined, strict=True):
                 text.handle = handle
-                self.rows[handle] = _Row(text, len(text.tokens))
+                self.rows[handle] = _Row(text, len(text.tokens), len(text.tokens))
         self.counts.prefilled += sum(len(text.tokens) for text in texts)
 
     def _ids(self, tokens: list[int]) -> Tensor:
