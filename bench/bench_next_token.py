@@ -23,6 +23,7 @@ from generate_models import ARGUMENTS, build_models
 
 import rgtg_fast
 from rgtg_fast import presets
+from rgtg_fast.cli.microbench import circumstances
 from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
 
 
@@ -90,7 +91,8 @@ def main():
     for name, best in least.items():
         print(f"{name:24} {best:8.3f} ms/token   {best / least['plain']:.2f} x plain")
     if args.json is not None:
-        args.json.write_text(json.dumps({"options": vars(args) | {"json": None}, "ms": taken}))
+        record = {**circumstances(), "options": vars(args) | {"json": None}, "ms": taken}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,14 @@ written counted, as GPU figures usually do. The read-only rate (a sum) is record
 
 import torch
 from published import now
-from torch import nn
+
+from rgtg_fast.cli.costs import weights_of
 
 
 def weight_bytes(*models):
     """Bytes of the parameters of `models` that a step reads: shared ones once, no embeddings."""
-    counted, skipped = {}, set()
-    for model in models:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = {id(p) for p in head.parameters()} if head is not None else set()
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                skipped |= {id(p) for p in module.parameters()} - heads
-        counted |= {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    return sum(size for key, size in counted.items() if key not in skipped)
+    read = {id(p): p.nbytes for model in models for p in weights_of(model)}
+    return sum(read.values())
 
 
 def adapter_bytes(peft_model):

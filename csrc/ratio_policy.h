@@ -11,7 +11,8 @@ struct Score {
   float plain, tempered;
 
   RGTG_HOST_DEVICE Score(float logprob, float reward, float beta, float temperature)
-      : plain(add_rn(logprob, reward == -kInf<float> ? reward : mul_rn(beta, reward))), tempered(div_rn(plain, temperature)) {}
+      : plain(add_rn(logprob, reward == -kInf<float> ? reward : mul_rn(beta, reward))),
+        tempered(div_rn(plain, temperature)) {}
 
   // One such candidate makes its whole row undefined.
   RGTG_HOST_DEVICE bool undefined() const {

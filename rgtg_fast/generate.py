@@ -80,10 +80,11 @@ def generate(
             `rgtg_fast.WeightedRewards([a, b], [0.7, 0.3])` of any of these, or
             `0.7 * rgtg_fast.Reward(a) + 0.3 * rgtg_fast.Reward(b, reward_label="safe")`.
         k: candidates per step, 1 to 64. None: the whole vocabulary, with rewards that know every
-            token: GenARM's and FaRMA's (`reward_kind`), pairs (policy, reference), a `VocabHead`,
-            and sums of these. Each token is one draw from softmax((log π + β r)/T) over all tokens
-            (or the best of them), and `kl` that of the whole policy. (Hugging Face's own `top_k` is
-            50 where nobody says otherwise, and cuts π in sampling: `top_k=0` for all of it.)
+            token: those of a causal language model (`reward_kind`), pairs (policy, reference), a
+            `VocabHead`, and sums of these. Each token is one draw from softmax((log π + β r)/T)
+            over all tokens (or the best of them), and `kl` that of the whole policy. (Hugging
+            Face's own `top_k` is 50 where nobody says otherwise, and cuts π in sampling: `top_k=0`
+            for all of it.)
         beta: weight of the reward; a float, or a float tensor with one value per prompt.
         seed: an int, split into one seed per row, or int64 [B] row seeds (B counts
             `num_return_sequences`). None draws one from torch's global generator.
@@ -103,7 +104,9 @@ def generate(
             a dict {label: weight} their weighted sum.
         reward_kind: of a causal language model as `reward_model`: "genarm" (its log-probabilities
             are the rewards of tokens, arXiv 2410.08193) or "farma" (its logits are the rewards of
-            prefixes, arXiv 2502.04517).
+            prefixes, arXiv 2502.04517), "seq2seq" (its log-probabilities where it rewrites the
+            language model's greedy answer, arXiv 2409.00162; `rgtg_fast.scorers.RewriteScorer`
+            takes other drafts).
         reward_method: "tree", "expand", "reencode" or "auto" (the fastest that a numerical probe
             finds right for this model; see `rgtg_fast.scorers.make_scorer`).
         eos_reward: reward of prefix + EOS: "hidden" (the head at the EOS token), "previous" (that

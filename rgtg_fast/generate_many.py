@@ -33,6 +33,7 @@ from .output import Answer
 from .prompts import Prepared, check_prompts, parts_of, prepared_for
 from .scorers.base import RowScorer
 from .scorers.rewards import leaves_of, of_rows
+from .scorers.rewrite import check_draft, drafts_at, makes_drafts, rewriters_of
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
 
@@ -62,9 +63,10 @@ def generate_many(
         reward_model: as for `generate`.
         batch_size: rows at a time.
         tokenizer: encodes texts, as it is called with a text alone, and decodes answers.
-        options: those of `generate`, but for what is about its batch. `beta`, `temperature` and
-            `seed` may be tensors with a value for each prompt; an int `seed` is split among the
-            prompts as among the rows of a batch: prompt i has `ops.split_seed(seed, i + 1)[i]`.
+        options: those of `generate`, but for what is about its batch. `beta`, `temperature`,
+            `max_new_tokens` and `seed` may be tensors with a value for each prompt; an int `seed`
+            is split among the prompts as among the rows of a batch: prompt i has
+            `ops.split_seed(seed, i + 1)[i]`.
             Processors and criteria that read the text are called with one row at a time.
 
     Returns:
@@ -88,8 +90,7 @@ def generate_many(
     """
     many_options.check_options(options)
     many_options.check_tokenizer(tokenizer)
-    of_prompts = {name: options.get(name) for name in ("beta", "temperature", "seed")}
-    many_options.check_prompts(prompts, of_prompts)
+    many_options.check_prompts(prompts, {n: options.get(n) for n in many_options.OF_PROMPTS})
     batch_size = numbers.integer("batch_size", batch_size, 1)
     return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 
@@ -104,6 +105,7 @@ class _Many:
         own = {f.name for f in fields(OneCall)}
         self.guiding = {name: given[name] for name in given if name in own}
         self.kwargs = {name: value for name, value in given.items() if name not in own}
+        self.new_tokens = many_options.new_tokens(self.kwargs)
         check.check_model(model)
         self.device = model.get_input_embeddings().weight.device
         pad = model.generation_config.pad_token_id
@@ -127,7 +129,9 @@ class _Many:
             self.seeds = self.guide.seed
         elif first.config.do_sample:
             self.seeds = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        self.split = torch.zeros(0, dtype=torch.int64)  # of an int seed, as far as needed
+        self.split = torch.zeros(
+            0, dtype=torch.int64, device="cpu"
+        )  # of an int seed, as far as needed
         self.samples = bool(first.config.do_sample)
         self.call = self._call_of(first, FIRST_BOUND)
         self.eos = set(eos_ids(first.criteria, self.device).tolist())
@@ -158,7 +162,7 @@ class _Many:
                     break  # once the batch is empty, it is made anew for longer prompts
                 else:
                     self._finish()
-                    prepared = prepared_for(self.model, waiting.ids, self.kwargs)
+                    prepared = self._prepared(waiting.index, waiting.ids)
                     self.call = self._call_of(prepared, 2 * (len(waiting.ids) + waiting.steps))
                     refill = self._refill()
                     continue
@@ -181,19 +185,14 @@ class _Many:
     def _entry(self, index: int, prompt: Any) -> Entry:
         ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
         check.check_ids("prompt", ids[None])
-        prepared = prepared_for(self.model, ids, self.kwargs)
-        checked = check_prompts(
-            self.guide,
-            self.reward,
-            self.model,
-            prepared.input_ids,
-            prepared.config,
-            prepared.model_kwargs,
-        )
+        prepared = self._prepared(index, ids)
+        given = prepared.input_ids, prepared.config, prepared.model_kwargs
+        checked = check_prompts(self.guide, self.reward, self.model, *given)
         temperature, processors = take_temperature(prepared.processors)
         plan = self._plan(prepared, checked.new_tokens, processors)
         own = self.guide.temperature
         of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
+        check_draft(self.reward, index)
         alike = all(type(processor) in SCORES_ALONE for processor in processors)
         return Entry(
             index,
@@ -207,6 +206,13 @@ class _Many:
             processors=None if alike else processors,
             criteria=prepared.criteria if plan.foreign else None,
         )
+
+    def _prepared(self, index: int, ids: Tensor) -> Prepared:
+        own = self.kwargs
+        if self.new_tokens is not None:
+            count = int(numbers.of_prompt("max_new_tokens", self.new_tokens, index))
+            own = own | {"max_new_tokens": count}
+        return prepared_for(self.model, ids, own)
 
     def _call_of(self, prepared: Prepared, bound: int) -> Call:
         """The models, ready for rows of up to `bound` tokens, or as many as they have positions
@@ -228,6 +234,8 @@ class _Many:
         found = plain_language_model(self.model, ids, checked.mask, *rest)
         to_scorer = checked.as_text, self.bound, config, checked.vocab_size, found
         scorer = guide.make_scorer(self.reward, *to_scorer)
+        for rewriter in rewriters_of(scorer):
+            rewriter.draft_by(self.model, foreign.eos_tensor(config))
         of_any_row = replace(guide, beta=1.0, temperature=1.0, seed=0)
         policy = of_any_row.ratio_policy(1, 1, self.device, config, 1.0, self.bound)
         policy = policy.keep_rows(torch.zeros(0, dtype=torch.int64, device=self.device))
@@ -323,10 +331,11 @@ class _Many:
                 continue
             if entry is not None:
                 batch.append(entry)
-            # What reads the text would see the padding.
-            by_text = any(e.processors is not None or e.criteria is not None for e in batch)
-            if batch and (entry is None or by_text or len(batch) == self.batch_size):
-                alone = [[e] for e in batch] if by_text else [batch]
+            # What reads the text would see the padding; drafts may be as long as their answers.
+            apart = any(e.processors is not None or e.criteria is not None for e in batch)
+            apart |= makes_drafts(self.reward) and len({e.steps for e in batch}) > 1
+            if batch and (entry is None or apart or len(batch) == self.batch_size):
+                alone = [[e] for e in batch] if apart else [batch]
                 for rows in alone:
                     yield from self._batch(rows)
                 batch = []
@@ -341,6 +350,7 @@ class _Many:
         }
         indices = [entry.index for entry in batch]
         reward = of_rows(self.guide.reward_model, lambda name, values: values[indices])
+        reward = drafts_at(reward, indices)
         kwargs = {n: v for n, v in self.kwargs.items() if n not in ("max_length", "max_new_tokens")}
         try:
             out: Any = generate(

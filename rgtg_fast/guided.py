@@ -42,6 +42,7 @@ from .scorers.factory import assembled, scorer_of
 from .scorers.lazy import LazyScorer, lazily
 from .scorers.next_token import NextTokenScorer
 from .scorers.rewards import Reward, WeightedRewards, of_rows
+from .scorers.rewrite import RewriteScorer, rewriters_of
 from .scorers.sources import taken_apart
 from .scorers.tree import SiblingScorer
 from .scorers.turns import alone
@@ -143,6 +144,7 @@ class RewardGuided:
             if own_streamer is not None:  # Hugging Face has not put the prompt into this one
                 own_streamer.put(input_ids.cpu())
             try:
+                expect_drafts(call, model, len(input_ids), generation_config)
                 result = (speculate if call.speculation else decode)(call, input_ids)
                 if isinstance(call.scorer, LazyScorer) and isinstance(result, dict):
                     result["gating"] = call.scorer.report(result, call.policy.k)
@@ -179,6 +181,8 @@ class RewardGuided:
             of_row = batch // copies, batch, input_ids.device
             reward = of_rows(reward, lambda name, value: check.per_row(name, value, *of_row))
         scorer = self.make_scorer(reward, as_text, max_length, config, vocab_size, found)
+        for rewriter in rewriters_of(scorer):
+            rewriter.check_drafts(batch // copies)
         policy.prune = check.prunes(scorer, self.prune, self.output_candidates)
         source = logits_source(model, found, scorer, mask, config, model_kwargs, self.backend)
         record = Record(config, self.output_candidates)
@@ -288,7 +292,12 @@ class RewardGuided:
                     f"k={rm.k}; pass make_scorer(..., k={k})"
                 )
             if isinstance(rm, NextTokenScorer):
-                rm.capacity = rm.reserved = max_length
+                rm.reserve(max_length)
+            if isinstance(rm, RewriteScorer) and own_prompt and rm.drafts is None:
+                raise ValueError(
+                    "reward_input_ids= are prompts of the reward model's own, to which the "
+                    "language model makes no drafts; pass RewriteScorer(rm, drafts=...)"
+                )
             joint = (
                 found is not None
                 and not shared  # one part gives the language model's logits
@@ -339,6 +348,14 @@ class RewardGuided:
                 else 0
             )
         return ops.split_seed(seed, batch).to(device)
+
+
+def expect_drafts(call: Call, model: Any, batch: int, config: GenerationConfig) -> None:
+    """Tell scorers that need drafts whose the rows of a call are, and who makes those not given."""
+    copies = config.num_return_sequences or 1
+    for rewriter in rewriters_of(call.scorer):
+        rewriter.draft_by(model, foreign.eos_tensor(config))
+        rewriter.expect([row // copies for row in range(batch)], [call.plan.steps] * batch)
 
 
 class OneCall(RewardGuided):

@@ -14,6 +14,7 @@ from .models.parts import ModelParts
 from .models.reward_model import RewardModel
 from .models.vocab_head import VocabHead
 from .scorers.rewards import Reward, leaves_of
+from .scorers.rewrite import RewriteScorer
 from .vocabularies import check_ends, check_families, check_vocabularies
 
 
@@ -47,8 +48,6 @@ def check_prompts(
     copies = config.num_return_sequences or 1
     reward_prompt = _reward_prompt(guide, rms, input_ids, mask, copies)
     new_tokens = config.max_length - input_ids.shape[1]
-    eos = foreign.eos_tensor(config)
-    ends = [] if eos is None else eos.tolist()
     as_text = []
     for part, rm in zip(parts, rms, strict=True):
         by_text = rm is not None and check_vocabularies(part, rm, model, guide.tokenizer)
@@ -56,9 +55,12 @@ def check_prompts(
             own_prompt = guide.reward_input_ids is not None
             _check_reward_prompt(rm, *reward_prompt, new_tokens, own_prompt, by_text)
             check_families(model, rm, part.reward_tokenizer)
+        if isinstance(part.model, RewriteScorer):
+            _check_drafts(part.model, reward_prompt[1], new_tokens)
         rows = rm.vocab_size if rm is not None else getattr(part.model, "vocabulary", None)
-        if rows is not None and not by_text:
-            check_ends("reward_model", rows, ends)
+        if rows is not None and rows < vocab_size and not by_text:
+            eos = foreign.eos_tensor(config)
+            check_ends("reward_model", rows, [] if eos is None else eos.tolist())
         as_text.append(by_text)
     return CheckedPrompts(vocab_size, mask, reward_prompt, new_tokens, tuple(as_text))
 
@@ -151,6 +153,18 @@ def _check_reward_prompt(
     if not as_text:
         limit = check.position_limit(rm.base, rm.text_config)
         check.check_length(name, "reward_model", mask, new_tokens, limit)
+
+
+def _check_drafts(rewriter: RewriteScorer, mask: Tensor, new_tokens: int) -> None:
+    """The longest prompt, draft and answer must fit the positions of the model that rewrites."""
+    limit = check.position_limit(rewriter.rm.base, rewriter.rm.text_config)
+    prompt, draft = int(mask.sum(-1).max()), rewriter.longest_draft(new_tokens)
+    if limit is not None and prompt + draft + 1 + new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {prompt} tokens, a draft of up to {draft}, the separator and "
+            f"{new_tokens} new tokens make {prompt + draft + 1 + new_tokens}, and reward_model has "
+            f"{limit} positions; pass a smaller max_new_tokens, shorter prompts or shorter drafts"
+        )
 
 
 class Prepared(NamedTuple):

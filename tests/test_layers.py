@@ -20,6 +20,7 @@ LAYERS = (
     "vllm",
     "training",
     "evaluation",
+    "jobs",
     "demo",
     "cli",
 )

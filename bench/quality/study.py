@@ -26,6 +26,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--task", choices=("recipe", "support"), action="append")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        help="run only these models; report: their figures in the place of those in study.json",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of one process")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
@@ -39,12 +44,14 @@ def main() -> None:
     if args.what == "report":
         if not any(args.folder.rglob("*.json*")):
             parser.error(f"--folder {args.folder} holds no runs; make them with `study.py run`")
-        report.write(args.folder, args.results, args.task or ["recipe", "support"], args.seeds)
+        report.write(
+            args.folder, args.results, args.task or ["recipe", "support"], args.seeds, args.kinds
+        )
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     make = {"recipe": lambda: tasks.recipe_task(args.folder), "support": tasks.support_task}
     chosen = [make[name]() for name in args.task or make]
-    units.run_all(chosen, args.seeds, args.folder, args.jobs)
+    units.run_all(chosen, args.seeds, args.folder, args.jobs, units.groups_of(args.kinds))
 
 
 if __name__ == "__main__":

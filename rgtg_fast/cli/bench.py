@@ -13,6 +13,7 @@ from rgtg_fast.ops import BACKENDS, OPS
 from .arguments import device, finite, whole
 
 HELP = "an op's kernels, or decoding: plain, guided and published, one prompt at a time"
+EXAMPLE = "rgtg-fast bench topk_logprobs --backend cpp --json topk.json"
 STOPPED = "Nothing is kept; give the same command again"
 
 
@@ -71,12 +72,14 @@ def _kernels(args: argparse.Namespace) -> None:
 
 def _decoding(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from rgtg_fast.demo.run import ASSETS
     from rgtg_fast.demo.speed import measure_speed
     from rgtg_fast.evaluation.prompts import Prompt, check_lengths
     from rgtg_fast.training.settings import load_pretrained
 
+    disable_progress_bar()  # of weight loading
     if args.lm and not args.reward_model:
         raise ValueError("--lm without --reward-model: the embedded one knows no other vocabulary")
     lm_name = args.lm or str(ASSETS / "lm")

@@ -10,6 +10,7 @@ import torch
 from .arguments import whole
 
 HELP = "guide the embedded models and compare"
+EXAMPLE = "rgtg-fast demo --prompts 20 --out demo_output"
 STOPPED = "Nothing is kept; give the same command again"
 
 

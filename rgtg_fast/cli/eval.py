@@ -7,6 +7,7 @@ import argparse
 from .arguments import add_config
 
 HELP = "compare ways to decode over a file of prompts"
+EXAMPLE = "rgtg-fast eval --config eval.yaml limit=100"
 STOPPED = "What is done is kept in output_dir: the same command goes on from there"
 
 

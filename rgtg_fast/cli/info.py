@@ -7,6 +7,7 @@ import argparse
 import rgtg_fast
 
 HELP = "versions and which backends work here"
+EXAMPLE = "rgtg-fast info"
 STOPPED = "Give the same command again"
 
 

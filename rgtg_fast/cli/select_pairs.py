@@ -7,6 +7,7 @@ import argparse
 from .arguments import add_config
 
 HELP = "of many unlabelled pairs, those most worth a label"
+EXAMPLE = "rgtg-fast select-pairs --config pairs.yaml"
 STOPPED = "Nothing is kept; give the same command again"
 
 

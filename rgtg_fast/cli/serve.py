@@ -12,8 +12,8 @@ from typing import Any
 from .arguments import finite, positive, whole
 
 HELP = "serve a guided language model with vLLM (an OpenAI-compatible server)"
-EXAMPLE = "rgtg-fast serve MODEL --reward-model REWARD --k 10 --beta 2 -- --port 8000"
-STOPPED = "Nothing is kept of a server"
+EXAMPLE = "rgtg-fast serve MODEL --reward-model REWARD --k 10 --beta 2 --vllm --port 8000"
+STOPPED = "The same command starts the server again"
 PLUGIN = "rgtg_fast.vllm:RewardGuided"
 _OURS = ("--logits-processors", "--additional-config")
 
@@ -37,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-request", action="store_true", help='guide only requests that say "rgtg": 1'
     )
-    parser.add_argument("vllm", nargs="*", help="after --: options of `vllm serve`")
+    parser.add_argument(
+        "--vllm",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="..",
+        help="all behind it: options of `vllm serve`",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

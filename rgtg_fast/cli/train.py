@@ -7,6 +7,7 @@ import argparse
 from .arguments import add_config
 
 HELP = "train a reward model for partial sequences"
+EXAMPLE = "rgtg-fast train --config train.yaml learning_rate=2e-5"
 STOPPED = (
     "The same command with resume=true goes on from the last checkpoint in output_dir; save_steps "
     "says how often one is kept"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sized
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.foreign import CACHE
 
+# What may be a tensor [N] with a value for each prompt.
+OF_PROMPTS = ("beta", "temperature", "max_new_tokens", "seed")
 _OF_A_BATCH = "belongs to a batch of one call; every prompt is a row by itself here"
 _REFUSED = {
     "num_return_sequences": "give a prompt several times for several answers",
@@ -40,6 +43,21 @@ def check_options(options: dict[str, Any]) -> None:
             f"speculate={options['speculate']!r}: rows of generate_many take one token at a time; "
             "leave it out"
         )
+
+
+def new_tokens(options: dict[str, Any]) -> Tensor | None:
+    """`max_new_tokens` where it is a tensor [N]; the least of it then stands in `options`, for what
+    is asked before there is a prompt."""
+    given = options.get("max_new_tokens")
+    if not isinstance(given, Tensor) or given.dim() == 0:
+        return None
+    if given.dim() != 1 or given.dtype != torch.int64 or not len(given) or given.min() < 1:
+        raise ValueError(
+            f"max_new_tokens={given!r}; pass an int, or an int64 tensor [N] of at least 1 for each "
+            "prompt"
+        )
+    options["max_new_tokens"] = int(given.min())
+    return given
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..scorers.lazy import LazyScorer
+from ..scorers.rewrite import rewriters_of
 from ..scorers.weighted import WeightedRows
 from .call import Call
 from .loop import explain, pick
@@ -84,6 +85,8 @@ class Refill:
         prompts = [entry.ids for entry in entries]
         if isinstance(self.call.scorer, WeightedRows | LazyScorer):
             self.call.scorer.of_prompts([entry.index for entry in entries])
+        for rewriter in rewriters_of(self.call.scorer):
+            rewriter.expect([e.index for e in entries], [e.steps for e in entries])
         self.call.scorer.join(prompts)  # type: ignore[attr-defined]
         self.joined = self.call.source.join(prompts)  # type: ignore[attr-defined]
         self.rows += [Row(entry) for entry in entries]

@@ -36,23 +36,23 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def device_of(settings: Settings) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device asked for; "auto" is the GPU where there is one."""
-    if settings.device == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(settings.device)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={settings.device!r}; write auto, cpu or cuda") from None
+        raise ValueError(f"device={name!r}; write auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={settings.device!r} but torch sees no GPU; write cpu or auto")
+        raise ValueError(f"device={name!r} but torch sees no GPU; write cpu or auto")
     return device
 
 
 def load_lm(settings: Settings, tokenizer: Any) -> Any:
     """The base policy. Its folder's sampling defaults (temperature, top-p, penalties) are dropped:
     the base is the model's own distribution."""
-    lm = _load("CausalLM", settings.model, settings)
+    lm = load_model("CausalLM", settings.model, settings.dtype, settings.device)
     eos = lm.generation_config.eos_token_id
     lm.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id if eos is None else eos,
@@ -64,7 +64,7 @@ def load_lm(settings: Settings, tokenizer: Any) -> Any:
 
 def load_classifier(name: str, settings: Settings) -> Any:
     """A reward model with one label; raises `ValueError` for one with several."""
-    model = _load("SequenceClassification", name, settings)
+    model = load_model("SequenceClassification", name, settings.dtype, settings.device)
     if model.config.num_labels != 1:
         raise ValueError(f"{name!r} gives {model.config.num_labels} labels; pass a model with one")
     return model
@@ -77,7 +77,7 @@ def load_guide(run: Run, lm: Any, settings: Settings) -> Any:
     def load(holds: str, name: str) -> Any:
         if holds == "SequenceClassification":
             return load_classifier(name, settings)
-        return _load(holds, name, settings)
+        return load_model(holds, name, settings.dtype, settings.device)
 
     try:
         return registry.load_guide(run.kind, run.reward_model, load, lm, **run.options)
@@ -161,11 +161,12 @@ def check_classifier(key: str, name: str) -> None:
         )
 
 
-def _load(task: str, name: str, settings: Settings) -> Any:
-    """The model in a folder or of a hub name, ready to judge. Raises `ValueError` for one that
+def load_model(task: str, name: str, dtype: str, device: str) -> Any:
+    """The model that AutoModelFor`task` loads from a folder or by a hub name, ready for inference;
+    in the dtype that it was saved in with "auto". Raises `ValueError` for one that
     cannot be loaded, or whose file lacks weights: transformers would draw them at random with no
     more than a warning."""
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     adapter = (Path(name) / "adapter_config.json").is_file()
     missing: Any = ()
     try:
@@ -192,7 +193,7 @@ def _load(task: str, name: str, settings: Settings) -> Any:
             f"{name!r} lacks {len(missing)} of the weights of {type(model).__name__} "
             f"({', '.join(missing[:3])}); they would be random: pass a whole model"
         )
-    return model.to(device_of(settings)).eval()
+    return model.to(device_of(device)).eval()
 
 
 def identity(name: str) -> list[Any]:

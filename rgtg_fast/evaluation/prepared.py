@@ -83,7 +83,7 @@ class Evaluation:
 
 def prepare(settings: Settings, console: Console) -> Evaluation:
     """Everything that can be wrong before models are loaded."""
-    models.device_of(settings)
+    models.device_of(settings.device)
     models.check_found("model", settings.model)
     for spec in settings.runs:
         if spec.reward_model is not None:

@@ -49,7 +49,11 @@ def _prompt(line: str, tokenizer: Any, where: str) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from None
-    source = row.get("prompt") if isinstance(row, dict) else None
+    return prompt_of(row.get("prompt") if isinstance(row, dict) else None, tokenizer, where)
+
+
+def prompt_of(source: Any, tokenizer: Any, where: str) -> Prompt:
+    """The prompt of a text or messages. Raises `ValueError`, naming `where`, as `load_prompts`."""
     if re.search("[\ud800-\udfff]", json.dumps(source, ensure_ascii=False)):
         raise ValueError(
             f"{where}: the prompt has half of a surrogate pair, which is no character; write the "
@@ -57,7 +61,7 @@ def _prompt(line: str, tokenizer: Any, where: str) -> Prompt:
         )
     if isinstance(source, str):
         text, ids = source, tokenizer(source)["input_ids"]
-    elif _is_conversation(source):
+    elif is_conversation(source):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"{where} is a conversation but the tokenizer has no chat template; pass "
@@ -77,7 +81,8 @@ def _prompt(line: str, tokenizer: Any, where: str) -> Prompt:
     return Prompt(source, text, list(ids))
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
+    """Whether a prompt is a list of messages {role, content}."""
     return (
         isinstance(value, list)
         and bool(value)

@@ -182,7 +182,7 @@ class RowCaches:
         """Tokens int64 [B] of each row."""
         self.dissolve()
         masks = [row.mask for row in self.waiting if row is not None]
-        return torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64)
+        return torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64, device="cpu")
 
     def numbers(self, rows: Tensor | None) -> list[int]:
         return list(range(len(self.waiting))) if rows is None else rows.tolist()

@@ -162,7 +162,8 @@ def _find_head(model: nn.Module, base: nn.Module) -> tuple[str, nn.Module]:
         raise ValueError(
             f"reward_model {type(model).__name__} is a language model, which has no reward head; "
             'pass reward_kind="genarm" for one trained as GenARM (rewards are its log-probs), '
-            'reward_kind="farma" for one trained as FaRMA (rewards are its logits), or '
+            'reward_kind="farma" for one trained as FaRMA (rewards are its logits), '
+            'reward_kind="seq2seq" for one that rewrites drafts, or '
             "reward_head= (hidden [..., H] -> reward [...])"
         )
     if found is None:

@@ -117,13 +117,13 @@ class LazyScorer:
     def _begin(self, rows: int) -> None:
         self.read, self.asked = 0, []
         self.unread = [[] for _ in range(rows)]
-        self.ids = torch.zeros((rows, 0), dtype=torch.int64)
+        self.ids = torch.zeros((rows, 0), dtype=torch.int64, device="cpu")
 
     def _read(self, rows: Sequence[int]) -> None:
         behind = [row for row in rows if self.unread[row]]
         if not behind:
             return
-        tokens = [torch.tensor(self.unread[row], dtype=torch.int64) for row in behind]
+        tokens = [torch.tensor(self.unread[i], dtype=torch.int64, device="cpu") for i in behind]
         self.scorer.extend(self._handles(behind), tokens)
         for row in behind:
             self.read += len(self.unread[row])

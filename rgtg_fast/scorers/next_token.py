@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,14 @@ from ..models.compiled import CompiledSiblings
 from ..models.copies import RowCaches, empty_cache
 from ..models.language_model import LanguageModel
 from ..models.padding import at_counts, groups_of_like_length, left_padded, positions_of
-from ..models.parts import ModelParts
+from ..models.parts import ModelParts, computing_dtype, numerics
 from .base import put
 from .causal import StaticForward, language_model
+from .probe import TOLERANCE
 from .rows import ScorerRows, Texts
+
+# Of each model, by what it computes in: whether its tokens may come one by one on its own cache.
+_cached_right: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 class NextTokenScorer(ScorerRows):
@@ -56,6 +61,10 @@ class NextTokenScorer(ScorerRows):
     @property
     def device(self) -> torch.device:
         return self.rm.device
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of up to `tokens`, prompt and answer."""
+        self.capacity = self.reserved = tokens
 
     def _taken_apart(self) -> LanguageModel | None:
         """The model's parts, where it runs on a static cache."""
@@ -144,12 +153,39 @@ class NextTokenScorer(ScorerRows):
         view = self._taken_apart()
         if view is None:
             self.static, self.parts = None, self.rm.twin()
+            self._check_cache()
             self.rows = RowCaches(self.parts.text_config)
             self.head = self.parts.model.get_output_embeddings()  # type: ignore[operator]
         else:
             self.static = StaticForward(view, self.reserved, self.backend, eval_mode=True)
             self.static.forward.compiled = self.compiled
             self.head = self.static.rest.output_embeddings()
+
+    @torch.no_grad()
+    def _check_cache(self) -> None:
+        """`ValueError` where tokens that come one by one on Hugging Face's cache give other states
+        than all at once, as those of recurrent layers do."""
+        known = _cached_right.setdefault(self.model, {})
+        key = self.rm.dtype, str(self.device), numerics(self.device)
+        if key not in known:
+            ids = torch.arange(1, 7, device=self.device)[None].expand(2, -1) % self.rm.vocab_size
+            mask = torch.ones_like(ids)
+            want, _ = self._run(ids, positions_of(mask), mask)
+            _, cache = self._run(ids[:, :3], positions_of(mask[:, :3]), mask[:, :3])
+            rows, got = RowCaches(self.parts.text_config), want
+            rows.begin(cache, mask[:, :3], 1)
+            for at in range(3, 6):
+                batch = rows.batch_of(None, 1)
+                got, _ = batch.feed(self._forward, ids[:, at : at + 1], mask[:, :1])
+                batch.fed = 0
+            allowed = TOLERANCE[computing_dtype(self.rm)] * want.float().std()
+            known[key] = not bool((got.float() - want.float()).abs().max() > allowed)
+        if not known[key]:
+            raise ValueError(
+                f"{type(self.model).__name__} gives other states where its tokens come one by one "
+                "than where they come at once (layers with a recurrent state), so it cannot reward "
+                "next tokens; pass a transformer, or a classifier as reward_model"
+            )
 
     def _join(self, prompts: list[Tensor]) -> None:
         if "static" not in self.__dict__:

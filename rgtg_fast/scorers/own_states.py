@@ -109,5 +109,5 @@ def of_vocab_head(
     if shared:
         return StateScorer(rm, backend)
     scorer: Any = VocabHeadScorer(rm, backend)
-    scorer.capacity = scorer.reserved = capacity
+    scorer.reserve(capacity)
     return scorer

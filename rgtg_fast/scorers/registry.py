@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..models.on_base import RewardHead
 from .attention_credit import AttentionCreditScorer
 from .autoregressive import AutoregressiveScorer
+from .rewrite import RewriteScorer
 from .vocab_head import VocabRewardScorer
 
 HEAD_FILE = "reward_head.safetensors"
@@ -67,6 +68,7 @@ KINDS: dict[str, Kind] = {
     "head": Kind(RewardHead, "head", ("prefix", "full")),
     "vocab": Kind(VocabRewardScorer, "CausalLM", ("farma",)),
     "autoregressive": Kind(AutoregressiveScorer, "CausalLM", ("genarm",), per_token=True),
+    "rewriting": Kind(RewriteScorer, "CausalLM", ("seq2seq",), per_token=True),
     "attention_credit": Kind(AttentionCreditScorer, "SequenceClassification", ("full",)),
 }
 

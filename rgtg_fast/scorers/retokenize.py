@@ -55,7 +55,7 @@ class RetokenizeScorer(ReencodeScorer):
         ]
         where = torch.tensor(places, dtype=torch.int64, device=self.device)
         self.forward.crop(torch.tensor(same, dtype=torch.int64, device=self.device), where)
-        new = [torch.tensor(ids[n:]) for ids, n in zip(tokens, same, strict=True)]
+        new = [torch.tensor(ids[n:], device="cpu") for ids, n in zip(tokens, same, strict=True)]
         counts = torch.tensor([len(ids) for ids in new], dtype=torch.int64, device=self.device)
         hidden = self.forward.extend(
             pad_sequence(new, batch_first=True).to(self.device), counts, where

@@ -66,11 +66,12 @@ class TextScorer(ScorerRows):
             for i, row in enumerate(numbers)
             for token in self.ids[i][wanted[i]].tolist()
         ]
-        rewards = torch.full(ids.shape, torch.nan, dtype=torch.float32)
+        rewards = torch.full(ids.shape, torch.nan, dtype=torch.float32, device="cpu")
         if texts:
             once = list(dict.fromkeys(texts))
             scores = dict(zip(once, scores_of(self.function, once), strict=True))
-            rewards[wanted] = torch.tensor([scores[text] for text in texts], dtype=torch.float32)
+            of_texts = [scores[text] for text in texts]
+            rewards[wanted] = torch.tensor(of_texts, dtype=torch.float32, device="cpu")
         return rewards.to(ids.device)
 
     def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
@@ -111,7 +112,8 @@ class TextScorer(ScorerRows):
             self.texts[row] = prompt[:length], answer[: max(0, length - len(prompt))]
 
     def _tokens(self) -> Tensor:
-        return torch.tensor([len(p) + len(a) for p, a in self.texts], dtype=torch.int64)
+        lengths = [len(prompt) + len(answer) for prompt, answer in self.texts]
+        return torch.tensor(lengths, dtype=torch.int64, device=self.device)
 
     def _keep_rows(self, rows: Tensor) -> None:
         self.texts = [self.texts[row] for row in rows.tolist()]

@@ -60,7 +60,8 @@ def alone(reward_model: Any) -> Iterator[Turn]:
 def _turn(scorer: Any) -> Iterator[_Use]:
     with _looking:
         use = _in_use.setdefault(id(scorer), _Use())
-    if use.thread == threading.get_ident():
+    # An interrupted call may have left its thread's number here, but never the lock.
+    if use.thread == threading.get_ident() and use.lock.locked():
         raise ValueError(
             f"reward_model {type(scorer).__name__} serves the call within which this one "
             "is made, or a generate_many that this thread has begun and not ended; pass one of "

@@ -120,7 +120,9 @@ class WeightedRows(WeightedScorer):
                 raise ValueError(f"{name} has {len(value)} values, and this is prompt {indices}")
         self.drawn = [*self.drawn, *indices]
         if self.combination.per_row:
-            self.now = self.combination.at_rows(torch.tensor(self.drawn, dtype=torch.int64))
+            self.now = self.combination.at_rows(
+                torch.tensor(self.drawn, dtype=torch.int64, device="cpu")
+            )
         for part in self.parts:
             if isinstance(part, WeightedRows):
                 part.of_prompts(indices)
@@ -132,7 +134,9 @@ class WeightedRows(WeightedScorer):
     def score(
         self, ids: Tensor, keep: Tensor | None = None, handles: Sequence[int] | None = None
     ) -> Tensor:
-        rows = None if handles is None else torch.tensor(self._rows(handles), dtype=torch.int64)
+        rows = None
+        if handles is not None:
+            rows = torch.tensor(self._rows(handles), dtype=torch.int64, device="cpu")
         return self._combined(ids, keep, self._options(handles), rows)
 
     def commit(self, slot: Tensor, handles: Sequence[int] | None = None) -> None:
@@ -177,7 +181,9 @@ class WeightedRows(WeightedScorer):
     def _keep(self, rows: list[int]) -> None:
         if self.combination.per_row:
             self.drawn = [self.drawn[row] for row in rows]
-            self.now = self.combination.at_rows(torch.tensor(self.drawn, dtype=torch.int64))
+            self.now = self.combination.at_rows(
+                torch.tensor(self.drawn, dtype=torch.int64, device="cpu")
+            )
 
     def _rows(self, handles: Sequence[int]) -> list[int]:
         """The numbers of the rows."""

@@ -18,6 +18,7 @@ WHAT = {
     "full": "Bradley-Terry on whole answers; its rewards of prefixes are untrained",
     "farma": "FaRMA's vocabulary head (arXiv 2502.04517): output row v is the reward of token v",
     "genarm": "GenARM's autoregressive reward model (arXiv 2410.08193)",
+    "seq2seq": "a rewriter of drafts into chosen answers (arXiv 2409.00162), trained by likelihood",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
 
@@ -69,6 +70,9 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
     out = str(args.output_dir)
     head = "SequenceClassification" if OBJECTIVES[args.loss_type].head == "scalar" else "CausalLM"
     guide, *others = (k.usage for k in kinds_trained_by(args.loss_type, settings.frozen))
+    if OBJECTIVES[args.loss_type].rewrites and settings.lora is not None:
+        # An adapter is saved without the configuration, which would say so.
+        guide = guide.replace("(rm)", f"(rm, separator={model_config.draft_separator_id})")
     imports: dict[str, set[str]] = {"transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
     if settings.frozen:
         imports["safetensors.torch"] = {"load_file"}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .formats import Row
+from .objectives import OBJECTIVES
 
 
 @dataclass
@@ -22,11 +24,16 @@ class PairCollator:
 
     `fill_eos` gives EOS ids behind the shorter answer up to the longer one's length (the published
     padding): attended to, and not in `answer_mask`, for the loss with `extension="eos"`.
+
+    `separator`, of the loss "seq2seq", gives `separator` int64 [N], that token id, and
+    `draft_lengths` int64 [N, 2], the answers' lengths without the id `eos` at their end.
     """
 
     pad_id: int = 0
     fill_eos: int | None = None
     margin: float | None = None
+    separator: int | None = None
+    eos: int | None = None
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         sides = [[row[s] for s in ("chosen_ids", "rejected_ids")] for row in rows]
@@ -53,6 +60,11 @@ class PairCollator:
             "answer_mask": answer,
             "start": torch.tensor([len(row["prompt_ids"]) for row in rows]),
         }
+        if self.separator is not None:
+            batch["separator"] = torch.full((len(rows),), self.separator)
+            batch["draft_lengths"] = torch.tensor(
+                [[len(a) - (a[-1] == self.eos) for a in pair] for pair in sides]
+            )
         if any("margin" in row for row in rows):
             margins = [float(row.get("margin", self.margin or 0.0)) for row in rows]
             batch["margin"] = torch.tensor(margins)
@@ -92,3 +104,42 @@ class LabelledCollator:
                 targets[n, : len(own)] = torch.tensor(own)
             batch["targets"] = targets
         return batch
+
+
+def make_collator(args: Any, tokenizer: Any, model: Any) -> Any:
+    """The collator for a `PrefixRewardConfig`. Padding is masked, so any id does: 0 is in each
+    vocabulary, where a padding token that was added to the tokenizer only is not."""
+    if OBJECTIVES[args.loss_type].data == "labelled":
+        return LabelledCollator()
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(getattr(model, "config", None), "eos_token_id", None)
+    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+    if args.extension == "eos" and eos is None:
+        raise ValueError("extension='eos' needs an EOS token; pass a tokenizer that has one")
+    between = separator_of(args, tokenizer, eos) if OBJECTIVES[args.loss_type].rewrites else None
+    return PairCollator(
+        fill_eos=eos if args.extension == "eos" else None,
+        margin=args.margin,
+        separator=between,
+        eos=eos,
+    )
+
+
+def separator_of(args: Any, tokenizer: Any, eos: int | None) -> int:
+    """The id of the token between draft and rewriting."""
+    if args.separator is None:
+        if eos is None:
+            raise ValueError(
+                "loss_type='seq2seq' puts EOS between draft and rewriting, and there is none; pass "
+                "separator=, or a tokenizer that has an EOS token"
+            )
+        return eos
+    found = None if tokenizer is None else tokenizer.get_vocab().get(args.separator)
+    if found is None:
+        known = "no tokenizer was given" if tokenizer is None else "the tokenizer has no such token"
+        raise ValueError(
+            f"separator={args.separator!r} is to be one token, and {known}; pass one that is in "
+            "its vocabulary, or leave it out for EOS"
+        )
+    return found

@@ -17,7 +17,10 @@ CHOICES = {
     "leaks": LEAKS,
     "eos": EOS_RULES,
 }
-PAIRS = tuple(name for name, objective in OBJECTIVES.items() if objective.data == "pairs")
+# The loss types that compare the two answers of a pair.
+PAIRS = tuple(
+    name for name, made in OBJECTIVES.items() if made.data == "pairs" and not made.rewrites
+)
 # What has no effect with an option's value, and with which loss types it has one.
 USED_BY = {
     "weights": ("uniform", ("prefix", "rad")),
@@ -26,6 +29,7 @@ USED_BY = {
     "label_smoothing": (0.0, PAIRS),
     "consistency": (None, PAIRS),
     "centering": (0.0, PAIRS),
+    "separator": (None, ("seq2seq",)),
 }
 # The least that an option may be. The Trainer would fail late over some, or train on in silence.
 LEAST: dict[str, int] = {"first": 1, "alternate": 1, "max_length": 2}
@@ -46,7 +50,8 @@ class PrefixRewardConfig(TrainingArguments):
         default="prefix",
         metadata={
             "help": "prefix: Bradley-Terry at every prefix; full: at the last token only; farma: "
-            "vocabulary head; genarm: autoregressive; rad: squared error to scalar labels"
+            "vocabulary head; genarm: autoregressive; seq2seq: rewrites drafts; rad: squared error "
+            "to scalar labels"
         },
     )
     first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})
@@ -81,6 +86,10 @@ class PrefixRewardConfig(TrainingArguments):
     beta: float = field(default=0.05, metadata={"help": "genarm: scale of the log-probabilities"})
     alternate: int = field(
         default=1, metadata={"help": "farma: optimiser steps before the two losses change places"}
+    )
+    separator: str | None = field(
+        default=None,
+        metadata={"help": "seq2seq: the token between draft and rewriting (default: EOS)"},
     )
     max_length: int | None = field(default=512, metadata={"help": "tokens of prompt and answer"})
     overlong: str = field(default="truncate", metadata={"help": "truncate, drop or error"})

@@ -29,6 +29,15 @@ def read_yaml(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> di
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}; write `key: value` lines")
+    return values | read_overrides(overrides)
+
+
+def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """The mapping of `key=value` texts, values as YAML has them; `ValueError` for a malformed
+    one."""
+    import yaml
+
+    values = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

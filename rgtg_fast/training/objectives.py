@@ -150,6 +150,49 @@ def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Sc
     return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
 
 
+def seq2seq(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """Sequence to sequence (arXiv 2409.00162): of the chosen answer's tokens behind prompt, draft
+    and separator, the mean of -log p, the draft being the rejected answer or the chosen one itself.
+
+    The mean is over all tokens of the batch. With `step=None`, a token's reward is its log-prob
+    with its own whole answer as the draft, so that a prefix is judged by what comes behind it too.
+    (Of these the paper makes signs, for PPO: + up to where the rewriting parts from the draft, and
+    - at tokens that are not its most likely ones from there.)
+    """
+    chosen, rejected = 0, 1
+    logprobs, lengths = _rewritten(parts, batch, [chosen, rejected], [chosen, chosen])
+    loss = -logprobs.sum() / lengths.sum()
+    if step is not None:
+        return Scored(loss, None)
+    kept, _ = _rewritten(parts, batch, [chosen, rejected], [chosen, rejected])
+    return Scored(loss, kept.detach().cumsum(-1))
+
+
+def _rewritten(
+    parts: TrainedParts, batch: Batch, drafts: list[int], targets: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [N, S, T] of the answers on sides `targets` as rewritings of those on `drafts`, 0
+    behind an answer's end, and the answers' lengths [N, S]."""
+    ids, start = batch["input_ids"], batch["start"][:, None]
+    lengths, cut = _lengths(batch)[:, targets], batch["draft_lengths"][:, drafts]
+    at = start + cut  # [N, S], the separator's place
+    ends = at + 1 + lengths
+    places = torch.arange(int(ends.max()), device=ids.device)
+    behind = places - at[..., None] - 1  # [N, S, L'], of the rewriting
+    of_draft = ids[:, drafts].gather(-1, places.clamp(max=ids.shape[-1] - 1).expand(behind.shape))
+    of_target = ids[:, targets].gather(-1, (behind + start[..., None]).clamp(0, ids.shape[-1] - 1))
+    rows = of_draft.where(behind < 0, of_target)
+    rows = rows.where(behind != -1, batch["separator"][:, None, None])
+    mask = (places < ends[..., None]).long()
+    first = int(at.min()) + 1
+    logprobs = parts.token_logprobs(rows.flatten(0, 1), mask.flatten(0, 1), first)
+    within = torch.arange(_width(batch), device=ids.device)
+    own = (at + 1 - first)[..., None] + within
+    own = own.clamp(max=logprobs.shape[-1] - 1)
+    picked = logprobs.view(*rows.shape[:2], -1).gather(-1, own)
+    return picked.masked_fill(within >= lengths[..., None], 0.0), lengths
+
+
 def rad(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
     """RAD (arXiv 2310.09520): squared error of every prefix's reward to the text's label, or to the
     prefix's own target, prefix i weighted by i (`weights="linear"`) or alike, mean over texts."""
@@ -169,6 +212,7 @@ class Objective(NamedTuple):
     score: Callable[[TrainedParts, Batch, Any, int | None], Scored]
     head: str
     data: str
+    rewrites: bool = False  # rows hold two answers, a draft and what is made of it
 
 
 OBJECTIVES = {
@@ -176,5 +220,6 @@ OBJECTIVES = {
     "full": Objective(prefix, "scalar", "pairs"),
     "farma": Objective(farma, "vocab", "pairs"),
     "genarm": Objective(genarm, "vocab", "pairs"),
+    "seq2seq": Objective(seq2seq, "vocab", "pairs", rewrites=True),
     "rad": Objective(rad, "scalar", "labelled"),
 }

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .collate import LabelledCollator, PairCollator
+from .collate import make_collator
 from .config import PrefixRewardConfig
 from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
 from .forward import TrainedParts, call_inside, check_causal
@@ -70,7 +70,7 @@ class PrefixRewardTrainer(Trainer):
     All prefix rewards of a pair come from one causal forward of the two answers, so a step costs
     what a full-sequence reward model's step costs. `args.loss_type` chooses the objective; the
     model is a `...ForSequenceClassification` with one label for "prefix", "full" and "rad", and a
-    causal LM for "farma" and "genarm".
+    causal LM for "farma", "genarm" and "seq2seq".
 
     Args:
         model: the model, PEFT-wrapped or not; `peft_config` wraps it here.
@@ -141,13 +141,14 @@ class PrefixRewardTrainer(Trainer):
         pairs = objective.data == "pairs"
         config = getattr(model, "config", None)
         cached = getattr(config, "use_cache", None)
+        collator: Any = data_collator or make_collator(args, processing_class, model)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=data_collator or make_collator(args, processing_class, model),
+            data_collator=collator,
             compute_metrics=compute_metrics or (pair_metrics if pairs else label_metrics),
             **kwargs,
         )
@@ -158,16 +159,19 @@ class PrefixRewardTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._parts: TrainedParts | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._mean_rows: float | None = None
+        self._mean_count: float | None = None
         self.add_callback(_StepsLeft)
         trained: Any = self.model
         if args.disable_dropout:
             disable_dropout(trained)
+        if objective.rewrites and data_collator is None:
+            # With the model, for the guide: a tokenizer's EOS need not be the configuration's.
+            trained.config.draft_separator_id = collator.separator
         parts = self.parts(trained)
         check_causal(parts)
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
             if data is not None:
-                check_fit(data, parts.rm.text_config, name)
+                check_fit(data, parts.rm.text_config, name, objective.rewrites)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer; `resume_from_checkpoint=True` takes the last whole checkpoint.
@@ -251,16 +255,22 @@ class PrefixRewardTrainer(Trainer):
                 gap = last_gap(scored.rewards, inputs["answer_mask"])
                 self._count("accuracy", (gap > 0).float().mean())
         loss = scored.loss
-        if model.training and self._mean_rows is not None:
-            loss = loss * (len(inputs["start"]) / self._mean_rows)
+        if model.training and self._mean_count is not None:
+            loss = loss * (self._counted(inputs) / self._mean_count)
         return (loss, scored) if return_outputs else loss
+
+    def _counted(self, batch: dict[str, Any]) -> int:
+        """What the loss of a batch is the mean of: rows, or the tokens of the rewritings."""
+        if self.objective.rewrites:
+            return int(batch["answer_mask"][:, 0].sum())
+        return len(batch["start"])
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of one optimiser step. An epoch's last may be smaller: each counts by its
-        rows, so that accumulation gives the mean over rows and not over batches."""
+        rows (or tokens), so that accumulation gives the mean over these and not over batches."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        rows = [len(batch["start"]) for batch in batches]
-        self._mean_rows = sum(rows) / len(rows) if rows else None
+        rows = [self._counted(batch) for batch in batches]
+        self._mean_count = sum(rows) / len(rows) if rows else None
         return batches, items
 
     def _count(self, name: str, value: Tensor) -> None:
@@ -306,9 +316,18 @@ class PrefixRewardTrainer(Trainer):
         return loss, (rewards[:, 0] - rewards[:, 1]).float(), labels
 
 
-def check_fit(data: TokenRows, text_config: Any, name: str) -> None:
-    """Raises `ValueError` for rows that the model has no positions or no embeddings for."""
+def check_fit(data: TokenRows, text_config: Any, name: str, rewrites: bool = False) -> None:
+    """Raises `ValueError` for rows that the model has no positions or no embeddings for; with
+    `rewrites`, for those where prompt, draft, separator and rewriting do not fit."""
     longest, positions = max(data.lengths()), getattr(text_config, "max_position_embeddings", None)
+    if rewrites:
+        sized = zip(data.lengths(), data.rows, strict=True)
+        most = max(2 * whole - len(row["prompt_ids"]) + 1 for whole, row in sized)
+        if positions and most > positions:
+            raise ValueError(
+                f"{name} has a row of {most} tokens (prompt, draft, separator and rewriting) and "
+                f"the model takes {positions}; set max_length={positions // 2}, which cuts answers"
+            )
     if positions and longest > positions:
         raise ValueError(
             f"{name} has a row of {longest} tokens and the model takes {positions}; set "
@@ -359,19 +378,3 @@ def make_dataset(
     }
     labelled = OBJECTIVES[args.loss_type].data == "labelled"
     return (LabelledDataset if labelled else PreferenceDataset)(source, tokenizer, **options)
-
-
-def make_collator(args: PrefixRewardConfig, tokenizer: Any, model: Any) -> Any:
-    """The collator for this configuration. Padding is masked, so any id does: 0 is in each
-    vocabulary, where a padding token that was added to the tokenizer only is not."""
-    if OBJECTIVES[args.loss_type].data == "labelled":
-        return LabelledCollator()
-    fill = None
-    if args.extension == "eos":
-        fill = getattr(tokenizer, "eos_token_id", None)
-        if fill is None:
-            fill = getattr(getattr(model, "config", None), "eos_token_id", None)
-        fill = fill[0] if isinstance(fill, (list, tuple)) else fill
-        if fill is None:
-            raise ValueError("extension='eos' needs an EOS token; pass a tokenizer that has one")
-    return PairCollator(fill_eos=fill, margin=args.margin)

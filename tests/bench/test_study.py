@@ -138,7 +138,7 @@ def test_value_gaps_hold_the_shorter_answer_at_its_end(study):
 
 
 def test_a_study_that_is_not_complete_is_not_reported(study, tmp_path):
-    with pytest.raises(ValueError, match=r"lacks .* such as seed3_partial"):
+    with pytest.raises(ValueError, match=r"lacks .* such as seed3_base"):
         study("figures").load(tmp_path, "recipe", [3])
 
 
@@ -200,8 +200,9 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     units, report = study("units"), study("report")
     units.run_all([small_task], [1], tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
-    # Five reward models, six of the smaller methods, the choice of pairs, and the exact values.
-    assert len(written) == 13
+    # Six reward models, six of the smaller methods, the choice of pairs, the language model's own
+    # samples and the exact values.
+    assert len(written) == 15
     exact = json.loads((tmp_path / "recipe" / "exact.json").read_text())
     whole = [np.array(exact[name][-1], dtype=float) for name in ("value_gaps", "best_gaps")]
     np.testing.assert_allclose(*whole)  # both are gold
@@ -218,6 +219,56 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     assert set(found["findings"]) == {"prefix_accuracy", "guidance"}
     assert {row["method"] for row in found["smaller"]["changes"]} == set(study("methods").SMALLER)
     assert (tmp_path / "out" / "study_frontier.png").stat().st_size > 1000
+    renew_some(study, tmp_path, found)
+
+
+def renew_some(study, tmp_path, found):
+    """New runs of some models replace their figures, and theirs alone."""
+    path, report = tmp_path / "out" / "study.json", study("report")
+
+    def changed(**base):
+        record = json.loads(path.read_text())
+        for name in ("FaRMA", "PARGS"):
+            record["tasks"]["recipe"]["methods"][name]["kl"] = 99.0
+        record["tasks"]["recipe"]["methods"]["base"]["gold"] |= base
+        path.write_text(json.dumps(record))
+
+    changed()
+    report.write(tmp_path, tmp_path / "out", ["recipe"], [1], ("farma", "seq2seq"))
+    record = json.loads(path.read_text())
+    got = record["tasks"]["recipe"]
+    assert got["methods"]["PARGS"]["kl"] == 99.0
+    assert list(record["renewed"]) == ["farma", "seq2seq"]
+    got["methods"]["PARGS"]["kl"] = found["methods"]["PARGS"]["kl"]
+    assert got == found
+    changed(mean=7.0)
+    with pytest.raises(ValueError, match="other seeds, prompts or samples of the base policy"):
+        report.write(tmp_path, tmp_path / "out", ["recipe"], [1], ("farma",))
+
+
+def test_a_run_of_some_models_keeps_their_order_and_what_they_are_compared_with(study):
+    groups = study("units").groups_of(("genarm", "cream"))
+    assert groups == (("exact", "base"), ("genarm",), ("cream",), ())
+    assert study("units").groups_of(None) == study("units").GROUPS
+
+
+def test_published_decoders_choose_among_the_candidates_of_their_own(
+    study, small_task, monkeypatch
+):
+    methods, seen = study("methods"), {}
+    real = methods.rgtg_fast.generate
+
+    def generate(*args, **options):
+        seen[type(options["reward_model"]).__name__] = options.get("k"), options.get("candidates")
+        return real(*args, **options)
+
+    monkeypatch.setattr(methods.rgtg_fast, "generate", generate)
+    lm, units = small_task.lm, study("units")
+    for name in ("GenARM", "FaRMA", "seq2seq"):
+        guide = methods.guide_of(small_task, methods.KIND[name], lm)
+        units._over_beta(small_task, name, guide, 0)
+    wanted = {"AutoregressiveScorer": (None, None), "RewriteScorer": (None, None)}
+    assert seen == wanted | {"VocabRewardScorer": (10, "sum")}
 
 
 @pytest.mark.slow

@@ -96,10 +96,10 @@ def test_a_used_folder_is_not_overwritten_without_a_word(installed, tmp_path, ca
     out = tmp_path / "o"
     dry_run(out)
     code, said = ends(capsys, "gpu-report", "--dry-run", "--out", str(out))
-    assert code == 1 and "holds an earlier run; pass --resume" in said and "\n" not in said
+    assert code == 2 and "holds an earlier run; pass --resume" in said and "\n" not in said
     (out / "run.json").write_text('{"dry": false}')
     code, said = ends(capsys, "gpu-report", "--dry-run", "--out", str(out), "--resume")
-    assert code == 1 and "holds a run on a GPU; name another folder" in said
+    assert code == 2 and "holds a run on a GPU; name another folder" in said
 
 
 def test_two_reports_do_not_write_one_folder(installed, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_two_reports_do_not_write_one_folder(installed, tmp_path, capsys):
     out = runner.folder_of(tmp_path / "o", dry=True, keep=False)
     with runner.locked(out):
         code, said = ends(capsys, "gpu-report", "--dry-run", "--out", str(out))
-    assert code == 1 and "is being written by another gpu-report" in said
+    assert code == 2 and "is being written by another gpu-report" in said
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_a_step_that_does_not_exist_is_named_with_the_nearest(capsys, tmp_path, 
     code, said = ends(
         capsys, "gpu-report", "--dry-run", "--out", str(tmp_path / "o"), "--only", name
     )
-    assert code == 1 and "--only: no step" in said and hint in said
+    assert code == 2 and "--only: no step" in said and hint in said
     assert "\n" not in said and len(said) < 400 and not (tmp_path / "o").exists()
 
 
 def test_without_a_gpu_it_says_what_can_be_tried(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, said = ends(capsys, "gpu-report", "--out", str(tmp_path / "o"))
-    assert code == 1 and "pass --dry-run" in said and not (tmp_path / "o").exists()
+    assert code == 2 and "pass --dry-run" in said and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "soon"])
@@ -148,7 +148,7 @@ def test_an_out_folder_that_cannot_be_written_is_one_line(capsys, tmp_path, inst
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         code, said = ends(capsys, "gpu-report", "--dry-run", "--out", str(place))
-        assert code == 1 and f"--out={str(place)!r} cannot be written" in said and "\n" not in said
+        assert code == 2 and f"--out={str(place)!r} cannot be written" in said and "\n" not in said
 
 
 def test_a_full_disk_is_one_line_and_says_how_to_go_on(capsys, tmp_path, installed, monkeypatch):

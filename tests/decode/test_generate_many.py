@@ -31,7 +31,7 @@ def one_by_one(lm, prompts, seed=3, **options):
     rows = []
     for i, prompt in enumerate(prompts):
         own = {"seed": ops.split_seed(seed, i + 1)[i:]}
-        for name in ("beta", "temperature"):
+        for name in ("beta", "temperature", "max_new_tokens"):
             if isinstance(options.get(name), torch.Tensor):
                 own[name] = options[name][i].item()
         out = rgtg_fast.generate(lm, prompt[None], return_dict_in_generate=True, **options | own)
@@ -98,6 +98,7 @@ def test_every_way_to_score_refills(kind, tmp_path):
     "options",
     [
         {"beta": torch.linspace(0, 3, 6), "temperature": torch.linspace(0.5, 2, 6)},
+        {"max_new_tokens": torch.tensor([1, 9, 3, 12, 2, 7])},
         {"min_new_tokens": 4, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"top_k": 6, "top_p": 0.9, "temperature": 1.5},
         {"reward_range": (-1.0, 1.0)},
@@ -283,6 +284,15 @@ def test_longer_prompts_than_at_first_are_probed_for(monkeypatch):
     assert [tokens[i] for i in range(6)] == [row[0] for row in want]
 
 
+def test_a_prompt_whose_own_length_does_not_fit_takes_no_other_with_it():
+    lm, rm = tiny.gpt2_lm(), tiny.gpt2_rm()  # 64 positions
+    lengths = torch.tensor([3, 62, 1])
+    many = rgtg_fast.generate_many(lm, [[5, 6, 7]] * 3, reward_model=rm, max_new_tokens=lengths)
+    answers = sorted(many, key=lambda answer: answer.index)
+    assert [len(answer.tokens) for answer in answers] == [3, 0, 1]
+    assert "max_new_tokens<=61" in answers[1].error
+
+
 @pytest.mark.parametrize("why", [pytest.param("cache", marks=slow), "scorer"])
 def test_padded_batches_where_rows_cannot_come_and_go(why):
     lm = zoo.lm("bloom" if why == "cache" else "llama")
@@ -297,6 +307,8 @@ def test_padded_batches_where_rows_cannot_come_and_go(why):
     del options["min_new_tokens"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        assert_same(lm, prompts(), refills=False, **options)
+        options["max_new_tokens"] = torch.arange(1, 11)
         assert_same(lm, prompts(), refills=False, **options)
 
 
@@ -315,6 +327,8 @@ def test_padded_batches_where_rows_cannot_come_and_go(why):
         ({"betta": 1.0}, "did you mean beta"),
         ({"top_p": 1.5, "do_sample": True}, "top_p"),
         ({"max_new_tokens": 500}, "128 positions"),
+        ({"max_new_tokens": torch.tensor([3, 0])}, "at least 1 for each"),
+        ({"max_new_tokens": torch.tensor([2.5])}, "an int64 tensor"),
         ({"reward_model": zoo.lm("gpt2")}, "language model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

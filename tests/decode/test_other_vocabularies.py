@@ -56,7 +56,7 @@ SOME = {"suppress_tokens": list(range(V - 6)), "do_sample": True, "beta": 0.0, "
 )
 def test_what_ends_an_answer_must_have_a_reward(lm, make):
     rm = make(vocab_size=V - 3)
-    for eos in (V - 1, [V - 1, V - 2]):
+    for eos in (V - 3, [V - 1, V - 2]):
         with pytest.raises(ValueError, match=rf"{V - 3} tokens.*eos_token_id.*no answer would end"):
             guided(lm, rm, eos_token_id=eos)
     got = guided(lm, rm, eos_token_id=[V - 1, 5], max_new_tokens=40, **SOME)

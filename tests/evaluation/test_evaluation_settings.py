@@ -129,7 +129,7 @@ def no_models(monkeypatch):
     def absent(name, file):
         raise FileNotFoundError(f"{name}/{file} not found here")
 
-    monkeypatch.setattr("rgtg_fast.evaluation.models._load", load)
+    monkeypatch.setattr("rgtg_fast.evaluation.models.load_model", load)
     monkeypatch.setattr("rgtg_fast.evaluation.models.hf_hub_download", absent)
 
 

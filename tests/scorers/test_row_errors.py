@@ -6,7 +6,7 @@ import torch
 import zoo
 
 import rgtg_fast
-from rgtg_fast.scorers import AutoregressiveScorer, make_scorer
+from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer, make_scorer
 
 PROMPTS = [torch.tensor(row) for row in ([5, 6, 7], [8, 9], [10, 11, 12, 13])]
 IDS = torch.tensor([[5, 6, 7, 8]] * 3)
@@ -201,3 +201,14 @@ def test_rows_are_wanted_before_candidates():
     for make in MADE.values():
         with pytest.raises(ValueError, match="prefill or join before"):
             make().score(IDS)
+
+
+@pytest.mark.parametrize("make", [AutoregressiveScorer, VocabRewardScorer])
+def test_a_recurrent_model_whose_tokens_may_not_come_one_by_one_is_refused(make):
+    """Its rewards were wrong from the second token on, without a word."""
+    ids = zoo.left_pad(zoo.prompts())
+    for _ in range(2):  # the verdict is kept
+        with pytest.raises(ValueError, match=r"Mamba.* cannot reward next tokens; pass a transfor"):
+            rgtg_fast.generate(
+                zoo.lm("llama"), **ids, reward_model=make(zoo.lm("mamba")), max_new_tokens=2
+            )

@@ -96,7 +96,7 @@ def config(tmp_path, **changes):
 def trainer(tmp_path, model=None, train=None, evaluate=None, peft_config=None, **changes):
     args = config(tmp_path, **changes)
     if model is None:
-        vocab = args.loss_type in ("farma", "genarm")
+        vocab = args.loss_type in ("farma", "genarm", "seq2seq")
         model = (gpt2_lm if vocab else gpt2_rm)(initializer_range=0.1)
     transformers.utils.logging.set_verbosity_error()
     return PrefixRewardTrainer(

@@ -10,7 +10,7 @@ from training import text_pairs, write_rows
 def folder(tmp_path):
     """With a language model `lm`, a classifier without head training `rm`, and pairs in
     train.jsonl and eval.jsonl."""
-    gpt2_lm(initializer_range=0.1).save_pretrained(tmp_path / "lm")
+    gpt2_lm(initializer_range=0.1, n_positions=128).save_pretrained(tmp_path / "lm")
     gpt2_rm(initializer_range=0.1).save_pretrained(tmp_path / "rm")
     for name in ("lm", "rm"):
         tokenizer().save_pretrained(tmp_path / name)

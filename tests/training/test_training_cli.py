@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from tiny import gpt2_rm, tokenizer
+from tiny import gpt2_lm, gpt2_rm, tokenizer
 from training import config, train, trainer, write_rows
 
 import rgtg_fast
@@ -67,6 +67,8 @@ LORA = "lora={r: 2, target_modules: all-linear}"
         (["loss_type=farma"], "lm", "VocabRewardScorer(rm)"),
         (["loss_type=genarm"], "lm", "AutoregressiveScorer(rm)"),
         (["loss_type=genarm", LORA], "lm", "AutoregressiveScorer(rm)"),
+        (["loss_type=seq2seq"], "lm", "RewriteScorer(rm)"),
+        (["loss_type=seq2seq", LORA], "lm", "RewriteScorer(rm, separator=2)"),
         (["loss_type=full"], "lm", "reward_model=rm,"),
         ([LORA], "lm", "reward_model=rm,"),
         (["frozen=true"], "lm", "RewardHead(lm, weight)"),
@@ -78,6 +80,8 @@ def test_what_the_card_says_runs_as_written(folder, capsys, overrides, model, gu
     labelled = folder / "labelled.jsonl"
     labelled.write_text('{"text": "thank you", "label": 1}\n{"text": "no", "label": 0}\n')
     overrides = [o.replace("train={}", f"train={labelled}") for o in overrides]
+    # Room for the draft beside the answer.
+    gpt2_lm(initializer_range=0.1, n_positions=128).save_pretrained(folder / "lm")
     _, out = train(folder, *overrides, "max_steps=2", model=model)
     assert guide in fenced((out / "README.md").read_text(), "python")
     assert run_card(out, capsys).shape[1] > 1
@@ -125,7 +129,7 @@ def test_the_report_of_a_head_is_that_of_a_classifier_with_it(folder, loss_type)
     fit = fit_head(features, l2=0.01, label_smoothing=0.1)
     weight = load_file(out / "reward_head.safetensors")["weight"]
     torch.testing.assert_close(weight, fit.weight, rtol=1e-3, atol=1e-3)
-    rm = gpt2_rm(initializer_range=0.1)
+    rm = gpt2_rm(initializer_range=0.1, n_positions=128)
     rm.load_state_dict(lm.transformer.state_dict(prefix="transformer."), strict=False)
     rm.score.weight.data = weight[None]
     predicted = trainer(folder, rm, data[1]).predict(data[1])

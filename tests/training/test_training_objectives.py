@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import gpt2_lm, gpt2_rm, llama_lm
+from tiny import BOS, EOS, gpt2_lm, gpt2_rm, llama_lm, tokenizer
 from training import id_pairs, step, text_pairs, trainer
+from transformers import AutoModelForCausalLM
 
-from rgtg_fast.scorers import AutoregressiveScorer, VocabRewardScorer
+from rgtg_fast.scorers import AutoregressiveScorer, RewriteScorer, VocabRewardScorer
 from rgtg_fast.training import LabelledDataset, PreferenceDataset
 from rgtg_fast.training.head_only import fit_head, head_accuracy, pair_features
 
@@ -70,6 +71,72 @@ def test_genarm_compares_scaled_sums_of_log_probs(tmp_path):
             sums.append(sum(logprobs[i - 1, ids[i]] for i in range(start, len(ids))))
         gaps.append(0.3 * (sums[0] - sums[1]))
     torch.testing.assert_close(loss, -F.logsigmoid(torch.stack(gaps)).mean().detach())
+
+
+def rewriting(model, row, draft, target, separator=EOS):
+    """Log-probs of the tokens of answer `target` behind prompt, answer `draft` and separator."""
+    draft = row[draft][:-1] if row[draft][-1] == EOS else row[draft]
+    before = [*row["prompt_ids"], *draft, separator]
+    ids = before + row[target]
+    logprobs = logits_of(model, ids).log_softmax(-1)
+    return torch.stack([logprobs[i - 1, ids[i]] for i in range(len(before), len(ids))])
+
+
+@pytest.mark.parametrize("separator", [None, "<bos>"])
+def test_seq2seq_is_the_likelihood_of_the_chosen_answer_behind_either_draft(tmp_path, separator):
+    rows, model = id_pairs(5), lm()
+    rows[1]["rejected_ids"].pop()  # cut off: without EOS
+    between = EOS if separator is None else tokenizer().get_vocab()[separator]
+    options = {"loss_type": "seq2seq", "separator": separator}
+    loss, gradients = step(trainer(tmp_path, model, rows, **options), rows)
+    chosen = SIDES[0]
+    each = [rewriting(model, row, draft, chosen, between) for row in rows for draft in SIDES]
+    expected = -torch.cat(each).mean()
+    model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+
+
+def test_the_separator_of_training_is_that_of_the_guide(tmp_path):
+    """Also where the model's configuration has another EOS than the tokenizer."""
+    for separator, wanted in ((None, EOS), ("<bos>", BOS)):
+        model = gpt2_lm(eos_token_id=9)
+        trained = trainer(tmp_path, model, id_pairs(4), loss_type="seq2seq", separator=separator)
+        trained.save_model(str(tmp_path / "rm"))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "rm")
+        assert RewriteScorer(loaded).separator == wanted
+        assert RewriteScorer(loaded, separator=7).separator == 7
+    with pytest.raises(ValueError, match="separator='two tokens' is to be one token"):
+        trainer(tmp_path, lm(), id_pairs(4), loss_type="seq2seq", separator="two tokens")
+
+
+def test_seq2seq_judges_an_answer_by_how_likely_it_is_to_stay(tmp_path):
+    rows, model = id_pairs(4), lm()
+    trained = trainer(tmp_path, model, rows, loss_type="seq2seq")
+    loss, rewards = trained.score(model, trained.data_collator(rows), None)
+    assert loss == step(trained, rows)[0]
+    for n, row in enumerate(rows):
+        for s, side in enumerate(SIDES):
+            want = rewriting(model, row, side, side).cumsum(0)
+            torch.testing.assert_close(rewards[n, s, : len(row[side])], want)
+
+
+def test_seq2seq_learns_to_leave_what_was_chosen_and_to_change_the_rest(tmp_path):
+    trained = trainer(
+        tmp_path,
+        train=text_pairs(64),
+        evaluate=text_pairs(32, seed=5),
+        loss_type="seq2seq",
+        max_steps=40,
+        learning_rate=3e-3,
+    )
+    before = trained.evaluate()
+    trained.train()
+    after = trained.evaluate()
+    assert after["eval_loss"] < 0.6 * before["eval_loss"]
+    assert after["eval_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize(("weights", "first"), [("linear", 1), ("uniform", 1), ("uniform", 3)])

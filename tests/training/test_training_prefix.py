@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EOS, PAD, gpt2_rm, llama_rm
+from tiny import EOS, PAD, gpt2_lm, gpt2_rm, llama_rm
 from training import close, config, id_pairs, step, trainer
 
 from rgtg_fast.training import PreferenceDataset
@@ -136,11 +136,14 @@ def test_training_learns_and_evaluates_by_prefix_length(tmp_path):
 
 
 @pytest.mark.parametrize("count", [8, 7])  # the last of 4 batches has one pair of two
-def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path, count):
+@pytest.mark.parametrize("loss_type", ["prefix", "seq2seq"])  # means over rows, and over tokens
+def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path, count, loss_type):
     rows = PreferenceDataset(id_pairs(count))
+    own = {"centering": 0.1} if loss_type == "prefix" else {}
     weights = []
     for size, pieces in ((8, 1), (2, 4)):
-        model = gpt2_rm(initializer_range=0.1).double()
+        kind = gpt2_rm if loss_type == "prefix" else gpt2_lm
+        model = kind(initializer_range=0.1).double()
         trained = trainer(
             tmp_path,
             model,
@@ -150,7 +153,8 @@ def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path, count
             gradient_accumulation_steps=pieces,
             optim="sgd",
             max_grad_norm=0.0,
-            centering=0.1,
+            loss_type=loss_type,
+            **own,
         )
         trained.train()
         weights.append(dict(model.named_parameters()))
@@ -163,6 +167,9 @@ def test_rows_that_the_model_has_no_positions_or_embeddings_for_are_refused(tmp_
         ValueError, match=r"train has a row of 2. tokens and the model takes 16; set"
     ):
         trainer(tmp_path, gpt2_rm(n_positions=16), long)
+    rewritten = [row | {"prompt_ids": [5] * 3, "chosen_ids": [7] * 7} for row in id_pairs(4)]
+    with pytest.raises(ValueError, match=r"train has a row of 1[89] tokens \(prompt, draft, .*=8,"):
+        trainer(tmp_path, gpt2_lm(n_positions=16), rewritten, loss_type="seq2seq")
     strange = [*id_pairs(3), {"prompt_ids": [5], "chosen_ids": [9], "rejected_ids": [10_000]}]
     with pytest.raises(ValueError, match="eval holds token id 10000 and the model has"):
         trainer(tmp_path, gpt2_rm(), id_pairs(4, seed=3), strange)
@@ -206,6 +213,8 @@ def test_margin_smoothing_and_centering_are_those_of_the_loss(tmp_path):
         ({"loss_type": "full", "extension": "eos"}, "extension='eos' has no part in .*'full'"),
         ({"loss_type": "genarm", "weights": "linear"}, "weights='linear' has no part in"),
         ({"loss_type": "rad", "margin": 1.0}, "margin=1.0 has no part in loss_type='rad'"),
+        ({"loss_type": "seq2seq", "margin": 1.0}, "margin=1.0 has no part in loss_type='seq2seq'"),
+        ({"separator": "x"}, "separator='x' has no part in loss_type='prefix', only in seq2seq"),
     ],
 )
 def test_options_out_of_range_are_named(tmp_path, changes, message):

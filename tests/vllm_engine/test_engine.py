@@ -42,10 +42,17 @@ def tokens_of(llm, requests, own_seed=False):
     return [list(out.outputs[0].token_ids) for out in outs]
 
 
-def plugin():
-    """The plug-in of the engine that runs in this process."""
-    (found,) = [each for each in gc.get_objects() if type(each) is RewardGuided]
-    return found
+@pytest.fixture
+def plugins(monkeypatch):
+    """The plug-ins of engines that are made in this process."""
+    made, real = [], RewardGuided.__init__
+
+    def noted(self, *args):
+        made.append(self)
+        real(self, *args)
+
+    monkeypatch.setattr(RewardGuided, "__init__", noted)
+    return made
 
 
 CONFIGURATIONS = {
@@ -61,14 +68,14 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_tokens_are_those_of_generate(name, folders, wanted):
+def test_tokens_are_those_of_generate(name, folders, wanted, plugins):
     options = dict(CONFIGURATIONS[name])
     guided = not options.pop("half", False)
     requests = twelve(guided)
     with engine(folders, **options) as llm:
         for _ in range(2 if name == "prefix cache" else 1):
             assert tokens_of(llm, requests, name == "chunked prefill") == wanted(guided)
-        counts = plugin().rows.counts
+        counts = plugins[0].rows.counts
     assert counts.scored
     # What was preempted goes on from what was read of it.
     assert bool(counts.reused) == (name in ("preemption", "prefix cache"))

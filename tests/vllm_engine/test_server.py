@@ -26,7 +26,7 @@ def client(folders, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "rgtg_fast", "serve", folders["lm"][0]]
     command += ["--reward-model", folders["rm"][0], "--k", str(K), "--beta", str(BETA)]
-    command += ["--kv-gib", "0.25", "--", "--port", str(port), "--dtype", "float32"]
+    command += ["--kv-gib", "0.25", "--vllm", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", str(MAX_LEN), "--max-num-seqs", "16", "--enforce-eager"]
     command += ["--served-model-name", "guided", "--host", "127.0.0.1"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

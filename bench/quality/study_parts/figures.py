@@ -13,15 +13,15 @@ from scipy import stats
 
 from study_parts.methods import KIND, SMALLER, K, forward_tokens
 from study_parts.training import KINDS
-from study_parts.units import BEST_OF, GROUPS, TOP_K, unit_path
+from study_parts.units import BEST_OF, GROUPS, TOP_K, Kinds, unit_path
 
 Raw = dict[str, list[dict[str, Any]]]  # kind -> raw figures by seed
 KL_LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def load(folder: Path, task: str, seeds: list[int]) -> Raw:
+def load(folder: Path, task: str, seeds: list[int], groups: tuple[Kinds, ...] = GROUPS) -> Raw:
     """The raw figures of a task. Raises `ValueError` where a unit of `seeds` is missing."""
-    kinds = [kind for group in GROUPS for kind in group if kind != "exact"]
+    kinds = [kind for group in groups for kind in group if kind != "exact"]
     paths = {kind: [unit_path(folder, task, seed, kind) for seed in seeds] for kind in kinds}
     missing = [path.name for row in paths.values() for path in row if not path.exists()]
     if missing:
@@ -107,7 +107,7 @@ class Curve:
 
 def base_gold(raw: Raw, prompts: int) -> Any:
     """Mean gold of the base policy's samples [S, P]."""
-    return np.stack([per_prompt(unit["unguided"]["base"]["gold"], prompts) for unit in raw["full"]])
+    return np.stack([per_prompt(unit["gold"], prompts) for unit in raw["base"]])
 
 
 def right(unit: dict[str, Any]) -> Any:
@@ -125,10 +125,12 @@ def _mean_of_pairs(values: Any, missing: Any) -> Any:
 def accuracy(raw: Raw) -> dict[str, Any]:
     """By kind, the share of right orders at each decile, and partial - full, paired. Pairs of the
     same prompt are not independent, so prompts are the sample."""
-    rights = {k: np.array([right(unit) for unit in raw[k]]) for k in KINDS}
+    rights = {k: np.array([right(unit) for unit in raw[k]]) for k in KINDS if k in raw}
     table: dict[str, Any] = {
         kind: [crossed(values[:, d]) for d in range(10)] for kind, values in rights.items()
     }
+    if not {"partial", "full"} <= rights.keys():
+        return table
     gap = rights["partial"] - rights["full"]
     table["partial - full"] = [crossed(gap[:, d]) for d in range(10)]
     return table
@@ -141,7 +143,7 @@ def true_value_accuracy(raw: Raw, value_gaps: list) -> dict[str, Any]:
     order = np.sign(np.array(value_gaps, dtype=float))  # [10, P, n]
     order[order == 0] = np.nan
     table = {}
-    for kind in KINDS:
+    for kind in (k for k in KINDS if k in raw):
         sign = np.sign(np.array([unit["margins"] for unit in raw[kind]], dtype=float))
         values = np.where(sign == 0, 0.5, sign == order)
         table[kind] = _mean_of_pairs(values, np.isnan(sign) | np.isnan(order))
@@ -151,7 +153,24 @@ def true_value_accuracy(raw: Raw, value_gaps: list) -> dict[str, Any]:
 
 def method_table(raw: Raw, curves: dict[str, Curve], base: Any, prompts: int) -> dict[str, Any]:
     """Gold, KL, proxy and forward tokens of each method, guided ones at their own best β."""
+    return _unguided(raw, base, prompts) | {
+        name: {
+            "betas": [curve.betas[i] for i in curve.best],
+            "gold": crossed(curve.at_best("gold")),
+            "over_base": crossed(curve.at_best("gold") - base[: curve.seeds]),
+            "kl": float(curve.at_best("kl").mean()),
+            "proxy": float(curve.at_best("proxy").mean()),
+            "forward_tokens": forward_tokens(name, float(curve.at_best("tokens").mean())),
+        }
+        for name, curve in curves.items()
+    }
+
+
+def _unguided(raw: Raw, base: Any, prompts: int) -> dict[str, Any]:
+    """What is measured with the full-sequence model and needs no guide; nothing without it."""
     table: dict[str, Any] = {}
+    if "full" not in raw:
+        return table
     fixed = {"base": [u["unguided"]["base"] for u in raw["full"]]}
     for n in BEST_OF:
         fixed[f"best-of-{n}"] = [u["unguided"][f"best-of-{n}"] for u in raw["full"]]
@@ -166,15 +185,6 @@ def method_table(raw: Raw, curves: dict[str, Curve], base: Any, prompts: int) ->
             "over_base": crossed(gold - base),
             "kl": float(np.mean([np.mean(r["kl"]) for r in rows])),
             "forward_tokens": forward_tokens(name.split(",")[0], length),
-        }
-    for name, curve in curves.items():
-        table[name] = {
-            "betas": [curve.betas[i] for i in curve.best],
-            "gold": crossed(curve.at_best("gold")),
-            "over_base": crossed(curve.at_best("gold") - base[: curve.seeds]),
-            "kl": float(curve.at_best("kl").mean()),
-            "proxy": float(curve.at_best("proxy").mean()),
-            "forward_tokens": forward_tokens(name, float(curve.at_best("tokens").mean())),
         }
     return table
 

@@ -14,6 +14,7 @@ from rgtg_fast.scorers import (
     AttentionCreditScorer,
     AutoregressiveScorer,
     RewardHead,
+    RewriteScorer,
     VocabRewardScorer,
 )
 from study_parts.models import PENALTIES
@@ -29,6 +30,7 @@ KIND = {
     "FaRMA": "farma",
     "RAD": "rad",
     "GenARM": "genarm",
+    "seq2seq": "seq2seq",
 }
 SMALLER = {
     "ABC": "abc",
@@ -39,7 +41,15 @@ SMALLER = {
     "CREAM": "cream",
 }
 CREDIT_SHARE = 0.5
-SHARED = ("FaRMA", "GenARM")  # one reward forward of one token serves all candidates
+SHARED = ("FaRMA", "GenARM", "seq2seq")  # one reward forward of one token serves all candidates
+PER_TOKEN = ("GenARM", "seq2seq")  # the guide's reward of an answer is the sum over its tokens
+# Where the candidates are not the k most likely tokens of the language model: as published, GenARM
+# draws from the whole vocabulary, and FaRMA from the k best sums of both models.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "GenARM": {"k": None},
+    "seq2seq": {"k": None},
+    "FaRMA": {"candidates": "sum"},
+}
 
 
 @dataclass
@@ -62,6 +72,8 @@ def guide_of(task: Task, kind: str, model: Any) -> Any:
         return VocabRewardScorer(model)
     if kind == "genarm":
         return AutoregressiveScorer(model)
+    if kind == "seq2seq":
+        return RewriteScorer(model)
     if kind == "credit":
         return AttentionCreditScorer(model, CREDIT_SHARE)
     return RewardHead(task.lm, model.score) if kind in ("head", *PENALTIES) else model
@@ -82,15 +94,17 @@ def guided(
     prompts: list[str],
     betas: list[float],
     *,
-    k: int = K,
     greedy: bool = False,
     cumulative: bool = False,
     seed: int,
+    **candidates: Any,
 ) -> Answers:
     """One answer to each of N prompts, row i at weight `betas[i]`. `cumulative`: the guide's
-    reward of an answer is the sum over its tokens (GenARM), not the last one."""
+    reward of an answer is the sum over its tokens (GenARM), not the last one. `candidates`: what
+    `generate` is told of them; without it they are the K most likely tokens."""
+    how = {"k": K, "do_sample": not greedy} | ({} if greedy else {"top_k": 0}) | candidates
     parts = [
-        _guided(task, guide, prompts[i : i + ROWS], betas[i : i + ROWS], k, greedy, cumulative, s)
+        _guided(task, guide, prompts[i : i + ROWS], betas[i : i + ROWS], cumulative, s, how)
         for s, i in enumerate(range(0, len(prompts), ROWS), start=1000 * seed)
     ]
     fields = [asdict(part) for part in parts]
@@ -102,23 +116,20 @@ def _guided(
     guide: Any,
     prompts: list[str],
     betas: list[float],
-    k: int,
-    greedy: bool,
     cumulative: bool,
     seed: int,
+    how: dict[str, Any],
 ) -> Answers:
     inputs = task.tokenizer(prompts, return_tensors="pt", padding=True)
     out: Any = rgtg_fast.generate(
         task.lm,
         **inputs,
         reward_model=guide,
-        k=k,
         beta=torch.tensor(betas),
         seed=seed,
-        do_sample=not greedy,
         max_new_tokens=task.max_new_tokens,
         return_dict_in_generate=True,
-        **({} if greedy else {"top_k": 0}),
+        **how,
     )
     ids = out.sequences[:, inputs["input_ids"].shape[1] :]
     gold, tokens = judge(task, prompts, ids)
@@ -163,10 +174,13 @@ def whole_rewards(task: Task, rm: LlamaForSequenceClassification, prompts: list[
 
 def forward_tokens(method: str, length: float, k: int = K) -> dict[str, float]:
     """Tokens through the language model and the reward model for an answer of `length` tokens
-    (prompts apart): what a method costs, whatever the machine."""
+    (prompts apart): what a method costs, whatever the machine. A draft counts as long as the answer
+    that is made of it."""
     if method in ("base", "top-k"):
         return {"lm": length, "rm": 0.0}
     if method.startswith("best-of-"):
         n = int(method.removeprefix("best-of-"))
         return {"lm": n * length, "rm": n * length}
+    if method == "seq2seq":
+        return {"lm": 2 * length, "rm": 2 * length}
     return {"lm": length, "rm": length if method in SHARED else k * length}

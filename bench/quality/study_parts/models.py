@@ -17,7 +17,7 @@ from rgtg_fast.training.experimental import (
     reward_consistency,
 )
 from study_parts.tasks import Task
-from study_parts.training import KINDS, initial_model, labelled, train, training_pairs
+from study_parts.training import CAUSAL, KINDS, initial_model, labelled, train, training_pairs
 
 SHARE = 0.5  # of ABC's reward that attention gives out
 HEAD_L2 = 1e-4
@@ -32,7 +32,7 @@ def model_of(task: Task, kind: str, seed: int, folder: Path) -> nn.Module:
         return model_of(task, "full", seed, folder)
     saved = folder / task.name / "models" / f"seed{seed}_{kind}"
     if saved.exists():
-        of = LlamaForCausalLM if kind in ("farma", "genarm") else LlamaForSequenceClassification
+        of = LlamaForCausalLM if kind in CAUSAL else LlamaForSequenceClassification
         return of.from_pretrained(saved, dtype=torch.float32).eval()
     model: Any = _trained(task, kind, seed, folder)
     if kind not in PENALTIES:

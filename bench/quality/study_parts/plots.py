@@ -18,8 +18,16 @@ COLOURS = {
     "FaRMA": "C2",
     "RAD": "C4",
     "GenARM": "C5",
+    "seq2seq": "C6",
 }
-RM_COLOURS = {"full": "C1", "partial": "C0", "farma": "C2", "rad": "C4", "genarm": "C5"}
+RM_COLOURS = {
+    "full": "C1",
+    "partial": "C0",
+    "farma": "C2",
+    "rad": "C4",
+    "genarm": "C5",
+    "seq2seq": "C6",
+}
 MOST_KL = 12.0
 
 

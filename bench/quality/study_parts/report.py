@@ -14,8 +14,13 @@ import transformers
 from study_parts import figures, findings, plots, smaller
 from study_parts.figures import KL_LEVELS, Curve, crossed
 from study_parts.methods import KIND, SMALLER
-from study_parts.units import BEST_OF, rounded
+from study_parts.units import BEST_OF, Kinds, rounded
 
+# Figures by model or by method, each of which can be replaced without the others.
+BY_NAME = (
+    *("accuracy", "methods", "over_beta", "at_equal_kl", "cpu_seconds"),
+    *("true_values", "best_values"),
+)
 PLOTS = {
     "accuracy": plots.accuracy_plot,
     "frontier": plots.frontier_plot,
@@ -27,39 +32,67 @@ PLOTS = {
 def summarise(folder: Path, task: str, seeds: list[int]) -> dict[str, Any]:
     """All figures of one task."""
     raw = figures.load(folder, task, seeds)
-    prompts = len(raw["full"][0]["unguided"]["base"]["gold"]) // max(BEST_OF)
+    prompts = _prompts(raw)
     base = figures.base_gold(raw, prompts)
     every = {name: Curve(name, raw, prompts) for name in (*KIND, *SMALLER)}
     curves = {name: every[name] for name in KIND}
-    accuracy = figures.accuracy(raw)
-    summary: dict[str, Any] = {
-        "seeds": seeds,
-        "test_prompts": prompts,
-        "accuracy": accuracy,
+    summary = {"seeds": seeds, "test_prompts": prompts} | of_models(raw, curves, base, prompts)
+    summary["over_k"] = {n: figures.over_k(raw, curves[n], prompts) for n in ("ARGS", "PARGS")}
+    summary["smaller"] = smaller.figures_of(raw, every, base)
+    summary |= with_exact(folder, task, raw)
+    summary["findings"] = {
+        "prefix_accuracy": findings.prefix_accuracy(summary["accuracy"]),
+        "guidance": findings.guidance(curves, base),
+    }
+    return summary
+
+
+def of_models(raw: figures.Raw, curves: dict[str, Curve], base: Any, prompts: int) -> Any:
+    """The figures that each model and each method has alone."""
+    return {
+        "accuracy": figures.accuracy(raw),
         "methods": figures.method_table(raw, curves, base, prompts),
         "over_beta": {name: figures.over_beta(curve) for name, curve in curves.items()},
-        "over_k": {n: figures.over_k(raw, curves[n], prompts) for n in ("ARGS", "PARGS")},
         "at_equal_kl": {
             name: {str(kl): at_level(curve, base, kl) for kl in KL_LEVELS}
             for name, curve in curves.items()
             if not name.endswith("-G")
         },
-        "smaller": smaller.figures_of(raw, every, base),
         "cpu_seconds": {
             kind: np.mean([[u["seconds"]["train"], u["seconds"]["decode"]] for u in units], 0)
             .round(1)
             .tolist()
             for kind, units in raw.items()
+            if kind != "base"
         },
     }
-    exact = folder / task / "exact.json"
-    if exact.exists():
-        summary |= with_exact(json.loads(exact.read_text()), raw)
-    summary["findings"] = {
-        "prefix_accuracy": findings.prefix_accuracy(accuracy),
-        "guidance": findings.guidance(curves, base),
-    }
-    return summary
+
+
+def renewed(
+    old: dict[str, Any], folder: Path, task: str, seeds: list[int], kinds: Kinds
+) -> dict[str, Any]:
+    """The figures `old` of a task, those of the models `kinds` replaced by what is in `folder`.
+
+    Raises `ValueError` where the two are not of the same seeds, prompts and samples of the base
+    policy, which other figures are compared with.
+    """
+    raw = figures.load(folder, task, seeds, (("base", *kinds),))
+    prompts = _prompts(raw)
+    base = figures.base_gold(raw, prompts)
+    same = rounded(figures.crossed(base)) == old["methods"]["base"]["gold"]
+    if old["seeds"] != seeds or old["test_prompts"] != prompts or not same:
+        raise ValueError(
+            f"{task}: the runs in {folder} have other seeds, prompts or samples of the base policy "
+            "than study.json; run and report all models"
+        )
+    curves = {name: Curve(name, raw, prompts) for name, of in KIND.items() if of in kinds}
+    new = of_models(raw, curves, base, prompts) | with_exact(folder, task, raw)
+    changed = {part: old[part] | rows for part, rows in new.items() if part in BY_NAME}
+    return old | changed
+
+
+def _prompts(raw: figures.Raw) -> int:
+    return len(raw["base"][0]["gold"]) // max(BEST_OF)
 
 
 def at_level(curve: Curve, base: Any, kl: float) -> dict[str, float] | None:
@@ -68,9 +101,13 @@ def at_level(curve: Curve, base: Any, kl: float) -> dict[str, float] | None:
     return None if np.isnan(values).any() else crossed(values)
 
 
-def with_exact(exact: dict[str, Any], raw: figures.Raw) -> dict[str, Any]:
+def with_exact(folder: Path, task: str, raw: figures.Raw) -> dict[str, Any]:
     """The frontiers of the optimal policies and of those guided by the exact values of prefixes,
-    and accuracy against these values."""
+    and accuracy against these values; nothing of a task whose answers cannot be enumerated."""
+    path = folder / task / "exact.json"
+    if not path.exists():
+        return {}
+    exact = json.loads(path.read_text())
     frontiers = {
         "optimum": exact["frontier"],
         "guided by V": exact["guided_by_value"],
@@ -103,16 +140,34 @@ def _gold_at_levels(points: list[dict[str, float]]) -> dict[str, float | None]:
     }
 
 
-def write(folder: Path, results: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
-    """`study.json`, `study.md` and `study_*.png` in `results`; prints the verdicts."""
-    summary = {task: summarise(folder, task, seeds) for task in tasks if (folder / task).exists()}
-    results.mkdir(parents=True, exist_ok=True)
-    record = {
+def write(
+    folder: Path,
+    results: Path,
+    tasks: list[str],
+    seeds: list[int],
+    kinds: Kinds | None = None,
+) -> dict[str, Any]:
+    """`study.json`, `study.md` and `study_*.png` in `results`; prints the verdicts.
+
+    With `kinds`, the models of these alone are reported anew, and all else is what `study.json`
+    holds; it then says so under "renewed".
+    """
+    here = {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "processor": platform.processor() or platform.machine(),
-        "tasks": summary,
     }
-    (results / "study.json").write_text(json.dumps(rounded(record), indent=1) + "\n")
+    tasks = [task for task in tasks if (folder / task).exists()]
+    if kinds is None:
+        record = here | {"tasks": {task: summarise(folder, task, seeds) for task in tasks}}
+    else:
+        record = json.loads((results / "study.json").read_text())
+        for task in tasks:
+            record["tasks"][task] = renewed(record["tasks"][task], folder, task, seeds, kinds)
+        record.setdefault("renewed", {}).update({kind: here | {"tasks": tasks} for kind in kinds})
+    record = rounded(record)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+    summary = record["tasks"]
     for name, draw in PLOTS.items():
         draw(summary, results / f"study_{name}.png")
     text = "\n".join(line for name, task in summary.items() for line in markdown(name, task))

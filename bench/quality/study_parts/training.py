@@ -14,9 +14,10 @@ from torch import nn
 
 from study_parts.tasks import Task
 
-KINDS = ("full", "partial", "farma", "rad", "genarm")
+KINDS = ("full", "partial", "farma", "rad", "genarm", "seq2seq")
+CAUSAL = ("farma", "genarm", "seq2seq")  # language models, the others are classifiers
 # A smaller method's model is trained with the loss of one of these kinds.
-LOSS = {"full": "full", "partial": "prefix", "farma": "farma", "rad": "rad", "genarm": "genarm"}
+LOSS = {kind: kind for kind in KINDS} | {"partial": "prefix"}
 EVAL_SEED = 7
 
 
@@ -66,7 +67,7 @@ def labelled(pairs: list[dict]) -> list[dict]:
 def initial_model(task: Task, kind: str) -> nn.Module:
     """The language model itself for the kinds with a head over the vocabulary, as their authors
     begin; a head of zeros on its body for the others."""
-    if kind in ("farma", "genarm"):
+    if kind in CAUSAL:
         return copy.deepcopy(task.lm)
     return small_models.reward_model_on(task.lm)
 
@@ -105,7 +106,7 @@ def margins(task: Task, kind: str, model: nn.Module, pairs: list[dict]) -> list[
 
     Classifiers of any training are read by the trainer of pairs.
     """
-    reader = trainer_of(task, kind if kind in ("farma", "genarm") else "partial", model, pairs, 0)
+    reader = trainer_of(task, kind if kind in CAUSAL else "partial", model, pairs, 0)
     predicted = reader.predict(reader.train_dataset)
     model.eval()
     margin, labels = np.asarray(predicted.predictions), np.asarray(predicted.label_ids)

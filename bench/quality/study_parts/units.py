@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from study_parts import methods
 from study_parts.exact import exact_values
-from study_parts.methods import KIND, SMALLER, Answers
+from study_parts.methods import CANDIDATES, KIND, PER_TOKEN, SMALLER, Answers
 from study_parts.models import PENALTIES, model_of
 from study_parts.selection import compare_selections
 from study_parts.tasks import Task
@@ -31,11 +31,22 @@ BEST_OF = (4, 16)
 TOP_K = (2, 5, 10)
 # One group after the other: some models are made with those of an earlier one.
 GROUPS: tuple[Kinds, ...] = (
-    ("exact", "partial", "full"),
+    ("exact", "base", "partial", "full"),
     tuple(kind for kind in KINDS if kind not in ("partial", "full")),
     ("abc", "credit", "head", "cream", "select"),
     tuple(PENALTIES),
 )
+
+
+# What a report on some of the models needs beside them.
+BESIDE = ("exact", "base")
+
+
+def groups_of(kinds: Kinds | None) -> tuple[Kinds, ...]:
+    """The groups of a run of these models alone; None: of all."""
+    if kinds is None:
+        return GROUPS
+    return tuple(tuple(k for k in group if k in (*kinds, *BESIDE)) for group in GROUPS)
 
 
 def run_unit(task: Task, kind: str, seed: int, folder: Path) -> None:
@@ -46,6 +57,10 @@ def run_unit(task: Task, kind: str, seed: int, folder: Path) -> None:
         return
     if kind == "select":
         write_json(path, {"select": compare_selections(task, seed)} | _seconds(started, started))
+        return
+    if kind == "base":
+        gold = _base_samples(task, seed)[1]
+        write_json(path, {"gold": gold} | _seconds(started, started))
         return
     model = model_of(task, kind, seed, folder)
     trained = time.process_time()
@@ -102,7 +117,8 @@ def _over_beta(task: Task, name: str, guide: Any, seed: int) -> dict[str, Any]:
     if name in SMALLER:
         draws = max(draws // 2, 1)
     prompts = tune * draws + test * draws
-    options: dict[str, Any] = {"greedy": greedy, "cumulative": name == "GenARM", "seed": seed}
+    options: dict[str, Any] = {"greedy": greedy, "cumulative": name in PER_TOKEN, "seed": seed}
+    options |= CANDIDATES.get(name, {})
     rows = [b for b in betas for _ in prompts]
     got = methods.guided(task, guide, prompts * len(betas), rows, **options)
     tuning, tested = {}, {}
@@ -116,17 +132,21 @@ def _over_beta(task: Task, name: str, guide: Any, seed: int) -> dict[str, Any]:
         result["k"] = {}
         for k in task.ks:
             weights = [best] * len(test) * draws
-            one = methods.guided(task, guide, test * draws, weights, k=k, **options)
+            one = methods.guided(task, guide, test * draws, weights, **options | {"k": k})
             result["k"][k] = asdict(one)
     return result
+
+
+def _base_samples(task: Task, seed: int) -> tuple[Any, list[float], list]:
+    """The seed's samples of the language model itself, several rounds of the test prompts."""
+    return methods.base_samples(task, task.prompts["test"] * max(BEST_OF), 10_000 + seed)
 
 
 def _unguided(task: Task, rm: Any, seed: int) -> dict[str, Any]:
     """Base, top-k sampling, and best of n by the full-sequence reward model."""
     test, most = task.prompts["test"], max(BEST_OF)
-    prompts = test * most
-    ids, gold, tokens = methods.base_samples(task, prompts, 10_000 + seed)
-    proxy = methods.whole_rewards(task, rm, prompts, ids)
+    ids, gold, tokens = _base_samples(task, seed)
+    proxy = methods.whole_rewards(task, rm, test * most, ids)
     shape = (most, len(test))
     table, ranked = torch.tensor(gold).view(shape), proxy.view(shape)
     length = torch.tensor(tokens).view(shape)

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..arguments import positive
 
 HELP = "build, test, measure and check on a GPU; a page of what was wanted and got"
+EXAMPLE = "rgtg-fast gpu-report --out report --budget 3600"
 STOPPED = "The same command with --resume goes on after the last finished step"
 
 
