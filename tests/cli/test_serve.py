@@ -25,7 +25,23 @@ def started(monkeypatch):
 
 
 def test_vllm_serve_is_started_with_the_plug_in(started):
-    main("serve lm --reward-model rm --k 4 --beta 2 --kv-gib 1 --vllm --port 8000".split())
+    main(
+        [
+            "serve",
+            "lm",
+            "--reward-model",
+            "rm",
+            "--k",
+            "4",
+            "--beta",
+            "2",
+            "--kv-gib",
+            "1",
+            "--vllm",
+            "--port",
+            "8000",
+        ]
+    )
     ((path, argv),) = started
     assert path == argv[0] == sys.executable
     assert argv[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "lm"]
@@ -36,7 +52,7 @@ def test_vllm_serve_is_started_with_the_plug_in(started):
 
 
 def test_two_reward_models_are_policy_and_reference(started):
-    main("serve lm --reward-model a b --on-request".split())
+    main(["serve", "lm", "--reward-model", "a", "b", "--on-request"])
     found = json.loads(started[0][1][8])["rgtg"]
     assert found == {"reward_model": ["a", "b"], "guide": False}
 
@@ -61,5 +77,5 @@ def test_what_cannot_be_served_is_said_before_it_starts(started, capsys, argv, s
 def test_without_vllm_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
-        main("serve lm --reward-model rm".split())
+        main(["serve", "lm", "--reward-model", "rm"])
     assert "pip install vllm" in f"{stop.value.code} {capsys.readouterr().err}"
