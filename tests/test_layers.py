@@ -17,6 +17,7 @@ LAYERS = (
     "decode",
     "",
     "presets",
+    "vllm",
     "training",
     "evaluation",
     "jobs",

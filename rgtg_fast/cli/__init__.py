@@ -23,7 +23,7 @@ import rgtg_fast
 from rgtg_fast.jobs import JobFailed
 from rgtg_fast.ops import BackendUnavailable
 
-from . import bench, demo, eval, generate, gpu_report, info, plan, select_pairs, train
+from . import bench, demo, eval, generate, gpu_report, info, plan, select_pairs, serve, train
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Any] = {
     "select-pairs": select_pairs,
     "generate": generate,
     "plan": plan,
+    "serve": serve,
     "gpu-report": gpu_report,
 }
 logger = logging.getLogger("rgtg_fast")

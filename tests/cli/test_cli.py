@@ -138,7 +138,8 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, tmp_path, monkeypatc
 
     monkeypatch.setattr(COMMANDS[command], "run", interrupted)
     argv = ["--config", "x"] if command in BY_CONFIG else []
-    argv = {"gpu-report": ["--out", "x"], "plan": ["--model", "x"]}.get(command, argv)
+    own = {"gpu-report": "--out x", "plan": "--model x", "serve": "x --reward-model y"}
+    argv = own[command].split() if command in own else argv
     code, said = ends(capsys, command, *argv)
     assert code == 130
     assert said.strip() == f"{command}: stopped. {COMMANDS[command].STOPPED}"
