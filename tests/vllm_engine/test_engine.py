@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
-from conftest import BETA, MAX_LEN, K, Request, twelve
+from vllm_requests import BETA, MAX_LEN, K, Request, twelve
 
 from rgtg_fast.vllm import RewardGuided
 
