@@ -61,7 +61,7 @@ wheel: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/pip install -q pytest-benchmark
-	set -e; for script in $(filter-out bench/bench_host.py,$(wildcard bench/bench_*.py)); do \
+	set -e; for script in $(filter-out bench/bench_host.py bench/bench_vllm.py,$(wildcard bench/bench_*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python -m pytest -q bench/bench_host.py
 

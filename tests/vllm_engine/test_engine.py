@@ -2,12 +2,13 @@
 
 import gc
 import math
+import random
 from contextlib import contextmanager
 
 import pytest
 import tiny
 import torch
-from conftest import BETA, MAX_LEN, K, Request, twelve
+from vllm_requests import BETA, MAX_LEN, K, Request, twelve
 
 from rgtg_fast.vllm import RewardGuided
 
@@ -82,6 +83,27 @@ def test_tokens_are_those_of_generate(name, folders, wanted, plugins):
     assert bool(counts.waves) == (name == "reward cache over its budget")
 
 
+def test_two_hundred_requests_of_all_kinds_at_a_time(folders):
+    lm, rm = folders["lm"][1], folders["rm"][1]
+    draw = random.Random(4)
+    requests = [
+        Request(
+            draw.randint(1, 128),
+            draw.randint(1, 24),
+            at,
+            seed=draw.choice([None, draw.randrange(2**40)]),
+            beta=draw.choice([0.0, 0.5, 1.0, 4.0]),
+            k=draw.randint(1, 12),
+        )
+        for at in range(200)
+    ]
+    for request in requests[::3]:
+        request.guided, request.seed = False, None
+    with engine(folders) as llm:
+        found = tokens_of(llm, requests)
+    assert found == [request.want(lm, rm) for request in requests]
+
+
 def test_answers_of_one_prompt_are_drawn_with_seeds_one_after_the_other(folders):
     lm, rm = folders["lm"][1], folders["rm"][1]
     request = Request(20, 24, at=3, seed=500)
@@ -130,3 +152,10 @@ def test_rewards_of_a_causal_model_guide_too(folders):
 def test_an_engine_that_cannot_be_says_why(folders, rgtg, said):
     with pytest.raises(ValueError, match=said), engine(folders, rgtg=rgtg):
         pass
+
+
+def test_two_ranks_of_a_split_model_give_the_same_tokens(folders, wanted, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    with engine(folders, tensor_parallel_size=2) as llm:
+        assert tokens_of(llm, twelve()) == wanted()

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from conftest import BETA, MAX_LEN, K, twelve
+from vllm_requests import BETA, MAX_LEN, K, twelve
 
 
 def free_port():
