@@ -93,7 +93,8 @@ def settings_of(additional_config: Any) -> Settings:
         "draw": DRAWS,
     }
     if settings.reward_kind is not None:
-        wanted["reward_kind"] = tuple(CAUSAL_KINDS)
+        # A rewriter wants a draft of each prompt, which a logits processor cannot make.
+        wanted["reward_kind"] = tuple(kind for kind in CAUSAL_KINDS if kind != "seq2seq")
     options.choices(vars(settings), wanted)
     options.flags({"guide": settings.guide})
     integer("k", settings.k, 1, MOST_CANDIDATES)

@@ -56,6 +56,7 @@ def test_penalties_are_refused_where_they_would_do_nothing():
         ({"reward_model": "x", "kv_gib": 0}, "kv_gib=0"),
         ({"reward_model": "x", "draw": "own"}, "draw='own'"),
         ({"reward_model": "x", "reward_kind": "args"}, "reward_kind='args'"),
+        ({"reward_model": "x", "reward_kind": "seq2seq"}, "reward_kind='seq2seq'"),
         ({"reward_model": "x", "guide": 1}, "guide=1"),
         ({"reward_model": ["x"]}, "list of two"),
         ({}, "reward_model=None"),
