@@ -136,11 +136,12 @@ def test_a_label_by_a_flag(tmp_path, folders):
     assert_gives(tmp_path, config, want, "--reward-label", "safe")
 
 
-def test_the_reward_of_an_autoregressive_model_is_the_sum_over_its_tokens(tmp_path, folders):
+@pytest.mark.parametrize("kind", ["genarm", "seq2seq"])
+def test_the_reward_of_an_autoregressive_model_is_the_sum_over_its_tokens(tmp_path, folders, kind):
     other = str(folders / "other")
-    want = {"reward_model": lm(other), "reward_kind": "genarm", "k": None, "top_k": 0}
+    want = {"reward_model": lm(other), "reward_kind": kind, "k": None, "top_k": 0}
     config = {"reward_model": other, "k": None, "top_k": 0}
-    assert_gives(tmp_path, config, want, "--reward-kind", "genarm", reward=math.fsum)
+    assert_gives(tmp_path, config, want, "--reward-kind", kind, reward=math.fsum)
 
 
 def test_a_sum_of_both_kinds_has_no_reward_of_an_answer(tmp_path, folders):
