@@ -51,10 +51,9 @@ RESERVED = 1.5 * GB  # the CUDA context, kernels and the allocator's rounding
 
 @dataclass(frozen=True)
 class Sized:
-    """A model: parameters and their bytes; those that a step reads; bytes of keys and values of a
-    token; layers; width of the widest activation of a token, in bytes."""
+    """A model: bytes of its parameters; those that a step reads, and their bytes; bytes of keys and
+    values of a token; layers; width of the widest activation of a token, in bytes."""
 
-    parameters: int
     nbytes: int
     step_parameters: int
     step_bytes: int
@@ -98,7 +97,6 @@ def sized(model: Any) -> Sized:
     every, read = (sum(p.numel() for p in ps) for ps in (model.parameters(), weights_of(model)))
     inner = [w for w in widths if w < config.vocab_size] or [config.hidden_size]
     return Sized(
-        parameters=every,
         nbytes=size * every,
         step_parameters=read,
         step_bytes=size * read,

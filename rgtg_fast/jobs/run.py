@@ -10,7 +10,7 @@ from typing import Any
 
 from ..evaluation import models
 from . import hf, ray_data
-from .output import File, Output, Stream, opened
+from .output import Output, Stream, opened
 from .progress import Pace, shown
 from .report import read_answers, write_report
 from .rewards import identities
@@ -100,6 +100,3 @@ def _stopped(pace: Pace, path: Path | None) -> str:
         f"stopped. {done} of {pace.total} answers are in {path}; the same command (without "
         "--overwrite) goes on"
     )
-
-
-__all__ = ["ENGINES", "File", "run_job"]

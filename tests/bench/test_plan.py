@@ -68,7 +68,7 @@ def test_keys_and_values_of_rows_are_those_of_the_caches():
 
 
 def sized(weights=1000, kv=10, layers=0, activations=0):
-    return costs.Sized(weights // 2, weights, weights // 2, weights, kv, layers, activations)
+    return costs.Sized(weights, weights // 2, weights, kv, layers, activations)
 
 
 def test_rows_fit_as_long_as_their_bytes_do():

@@ -2,13 +2,12 @@
 
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import peft
 import pytest
 import torch
 import yaml
+from local_http import Quiet, served
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -66,7 +65,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def server():
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self):
             texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["query"]
             body = json.dumps({"rewards": count_words(texts)}).encode()
@@ -75,16 +74,8 @@ def server():
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/score"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(Handler) as address:
+        yield f"{address}/score"
 
 
 def answers(folder, config, *flags):

@@ -4,9 +4,9 @@ import contextlib
 import json
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from local_http import Quiet, served
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _endpoint(answer):
     a reply that breaks off, bytes for one that is sent as it is."""
     seen = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, body, dict(self.headers)))
@@ -42,18 +42,8 @@ def _endpoint(answer):
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with served(Handler) as address:
+        yield f"{address}/v1", seen
 
 
 @pytest.fixture

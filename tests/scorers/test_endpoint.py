@@ -4,11 +4,11 @@ import contextlib
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny
 import torch
+from local_http import Quiet, served
 
 import rgtg_fast
 from rgtg_fast import RewardEndpoint
@@ -26,7 +26,7 @@ def server(answer):
     """A server; `answer(body, count)` gives JSON, bytes, or (status, headers); what was asked."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((body, dict(self.headers)))
@@ -41,19 +41,8 @@ def server(answer):
                 self.end_headers()
                 self.wfile.write(content)
 
-        def log_message(self, *args):
-            pass
-
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.daemon_threads = True
-    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{served.server_port}/score", asked
-    finally:
-        served.shutdown()
-        served.server_close()
-        thread.join()
+    with served(Handler) as address:
+        yield f"{address}/score", asked
 
 
 def good(body, count):
