@@ -101,3 +101,29 @@ def test_threads_share_what_a_preset_gives(name, want):
     for thread in threads:
         thread.join()
     assert got == [want[name]] * 3
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_autocast_of_a_call_ends_with_it(name, want):
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = answers(name)
+    assert all(len(row) == len(other) for row, other in zip(cast, want[name], strict=True))
+    assert answers(name) == want[name]
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rows_that_end_at_different_steps_with_every_option_on(name, want):
+    width = PROMPTS["input_ids"].shape[1]
+    options = {**PROMPTS, "max_new_tokens": 8, "seed": 3} | REWARDS[name] | DRAWN
+    options |= {"eos_token_id": [want[name][0][width + 1], want[name][1][width + 3]]}
+    options |= {"pad_token_id": 0, "min_new_tokens": 1, "num_return_sequences": 2}
+    options |= {"top_p": 0.95, "temperature": 0.8, "repetition_penalty": 1.1}
+    options |= {
+        "return_dict_in_generate": True,
+        "output_candidates": options.get("k", 5) is not None,
+    }
+    one = rgtg_fast.generate(LM, **options)
+    # One token at a time, and rows that have ended stay.
+    other = rgtg_fast.generate(LM, **options, speculate=False, compact=False)
+    assert torch.equal(one.sequences, other.sequences)
+    torch.testing.assert_close(one.rewards, other.rewards, rtol=1e-4, atol=1e-4, equal_nan=True)
