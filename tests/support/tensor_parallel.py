@@ -1,9 +1,12 @@
-"""``torchrun tests/support/tensor_parallel.py``: a guided answer of models whose layers are split
-over the processes by transformers; prints how it went as JSON, from each process."""
+"""``torchrun tests/support/tensor_parallel.py FOLDER``: a guided answer of models whose layers are
+split over the processes by transformers; each process writes how it went to FOLDER/<rank>.json (on
+one standard output the lines of two processes run into each other)."""
 
 import json
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -32,5 +35,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.distributed.init_process_group("gloo")
     tokens, weights = answer(tp_plan="auto")
-    print(json.dumps({"rank": os.environ["RANK"], "tokens": tokens, "weights": weights}))
+    report = Path(sys.argv[1]) / f"{os.environ['RANK']}.json"
+    report.write_text(json.dumps({"tokens": tokens, "weights": weights}))
     torch.distributed.destroy_process_group()
