@@ -60,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", "default: a GPU where there is one")
     add("--shard", "i/n: every n-th prompt from the i-th (0 to n-1), to a file of its own; "
         "default: torchrun's rank")  # fmt: skip
-    add("--engine", "who runs the models: hf, or ray over a cluster (default: hf)")
+    add("--engine", "who runs the models: hf, vllm, or ray over a cluster (default: hf)")
     add("--workers", "of --engine ray: actors (default: one for each GPU)", type=whole(1))
+    add("--worker-engine", "of --engine ray: what runs in an actor, hf or vllm (default: hf)")
     add("--report", "folder for the distribution of rewards, KL and lengths")
     add("--overwrite", "begin anew where the output has lines", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in the YAML file")

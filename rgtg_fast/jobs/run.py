@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import models
-from . import hf, ray_data
+from . import hf, ray_data, vllm_offline
 from .output import Output, Stream, opened
 from .progress import Pace, shown
 from .report import read_answers, write_report
@@ -20,7 +20,11 @@ from .settings import Job, check_settings, known_options
 logger = logging.getLogger(__name__)
 Engine = Callable[[Job, Sequence[Row]], Iterator[dict[str, Any]]]
 # Rows in, answers out, in any order: {"id", "text", "tokens", "reward", "kl"} or {"id", "error"}.
-ENGINES: dict[str, Engine] = {"hf": hf.answers, "ray": ray_data.answers}
+ENGINES: dict[str, Engine] = {
+    "hf": hf.answers,
+    "vllm": vllm_offline.answers,
+    "ray": ray_data.answers,
+}
 
 
 def run_job(values: dict[str, Any]) -> Pace:

@@ -44,6 +44,9 @@ class Job:
         shard: (i, n): rows i, i + n, i + 2n, ..; given as "i/n". Default: torchrun's rank.
         engine: one of `run.ENGINES`.
         workers: of the engine "ray": actors, each with the models (default: one for each GPU).
+        worker_engine: of the engine "ray": what runs in an actor, hf or vllm.
+        vllm: of the engine "vllm": engine arguments of `vllm.LLM` (tensor_parallel_size,
+            max_model_len, ..), and `kv_gib` of the plug-in.
         report: a folder for the distribution of rewards, KL and lengths.
         overwrite: begins anew where the output has lines.
         options: of `rgtg_fast.generate_many` (k, beta, do_sample, top_p, ..); they stand beside the
@@ -63,6 +66,8 @@ class Job:
     shard: tuple[int, int] = (0, 1)
     engine: str = "hf"
     workers: int = 0
+    worker_engine: str = "hf"
+    vllm: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
     overwrite: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +82,7 @@ class Job:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Job) if f.name != "options"}
-_OTHERS = ("reward_model", "preset", "shard")
+_OTHERS = ("reward_model", "preset", "shard", "vllm")
 
 
 def known_options() -> set[str]:
@@ -109,6 +114,7 @@ def check_settings(values: dict[str, Any], engines: tuple[str, ...]) -> Job:
             "preset": values.get("preset") and check_preset(values["preset"], reward),
             "shard": _shard(values.get("shard")),
             "device": _device(plain.get("device", "auto")),
+            "vllm": _mapping("vllm", values.get("vllm")),
             "options": {"max_new_tokens": MAX_NEW_TOKENS}
             | {n: v for n, v in values.items() if n in options},
         }
@@ -118,13 +124,22 @@ def check_settings(values: dict[str, Any], engines: tuple[str, ...]) -> Job:
 
 
 def _check(job: Job, engines: tuple[str, ...]) -> None:
-    if job.workers < 0 or (job.workers and job.engine != "ray"):
-        raise ValueError(
-            f"workers={job.workers} is of engine=ray, at least 1; pass that, or drop it"
-        )
+    on_ray = job.engine == "ray"
+    runs = job.worker_engine if on_ray else job.engine
+    for name, said, fits, wanted in (
+        ("workers", job.workers, on_ray and job.workers > 0, "engine=ray, at least 1"),
+        ("worker_engine", job.worker_engine != "hf", on_ray, "engine=ray"),
+        ("vllm", job.vllm, runs == "vllm", "engine=vllm, or worker_engine=vllm"),
+    ):
+        if said and not fits:
+            raise ValueError(f"{name}={getattr(job, name)!r} is of {wanted}; pass that, or drop it")
     if job.batch_size < 1:
         raise ValueError(f"batch_size={job.batch_size}; pass at least 1")
-    for name, allowed in (("dtype", DTYPES), ("engine", engines)):
+    for name, allowed in (
+        ("dtype", DTYPES),
+        ("engine", engines),
+        ("worker_engine", [each for each in engines if each != "ray"]),
+    ):
         if getattr(job, name) not in allowed:
             raise ValueError(f"{name}={getattr(job, name)!r}; pass one of {', '.join(allowed)}")
     models.device_of(job.device)
@@ -135,6 +150,13 @@ def _check(job: Job, engines: tuple[str, ...]) -> None:
     inside = job.path is not None and job.input != "-"
     if inside and os.path.realpath(job.path) == os.path.realpath(job.input):  # type: ignore[arg-type]
         raise ValueError(f"output={job.output!r} is the input; name another file")
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    value = {} if value is None else value
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}={value!r}; write a mapping")
+    return value
 
 
 def _shard(value: Any) -> tuple[int, int]:
