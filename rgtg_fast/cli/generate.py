@@ -58,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", "of all draws (default: 0)", type=whole(0))
     add("--dtype", "auto, float32, bfloat16 or float16 (default: auto, as saved)")
     add("--device", "default: a GPU where there is one")
+    add("--reward-device", "of the reward models, where it is another")
+    add("--device-map", "for models larger than a GPU: auto spreads their layers, as transformers")
     add("--shard", "i/n: every n-th prompt from the i-th (0 to n-1), to a file of its own; "
         "default: torchrun's rank")  # fmt: skip
     add("--engine", "who runs the models: hf, vllm, or ray over a cluster (default: hf)")

@@ -70,8 +70,9 @@ class Engine:
     def __init__(self, job: Job) -> None:
         transformers.utils.logging.disable_progress_bar()  # of loading: it would break up ours
         self.job, self.tokenizer = job, models.load_tokenizer(job.tokenizer or job.model)
-        self.lm = models.load_model("CausalLM", job.model, job.dtype, job.device)
-        loaded = Loaded(self.lm, self.tokenizer, job.dtype, job.device)
+        self.lm = models.load_model("CausalLM", job.model, job.dtype, job.device, job.device_map)
+        place = (job.reward_device, None) if job.reward_device else (job.device, job.device_map)
+        loaded = Loaded(self.lm, self.tokenizer, job.dtype, *place)
         self.options = guiding_options(job.reward_model, job.preset, job.options, loaded)
         self.per_token = per_token(job.reward_model, self.options)
         samples = self.options.get("do_sample", self.lm.generation_config.do_sample)

@@ -144,9 +144,10 @@ class Loaded:
     tokenizer: Any
     dtype: str
     device: str
+    device_map: Any = None
 
     def load(self, holds: str, name: str) -> Any:
-        return models.load_model(holds, name, self.dtype, self.device)
+        return models.load_model(holds, name, self.dtype, self.device, self.device_map)
 
 
 def guiding_options(

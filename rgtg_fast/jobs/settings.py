@@ -41,6 +41,9 @@ class Job:
         seed: split among the rows of the whole file, so that no shard or restart changes a row's.
         dtype: of all models: auto (as they are saved), float32, bfloat16 or float16.
         device: auto (a GPU where there is one, under torchrun the local rank's), cpu, cuda, ..
+        reward_device: of the reward models, where it is another.
+        device_map: for models larger than a GPU, instead of `device`: as in transformers, "auto" or
+            a mapping of modules to devices; of the reward models too, without `reward_device`.
         shard: (i, n): rows i, i + n, i + 2n, ..; given as "i/n". Default: torchrun's rank.
         engine: one of `run.ENGINES`.
         workers: of the engine "ray": actors, each with the models (default: one for each GPU).
@@ -63,6 +66,8 @@ class Job:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    reward_device: str | None = None
+    device_map: Any = None
     shard: tuple[int, int] = (0, 1)
     engine: str = "hf"
     workers: int = 0
@@ -82,7 +87,7 @@ class Job:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Job) if f.name != "options"}
-_OTHERS = ("reward_model", "preset", "shard", "vllm")
+_OTHERS = ("reward_model", "preset", "device_map", "shard", "vllm")
 
 
 def known_options() -> set[str]:
@@ -114,6 +119,7 @@ def check_settings(values: dict[str, Any], engines: tuple[str, ...]) -> Job:
             "preset": values.get("preset") and check_preset(values["preset"], reward),
             "shard": _shard(values.get("shard")),
             "device": _device(plain.get("device", "auto")),
+            "device_map": _device_map(values.get("device_map"), plain.get("device", "auto")),
             "vllm": _mapping("vllm", values.get("vllm")),
             "options": {"max_new_tokens": MAX_NEW_TOKENS}
             | {n: v for n, v in values.items() if n in options},
@@ -143,6 +149,7 @@ def _check(job: Job, engines: tuple[str, ...]) -> None:
         if getattr(job, name) not in allowed:
             raise ValueError(f"{name}={getattr(job, name)!r}; pass one of {', '.join(allowed)}")
     models.device_of(job.device)
+    models.device_of(job.reward_device or job.device)
     check_model("model", job.model)
     models.check_found("model", job.model)
     if job.output == "-" and job.report is not None:
@@ -168,6 +175,19 @@ def _shard(value: Any) -> tuple[int, int]:
     if not 0 <= i < n:
         raise ValueError(f"shard={value!r}; write i/n, the first of four is 0/4 and the last 3/4")
     return i, n
+
+
+def _device_map(value: Any, device: str) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, (str, dict)) or not value:
+        raise ValueError(
+            f"device_map={value!r}; write auto, balanced, sequential or a mapping of modules to "
+            "devices"
+        )
+    if device != "auto":
+        raise ValueError(f"device={device!r} and device_map={value!r}; leave one of them out")
+    return value
 
 
 def _device(name: str) -> str:

@@ -64,8 +64,11 @@ def _closing(engine: Engine, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 def check(job: Job) -> None:
     """`ValueError` for a job that the engine "vllm" cannot do as "hf" does it."""
-    if job.device != "auto":
-        raise ValueError(f"device={job.device!r} with engine=vllm, which takes its own; drop it")
+    usual = {"device": "auto", "reward_device": None, "device_map": None}
+    for name, value in usual.items():
+        if getattr(job, name) != value:
+            given = getattr(job, name)
+            raise ValueError(f"{name}={given!r} with engine=vllm, which takes its own; drop it")
     if job.preset is not None:
         raise ValueError(
             f"preset={job.preset['name']!r} is of the engine hf; pass engine=hf, or the reward "
