@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import models
-from . import hf, ray_data, vllm_offline
+from . import hf, inspected, ray_data, vllm_offline
 from .output import Output, Stream, opened
 from .progress import Pace, shown
 from .report import read_answers, write_report
@@ -63,6 +63,9 @@ def run_job(values: dict[str, Any]) -> Pace:
         folder = Path(job.report) / (path.stem if n > 1 else "")
         write_report(read_answers(path), folder)
         logger.info("report in %s", folder)
+    if job.inspect is not None:
+        page = inspected.write_page(job, rows)
+        logger.info("no answer to inspect" if page is None else f"the first answers in {page}")
     return pace
 
 
