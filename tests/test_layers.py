@@ -17,10 +17,10 @@ LAYERS = (
     "decode",
     "",
     "presets",
-    "vllm",
     "training",
     "evaluation",
     "jobs",
+    "vllm",
     "demo",
     "cli",
 )

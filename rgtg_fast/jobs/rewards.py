@@ -138,7 +138,11 @@ def _names(preset: str, reward: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Loaded:
-    """The language model and its tokenizer, and how to load what stands beside them."""
+    """The language model and its tokenizer, and how to load what stands beside them.
+
+    A reward model whose tokenizer has another vocabulary gets its own; with `tokenizer=None` all
+    are taken to share the language model's.
+    """
 
     lm: Any
     tokenizer: Any
@@ -230,6 +234,8 @@ def _said(made: Any, options: dict[str, Any]) -> Any:
 
 def _own_tokenizer(reward: dict[str, Any], loaded: Loaded, shared: bool) -> Any:
     """The reward model's tokenizer where its vocabulary is another; `shared`: it must not be."""
+    if loaded.tokenizer is None:
+        return None
     name = reward.get("tokenizer", reward["model"])
     if "tokenizer" not in reward and not _has_tokenizer(name):
         raise ValueError(
