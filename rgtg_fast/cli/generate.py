@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:
     """The job's mapping: the YAML file, then flags, then overrides."""
-    from rgtg_fast.jobs.rewards import form_of
+    from rgtg_fast.evaluation.rewards import form_of
     from rgtg_fast.training.config_file import read_overrides, read_yaml
 
     given = {k: v for k, v in vars(args).items() if k not in ("command", "overrides", "verbose")}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import models
+from ..evaluation.rewards import identities
 from . import hf, inspected, ray_data, vllm_offline
 from .output import Output, Stream, opened
 from .progress import Pace, shown
 from .report import read_answers, write_report
-from .rewards import identities
 from .rows import Row, read_rows
 from .settings import Job, check_settings, known_options
 

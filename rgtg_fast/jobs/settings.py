@@ -13,10 +13,10 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..evaluation import models
+from ..evaluation.rewards import check_preset, check_reward
 from ..evaluation.settings import check_model
 from ..generate import generate
 from ..training.config_file import check_keys, typed
-from .rewards import check_preset, check_reward
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 128
@@ -32,7 +32,7 @@ class Job:
 
     Args:
         model: the language model, a folder or hub name.
-        reward_model: what guides it; see `jobs.rewards.check_reward`.
+        reward_model: what guides it; see `evaluation.rewards.check_reward`.
         input: JSONL file, `{"id": .., "prompt": text or messages}` a line; "-" is standard input.
         output: JSONL file; "-" is standard output. A shard's has its number in the name.
         tokenizer: of the language model, where its folder has none.

@@ -71,7 +71,8 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
 
     Options of the engine: `--additional-config '{"rgtg": {"reward_model": ..., "k": 10}}'`, see
     `Settings`. Of a request, by `SamplingParams.extra_args` (HTTP: `vllm_xargs`): `rgtg` (false:
-    unguided), `rgtg_k`, `rgtg_beta`, `rgtg_seed` (instead of `seed`; `rgtg_row_seed` is one that
+    unguided), `rgtg_k`, `rgtg_beta`, `rgtg_preset` (for these two, of a decoder of the engine's
+    reward: `settings.PRESETS`), `rgtg_seed` (instead of `seed`; `rgtg_row_seed` is one that
     `ops.split_seed` gave), `rgtg_draw`, and `rgtg_number` in the file of `steps`.
     `SamplingParams.temperature` is T of softmax((log π + β r) / T), 0 the best candidate.
 
@@ -91,6 +92,7 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         _check_engine(vllm_config)
         self.requests: dict[int, Request] = {}  # by row of the batch (V1) or slot (V2)
         self.rows: Any = None
+        self.guide: Any = None
         self.reserved: Tensor | None = None
         self.group: Any = None
         self.guided = 0
@@ -99,9 +101,10 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1 and not _is_last_stage():
             return  # only the last stage samples
-        from .loading import GIB, load_rows
+        from .loading import GIB, load_guide
 
-        self.rows = load_rows(self.settings, vllm_config.model_config, device)
+        self.guide = load_guide(self.settings, vllm_config.model_config, device)
+        self.rows = self.guide.rows
         if device.type != "cpu":
             # vLLM does not run custom processors while it finds out how much memory is left for its
             # own cache; held until then, this much is not taken for that.
@@ -163,7 +166,8 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         """Whether the request that comes in is, which is no longer the one that was there."""
         self.requests.pop(at, None)
         given = guidance_of(params).guide
-        return self.settings.guide if given is None else given
+        asked = self.settings.guide if given is None else given
+        return asked and self.guide is not None  # which a stage that does not sample has not
 
     def _add(self, at: int, params: Any, prompt: int, outputs: list[int] | None) -> Request:
         """A guided request comes in, with a prompt of so many tokens."""
@@ -181,8 +185,8 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
             prompt=prompt,
             outputs=outputs,
             text=Text([]),
-            k=engine.k if given.k is None else given.k,
-            beta=engine.beta if given.beta is None else given.beta,
+            k=self.guide.k if given.k is None else given.k,
+            beta=self.guide.beta if given.beta is None else given.beta,
             temperature=params.temperature,
             seed=row_seed if own else None,
             top_p=params.top_p,
@@ -246,6 +250,8 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         whole = len(rows) == len(logits) and rows == list(range(len(rows)))
         index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
         own = logits if whole else logits[index]
+        for warper in self.guide.warpers:
+            own = warper(None, own)
         logprobs, ids, known = self._candidates(own, requests)
         keep = logprobs != -torch.inf  # a NaN is kept, to be seen
         texts = [request.text for request in requests]
