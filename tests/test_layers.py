@@ -21,6 +21,7 @@ LAYERS = (
     "training",
     "evaluation",
     "jobs",
+    "on_policy",
     "demo",
     "cli",
 )
