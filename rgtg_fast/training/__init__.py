@@ -37,6 +37,7 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `full` | classifier | Bradley-Terry at the last token (as in ARGS) | the model itself |
 | `farma` | causal LM | R(v) = output row v (arXiv 2502.04517) | `VocabRewardScorer(rm)` |
 | `genarm` | causal LM | reward = Σ log-probs (arXiv 2410.08193) | `AutoregressiveScorer(rm)` |
+| `genarm_prefix` | causal LM | that reward, at every prefix | `AutoregressiveScorer(rm)` |
 | `seq2seq` | causal LM | rewriting drafts (arXiv 2409.00162) | `RewriteScorer(rm)` |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
 

@@ -18,6 +18,9 @@ WHAT = {
     "full": "Bradley-Terry on whole answers; its rewards of prefixes are untrained",
     "farma": "FaRMA's vocabulary head (arXiv 2502.04517): output row v is the reward of token v",
     "genarm": "GenARM's autoregressive reward model (arXiv 2410.08193)",
+    "genarm_prefix": "An autoregressive reward model: GenARM's reward (arXiv 2410.08193) under "
+    "Bradley-Terry at every prefix of the answers (arXiv 2406.07780), a combination of which no "
+    "publication is known",
     "seq2seq": "a rewriter of drafts into chosen answers (arXiv 2409.00162), trained by likelihood",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
