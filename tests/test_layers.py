@@ -22,6 +22,7 @@ LAYERS = (
     "evaluation",
     "vllm",
     "jobs",
+    "on_policy",
     "demo",
     "cli",
 )
