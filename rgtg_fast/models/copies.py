@@ -174,9 +174,9 @@ class RowCaches:
         kept = rows.tolist()
         self.waiting = [self.waiting[row] for row in kept]
         if self.batch is not None:
-            new = {row: i for i, row in enumerate(kept)}
-            places = [i for i, row in enumerate(self.batch.rows) if row in new]
-            self.batch.select(places, [new[self.batch.rows[i]] for i in places])
+            at = {row: i for i, row in enumerate(self.batch.rows)}
+            new = [i for i, row in enumerate(kept) if row in at]
+            self.batch.select([at[kept[i]] for i in new], new)
 
     def tokens(self) -> Tensor:
         """Tokens int64 [B] of each row."""
