@@ -17,6 +17,7 @@ LAYERS = (
     "decode",
     "",
     "presets",
+    "sequence",
     "vllm",
     "training",
     "evaluation",
@@ -81,7 +82,8 @@ def upward(edges):
         for name, targets in edges.items()
         for target in sorted(targets)
         if name != "__main__"  # the way into the command line
-        and (name, target) != ("__init__", "presets")  # a public name, as the calls are
+        # Public names, as the calls are.
+        and not (name == "__init__" and layer_of(target) in ("presets", "sequence"))
         and ranks[layer_of(target)] > ranks[layer_of(name)]
     ]
 

@@ -154,6 +154,14 @@ class RowCaches:
             self.waiting[row] = None
         return self.batch
 
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        batch = [] if self.batch is None else self.batch.cache.layers
+        held = [tensor for layer in batch for tensor in (layer.keys, layer.values)]
+        for row in self.waiting:
+            held += [] if row is None else [tensor for layer in row.layers for tensor in layer]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
     def dissolve(self) -> None:
         """Take the batch apart into rows by themselves."""
         batch, self.batch = self.batch, None
