@@ -19,7 +19,9 @@ CHOICES = {
 }
 # The loss types that compare the two answers of a pair.
 PAIRS = tuple(
-    name for name, made in OBJECTIVES.items() if made.data == "pairs" and not made.rewrites
+    name
+    for name, made in OBJECTIVES.items()
+    if made.data == "pairs" and not made.rewrites and not made.policy
 )
 # What has no effect with an option's value, and with which loss types it has one.
 USED_BY = {
@@ -52,7 +54,8 @@ class PrefixRewardConfig(TrainingArguments):
         metadata={
             "help": "prefix: Bradley-Terry at every prefix; full: at the last token only; farma: "
             "vocabulary head; genarm: autoregressive; genarm_prefix: autoregressive, at every "
-            "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels"
+            "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels; copg: the "
+            "language model itself, by the scores of its answers"
         },
     )
     first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})
@@ -85,7 +88,11 @@ class PrefixRewardConfig(TrainingArguments):
         },
     )
     beta: float = field(
-        default=0.05, metadata={"help": "genarm, genarm_prefix: scale of the log-probabilities"}
+        default=0.05,
+        metadata={
+            "help": "genarm, genarm_prefix: scale of the log-probabilities; copg: weight of the KL "
+            "from what the model began as"
+        },
     )
     prefix_share: float = field(
         default=0.5,
