@@ -25,7 +25,7 @@ VLLM_DEPS := $(VLLM_VENV)/.installed-$(subst ==,-,$(VLLM))
 HEADER_TOOLS := build/header-tools/.installed
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-slow test-exhaustive test-oldest test-newest test-vllm headers wheel bench study assets lint clean
+.PHONY: demo test test-slow test-exhaustive test-oldest test-newest test-vllm test-ray headers wheel bench study assets lint clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgtg_fast demo
@@ -53,6 +53,11 @@ test-vllm: $(BUILT)
 	  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout -k 60 1800 \
 	  $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine; \
 	else echo "make test-vllm: SKIPPED, as $(VLLM) cannot be installed here"; fi
+
+# On a Ray cluster of this machine (Ray is 200 MB, and stays in the environment).
+test-ray: $(BUILT)
+	$(BIN)/pip install -q "ray[data]"
+	$(BIN)/python -m pytest -q tests/cli/test_generate_ray.py
 
 # Both ends of what is claimed, without their gigabytes: the sources against the headers alone.
 headers: $(DEPS) $(HEADER_TOOLS)

@@ -17,14 +17,17 @@ LAYERS = (
     "decode",
     "",
     "presets",
+    "inspection",
     "training",
     "evaluation",
-    "jobs",
     "vllm",
+    "jobs",
+    "on_policy",
     "demo",
     "cli",
 )
 CALLS = {"generate", "generate_many", "guided", "prompts", "validation", "vocabularies", "output"}
+PUBLIC = {("__init__", "presets"), ("__init__", "inspection")}  # as the calls are
 ROOT = {"__init__", "__main__", *CALLS}
 
 
@@ -81,7 +84,7 @@ def upward(edges):
         for name, targets in edges.items()
         for target in sorted(targets)
         if name != "__main__"  # the way into the command line
-        and (name, target) != ("__init__", "presets")  # a public name, as the calls are
+        and (name, target) not in PUBLIC
         and ranks[layer_of(target)] > ranks[layer_of(name)]
     ]
 

@@ -58,11 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", "of all draws (default: 0)", type=whole(0))
     add("--dtype", "auto, float32, bfloat16 or float16 (default: auto, as saved)")
     add("--device", "default: a GPU where there is one")
+    add("--reward-device", "of the reward models, where it is another")
+    add("--device-map", "for models larger than a GPU: auto spreads their layers, as transformers")
     add("--shard", "i/n: every n-th prompt from the i-th (0 to n-1), to a file of its own; "
         "default: torchrun's rank")  # fmt: skip
-    add("--engine", "who runs the models: hf, or ray over a cluster (default: hf)")
+    add("--engine", "who runs the models: hf, vllm, or ray over a cluster (default: hf)")
     add("--workers", "of --engine ray: actors (default: one for each GPU)", type=whole(1))
+    add("--worker-engine", "of --engine ray: what runs in an actor, hf or vllm (default: hf)")
     add("--report", "folder for the distribution of rewards, KL and lengths")
+    add("--inspect", "HTML file that shows the first 8 answers token by token")
     add("--overwrite", "begin anew where the output has lines", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in the YAML file")
 
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:
     """The job's mapping: the YAML file, then flags, then overrides."""
-    from rgtg_fast.jobs.rewards import form_of
+    from rgtg_fast.evaluation.rewards import form_of
     from rgtg_fast.training.config_file import read_overrides, read_yaml
 
     given = {k: v for k, v in vars(args).items() if k not in ("command", "overrides", "verbose")}

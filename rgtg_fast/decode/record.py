@@ -15,6 +15,13 @@ from .ratio_policy import Choice
 from .rows import Rows, with_room
 
 
+def divergence(logq: Tensor, logprobs: Tensor) -> Tensor:
+    """KL of the ratio policy from π over the candidates, [B], of log-probs [B, k]."""
+    # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
+    q = logq.exp()
+    return torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
+
+
 @dataclass
 class Record:
     """Collects the columns of a `RewardGuidedOutput`; does nothing where only ids are returned."""
@@ -81,9 +88,7 @@ class Record:
         if scored is not None:
             count = scored.sum(-1)
         if self.config.do_sample and kl is None:
-            # An impossible candidate has q = 0 and log q − log π = −inf or NaN: it adds nothing.
-            q = logq.exp()
-            kl = torch.where(q > 0, q * (logq - logprobs), 0.0).sum(-1)
+            kl = divergence(logq, logprobs)
             if scored is not None:
                 # Where a reward that counts is unknown the ratio policy is, and so is its KL.
                 unknown = (~scored & (logprobs > -torch.inf)).any(-1)

@@ -161,12 +161,14 @@ def check_classifier(key: str, name: str) -> None:
         )
 
 
-def load_model(task: str, name: str, dtype: str, device: str) -> Any:
+def load_model(task: str, name: str, dtype: str, device: str, device_map: Any = None) -> Any:
     """The model that AutoModelFor`task` loads from a folder or by a hub name, ready for inference;
-    in the dtype that it was saved in with "auto". Raises `ValueError` for one that
-    cannot be loaded, or whose file lacks weights: transformers would draw them at random with no
-    more than a warning."""
+    in the dtype that it was saved in with "auto"; over several devices where `device_map` says so,
+    as transformers has it. Raises `ValueError` for one that cannot be loaded, or whose file lacks
+    weights: transformers would draw them at random with no more than a warning."""
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if device_map is not None:
+        options["device_map"] = device_map
     adapter = (Path(name) / "adapter_config.json").is_file()
     missing: Any = ()
     try:
@@ -193,7 +195,7 @@ def load_model(task: str, name: str, dtype: str, device: str) -> Any:
             f"{name!r} lacks {len(missing)} of the weights of {type(model).__name__} "
             f"({', '.join(missing[:3])}); they would be random: pass a whole model"
         )
-    return model.to(device_of(device)).eval()
+    return (model if device_map is not None else model.to(device_of(device))).eval()
 
 
 def identity(name: str) -> list[Any]:

@@ -14,11 +14,11 @@ import transformers
 from .. import ops
 from ..evaluation import models
 from ..evaluation.prompts import is_conversation, prompt_of
+from ..evaluation.rewards import Loaded, guiding_options, per_token
 from ..generate_many import generate_many
 from ..output import Answer
 from . import JobFailed
 from .memory import within_memory
-from .rewards import Loaded, guiding_options, per_token
 from .rows import Row
 from .settings import Job
 
@@ -43,14 +43,36 @@ def check_conversations(job: Job, rows: Sequence[Row]) -> None:
             prompt_of(first.prompt, tokenizer, f"line {first.line}")
 
 
+def row_seeds(job: Job, rows: Sequence[Row]) -> list[int]:
+    """The row seed of each: of the job's, by its place in the whole file. A row's own seed gives
+    what `generate(seed=...)` gives for it."""
+    of_job = ops.split_seed(job.seed, max(row.index for row in rows) + 1).tolist()
+    return [
+        int(ops.split_seed(row.options["seed"], 1)[0])
+        if "seed" in row.options
+        else of_job[row.index]
+        for row in rows
+    ]
+
+
+def answer_of(
+    row: Row, text: str | None, tokens: list[int], reward: float | None, kl: float
+) -> dict[str, Any]:
+    """An answer as the output has it; JSON has no word for what is not finite."""
+    values = {"reward": reward, "kl": kl}
+    plain = {n: v if v is not None and math.isfinite(v) else None for n, v in values.items()}
+    return {"id": row.id, "text": text, "tokens": tokens, **plain}
+
+
 class Engine:
     """The models of a job, loaded."""
 
     def __init__(self, job: Job) -> None:
         transformers.utils.logging.disable_progress_bar()  # of loading: it would break up ours
         self.job, self.tokenizer = job, models.load_tokenizer(job.tokenizer or job.model)
-        self.lm = models.load_model("CausalLM", job.model, job.dtype, job.device)
-        loaded = Loaded(self.lm, self.tokenizer, job.dtype, job.device)
+        self.lm = models.load_model("CausalLM", job.model, job.dtype, job.device, job.device_map)
+        place = (job.reward_device, None) if job.reward_device else (job.device, job.device_map)
+        loaded = Loaded(self.lm, self.tokenizer, job.dtype, *place)
         self.options = guiding_options(job.reward_model, job.preset, job.options, loaded)
         self.per_token = per_token(job.reward_model, self.options)
         samples = self.options.get("do_sample", self.lm.generation_config.do_sample)
@@ -90,15 +112,8 @@ class Engine:
 
     def _of_rows(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The options that rows have of their own, as tensors [N]: all rows then have a value."""
-        of_job = ops.split_seed(self.job.seed, max(row.index for row in rows) + 1).tolist()
-        # A row's own seed gives what `generate(seed=...)` gives for it.
-        seeds = [
-            int(ops.split_seed(row.options["seed"], 1)[0])
-            if "seed" in row.options
-            else of_job[row.index]
-            for row in rows
-        ]
-        found: dict[str, Any] = {"seed": torch.tensor(seeds, dtype=torch.int64, device="cpu")}
+        seeds = torch.tensor(row_seeds(self.job, rows), dtype=torch.int64, device="cpu")
+        found: dict[str, Any] = {"seed": seeds}
         usual = {"beta": 1.0, "temperature": self.lm.generation_config.temperature or 1.0}
         for name in ("beta", "temperature", "max_new_tokens"):
             if any(name in row.options for row in rows):
@@ -113,6 +128,4 @@ class Engine:
         reward = None
         if self.per_token is not None:
             reward = math.fsum(got.rewards) if self.per_token else got.rewards[-1]
-        values = {"reward": reward, "kl": math.fsum(got.kl)}
-        plain = {n: v if v is not None and math.isfinite(v) else None for n, v in values.items()}
-        return {"id": row.id, "text": got.text, "tokens": got.tokens, **plain}
+        return answer_of(row, got.text, got.tokens, reward, math.fsum(got.kl))

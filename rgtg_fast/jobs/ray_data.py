@@ -11,32 +11,34 @@ import importlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ..evaluation import models
-from . import JobFailed, hf
+from . import JobFailed, hf, vllm_offline
 from .rows import Row
 from .settings import Job
 
 logger = logging.getLogger(__name__)
 _PARTS = 4  # of each actor's share: what is lost with an actor, and waits at the end, is small
 _BATCHES = 8  # of a part at least, so that rows come and go in full batches
+_INSIDE: dict[str, Callable[[Job], Any]] = {"hf": hf.Engine, "vllm": vllm_offline.Engine}
 _TRIES = 3  # begins of an actor, and times that a part is given out; then it is not the machines
 
 
 class Answerer:
     """An actor: the models of a job, loaded with its first part."""
 
-    engine: hf.Engine | None = None
+    engine: Any = None  # a hf.Engine or vllm_offline.Engine
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         found: list[str] = []
         try:
             if self.engine is None:
                 values = json.loads(part["job"])
-                self.engine = hf.Engine(Job(**values | {"shard": tuple(values["shard"])}))
+                job = Job(**values | {"shard": tuple(values["shard"])})
+                self.engine = _INSIDE[job.worker_engine](job)
             rows = [Row(**json.loads(text)) for text in part["row"]]
             found += map(json.dumps, self.engine.answers(rows))
         except (JobFailed, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
@@ -54,6 +56,8 @@ def answers(job: Job, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     `ImportError` where Ray is not installed.
     """
     ray = _ray()
+    if job.worker_engine == "vllm":
+        vllm_offline.check(job)
     hf.check_conversations(job, rows)
     own = not ray.is_initialized()
     if own:

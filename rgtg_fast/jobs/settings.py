@@ -13,10 +13,10 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..evaluation import models
+from ..evaluation.rewards import check_preset, check_reward
 from ..evaluation.settings import check_model
 from ..generate import generate
 from ..training.config_file import check_keys, typed
-from .rewards import check_preset, check_reward
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 128
@@ -32,7 +32,7 @@ class Job:
 
     Args:
         model: the language model, a folder or hub name.
-        reward_model: what guides it; see `jobs.rewards.check_reward`.
+        reward_model: what guides it; see `evaluation.rewards.check_reward`.
         input: JSONL file, `{"id": .., "prompt": text or messages}` a line; "-" is standard input.
         output: JSONL file; "-" is standard output. A shard's has its number in the name.
         tokenizer: of the language model, where its folder has none.
@@ -41,10 +41,18 @@ class Job:
         seed: split among the rows of the whole file, so that no shard or restart changes a row's.
         dtype: of all models: auto (as they are saved), float32, bfloat16 or float16.
         device: auto (a GPU where there is one, under torchrun the local rank's), cpu, cuda, ..
+        reward_device: of the reward models, where it is another.
+        device_map: for models larger than a GPU, instead of `device`: as in transformers, "auto" or
+            a mapping of modules to devices; of the reward models too, without `reward_device`.
         shard: (i, n): rows i, i + n, i + 2n, ..; given as "i/n". Default: torchrun's rank.
         engine: one of `run.ENGINES`.
         workers: of the engine "ray": actors, each with the models (default: one for each GPU).
+        worker_engine: of the engine "ray": what runs in an actor, hf or vllm.
+        vllm: of the engine "vllm": engine arguments of `vllm.LLM` (tensor_parallel_size,
+            max_model_len, ..), and `kv_gib` of the plug-in.
         report: a folder for the distribution of rewards, KL and lengths.
+        inspect: an HTML file that shows the first answers token by token, see `rgtg_fast.inspect`;
+            of the engine "hf".
         overwrite: begins anew where the output has lines.
         options: of `rgtg_fast.generate_many` (k, beta, do_sample, top_p, ..); they stand beside the
             other keys.
@@ -60,10 +68,15 @@ class Job:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    reward_device: str | None = None
+    device_map: Any = None
     shard: tuple[int, int] = (0, 1)
     engine: str = "hf"
     workers: int = 0
+    worker_engine: str = "hf"
+    vllm: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
+    inspect: str | None = None
     overwrite: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -77,7 +90,7 @@ class Job:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Job) if f.name != "options"}
-_OTHERS = ("reward_model", "preset", "shard")
+_OTHERS = ("reward_model", "preset", "device_map", "shard", "vllm")
 
 
 def known_options() -> set[str]:
@@ -109,6 +122,8 @@ def check_settings(values: dict[str, Any], engines: tuple[str, ...]) -> Job:
             "preset": values.get("preset") and check_preset(values["preset"], reward),
             "shard": _shard(values.get("shard")),
             "device": _device(plain.get("device", "auto")),
+            "device_map": _device_map(values.get("device_map"), plain.get("device", "auto")),
+            "vllm": _mapping("vllm", values.get("vllm")),
             "options": {"max_new_tokens": MAX_NEW_TOKENS}
             | {n: v for n, v in values.items() if n in options},
         }
@@ -118,16 +133,27 @@ def check_settings(values: dict[str, Any], engines: tuple[str, ...]) -> Job:
 
 
 def _check(job: Job, engines: tuple[str, ...]) -> None:
-    if job.workers < 0 or (job.workers and job.engine != "ray"):
-        raise ValueError(
-            f"workers={job.workers} is of engine=ray, at least 1; pass that, or drop it"
-        )
+    on_ray = job.engine == "ray"
+    runs = job.worker_engine if on_ray else job.engine
+    for name, said, fits, wanted in (
+        ("workers", job.workers, on_ray and job.workers > 0, "engine=ray, at least 1"),
+        ("worker_engine", job.worker_engine != "hf", on_ray, "engine=ray"),
+        ("inspect", job.inspect, job.engine == "hf", "engine=hf"),
+        ("vllm", job.vllm, runs == "vllm", "engine=vllm, or worker_engine=vllm"),
+    ):
+        if said and not fits:
+            raise ValueError(f"{name}={getattr(job, name)!r} is of {wanted}; pass that, or drop it")
     if job.batch_size < 1:
         raise ValueError(f"batch_size={job.batch_size}; pass at least 1")
-    for name, allowed in (("dtype", DTYPES), ("engine", engines)):
+    for name, allowed in (
+        ("dtype", DTYPES),
+        ("engine", engines),
+        ("worker_engine", [each for each in engines if each != "ray"]),
+    ):
         if getattr(job, name) not in allowed:
             raise ValueError(f"{name}={getattr(job, name)!r}; pass one of {', '.join(allowed)}")
     models.device_of(job.device)
+    models.device_of(job.reward_device or job.device)
     check_model("model", job.model)
     models.check_found("model", job.model)
     if job.output == "-" and job.report is not None:
@@ -135,6 +161,13 @@ def _check(job: Job, engines: tuple[str, ...]) -> None:
     inside = job.path is not None and job.input != "-"
     if inside and os.path.realpath(job.path) == os.path.realpath(job.input):  # type: ignore[arg-type]
         raise ValueError(f"output={job.output!r} is the input; name another file")
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    value = {} if value is None else value
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}={value!r}; write a mapping")
+    return value
 
 
 def _shard(value: Any) -> tuple[int, int]:
@@ -146,6 +179,19 @@ def _shard(value: Any) -> tuple[int, int]:
     if not 0 <= i < n:
         raise ValueError(f"shard={value!r}; write i/n, the first of four is 0/4 and the last 3/4")
     return i, n
+
+
+def _device_map(value: Any, device: str) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, (str, dict)) or not value:
+        raise ValueError(
+            f"device_map={value!r}; write auto, balanced, sequential or a mapping of modules to "
+            "devices"
+        )
+    if device != "auto":
+        raise ValueError(f"device={device!r} and device_map={value!r}; leave one of them out")
+    return value
 
 
 def _device(name: str) -> str:

@@ -209,3 +209,9 @@ def leave_pool(device: int, pool: tuple[int, int]) -> None:
     except RuntimeError:  # it had, or the capture had not begun
         return
     torch._C._cuda_releasePool(device, pool)
+
+
+def generation_defaults() -> dict[str, Any]:
+    """What `generate` takes for options that neither the model's configuration nor the caller says;
+    the configuration itself has None for them. With do_sample, top_k=50 is among them."""
+    return GenerationConfig._get_default_generation_params()

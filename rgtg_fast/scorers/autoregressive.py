@@ -18,7 +18,8 @@ class AutoregressiveScorer(NextTokenScorer):
 
     The reward of the prefix itself, Σ log p_r over its tokens, is the same for all candidates of a
     step and cancels in the ratio policy, so it is left out; generate's `beta` is the paper's 1/β.
-    `model` is a causal LM as `PrefixRewardTrainer(loss_type="genarm")` trains it.
+    `model` is a causal LM as `PrefixRewardTrainer` trains it with `loss_type="genarm"` or
+    `"genarm_prefix"`.
 
     Example: `rgtg_fast.generate(lm, **inputs, reward_model=AutoregressiveScorer(rm), beta=1.0)`.
     """

@@ -67,7 +67,9 @@ KINDS: dict[str, Kind] = {
     "classifier": Kind(reward_model, "SequenceClassification", ("prefix", "full", "rad")),
     "head": Kind(RewardHead, "head", ("prefix", "full")),
     "vocab": Kind(VocabRewardScorer, "CausalLM", ("farma",)),
-    "autoregressive": Kind(AutoregressiveScorer, "CausalLM", ("genarm",), per_token=True),
+    "autoregressive": Kind(
+        AutoregressiveScorer, "CausalLM", ("genarm", "genarm_prefix"), per_token=True
+    ),
     "rewriting": Kind(RewriteScorer, "CausalLM", ("seq2seq",), per_token=True),
     "attention_credit": Kind(AttentionCreditScorer, "SequenceClassification", ("full",)),
 }

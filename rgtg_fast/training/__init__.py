@@ -37,6 +37,7 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `full` | classifier | Bradley-Terry at the last token (as in ARGS) | the model itself |
 | `farma` | causal LM | R(v) = output row v (arXiv 2502.04517) | `VocabRewardScorer(rm)` |
 | `genarm` | causal LM | reward = Σ log-probs (arXiv 2410.08193) | `AutoregressiveScorer(rm)` |
+| `genarm_prefix` | causal LM | that reward, at every prefix | `AutoregressiveScorer(rm)` |
 | `seq2seq` | causal LM | rewriting drafts (arXiv 2409.00162) | `RewriteScorer(rm)` |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
 
@@ -46,7 +47,8 @@ head on a frozen language model is fitted: hidden states once, then a convex pro
 
 One run a folder: where `output_dir` holds one already, `resume: true` goes on from its last
 checkpoint, `overwrite: true` removes what it wrote and starts over; neither is an error that says
-so. `rgtg_fast.training.experimental` has methods that the study found not to pay.
+so. `rgtg_fast.training.experimental` has methods that the study found not to pay, and
+`rgtg_fast.on_policy` trains in rounds on the answers of the guided policy.
 
 EOS: an answer ends with EOS where it truly ends and nowhere else, so the model learns what ending
 there is worth; answers cut at `max_length` get none (`eos: keep` adds none at all). Over-long rows

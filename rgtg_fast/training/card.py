@@ -18,6 +18,9 @@ WHAT = {
     "full": "Bradley-Terry on whole answers; its rewards of prefixes are untrained",
     "farma": "FaRMA's vocabulary head (arXiv 2502.04517): output row v is the reward of token v",
     "genarm": "GenARM's autoregressive reward model (arXiv 2410.08193)",
+    "genarm_prefix": "An autoregressive reward model: GenARM's reward (arXiv 2410.08193) under "
+    "Bradley-Terry at every prefix of the answers (arXiv 2406.07780), a combination of which no "
+    "publication is known",
     "seq2seq": "a rewriter of drafts into chosen answers (arXiv 2409.00162), trained by likelihood",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
@@ -30,8 +33,11 @@ def write_card(
     args: PrefixRewardConfig,
     model_config: Any,
     plotted: bool,
+    note: str,
+    lm: str,
 ) -> None:
-    """Writes the card: what it is, how to use it, how well it does, how it was made."""
+    """Writes the card: what it is (with `note` behind it), how to use it (to guide the language
+    model `lm`), how well it does, how it was made."""
     lines = [
         "---",
         "library_name: transformers",
@@ -42,7 +48,8 @@ def write_card(
         "",
         f"{WHAT[args.loss_type]}. Trained from `{settings.model}`.",
         "",
-        *_usage(settings, args, model_config),
+        *([note, ""] if note else []),
+        *_usage(settings, args, model_config, lm),
         *_accuracy(metrics, plotted),
         "## Training",
         "",
@@ -66,7 +73,7 @@ def write_card(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> list[str]:
+def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any, lm: str) -> list[str]:
     out = str(args.output_dir)
     head = "SequenceClassification" if OBJECTIVES[args.loss_type].head == "scalar" else "CausalLM"
     guide, *others = (k.usage for k in kinds_trained_by(args.loss_type, settings.frozen))
@@ -95,7 +102,7 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
             "",
         ]
     return [
-        "It guides the model that it was trained from, or another with the same tokenizer:",
+        f"It guides {_guides(settings, lm)}, or another with the same tokenizer:",
         "",
         "```python",
         "import rgtg_fast",
@@ -105,7 +112,7 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
         ),
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(out)})",
-        f"lm = AutoModelForCausalLM.from_pretrained({json.dumps(settings.model)})",
+        f"lm = AutoModelForCausalLM.from_pretrained({json.dumps(lm)})",
         *load,
         'ids = tokenizer("A prompt like those trained on.", return_tensors="pt").input_ids',
         "out = rgtg_fast.generate(",
@@ -117,6 +124,10 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
         *(line for other in others for line in (f"It can guide as `{other}` too.", "")),
         *note,
     ]
+
+
+def _guides(settings: Settings, lm: str) -> str:
+    return "the model that it was trained from" if lm == settings.model else f"`{lm}`"
 
 
 def _accuracy(metrics: dict[str, Any], plotted: bool) -> list[str]:

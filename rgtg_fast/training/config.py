@@ -23,12 +23,13 @@ PAIRS = tuple(
 )
 # What has no effect with an option's value, and with which loss types it has one.
 USED_BY = {
-    "weights": ("uniform", ("prefix", "rad")),
+    "weights": ("uniform", ("prefix", "genarm_prefix", "rad")),
     "extension": ("hold", ("prefix",)),
     "margin": (0.0, PAIRS),
     "label_smoothing": (0.0, PAIRS),
     "consistency": (None, PAIRS),
     "centering": (0.0, PAIRS),
+    "prefix_share": (1.0, ("genarm_prefix",)),
     "separator": (None, ("seq2seq",)),
 }
 # The least that an option may be. The Trainer would fail late over some, or train on in silence.
@@ -50,8 +51,8 @@ class PrefixRewardConfig(TrainingArguments):
         default="prefix",
         metadata={
             "help": "prefix: Bradley-Terry at every prefix; full: at the last token only; farma: "
-            "vocabulary head; genarm: autoregressive; seq2seq: rewrites drafts; rad: squared error "
-            "to scalar labels"
+            "vocabulary head; genarm: autoregressive; genarm_prefix: autoregressive, at every "
+            "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels"
         },
     )
     first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})
@@ -83,7 +84,20 @@ class PrefixRewardConfig(TrainingArguments):
             "tokens and take the rewards there (the published padding)"
         },
     )
-    beta: float = field(default=0.05, metadata={"help": "genarm: scale of the log-probabilities"})
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "scale of the log-probabilities (default: genarm 0.05, as published, "
+            "genarm_prefix 0.3)"
+        },
+    )
+    prefix_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "genarm_prefix: weight of the loss at every prefix; the rest is that of whole "
+            "answers"
+        },
+    )
     alternate: int = field(
         default=1, metadata={"help": "farma: optimiser steps before the two losses change places"}
     )
@@ -114,6 +128,8 @@ class PrefixRewardConfig(TrainingArguments):
                 )
         if self.weights is None:
             self.weights = "linear" if scalar_labels else "uniform"
+        if self.beta is None:
+            self.beta = 0.3 if self.loss_type == "genarm_prefix" else 0.05
         if self.eos is None:
             self.eos = "keep" if scalar_labels else "append"
         for name, allowed in CHOICES.items():
@@ -139,6 +155,8 @@ class PrefixRewardConfig(TrainingArguments):
             raise ValueError(f"centering={self.centering}; pass 0 or more")
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta}; pass a positive number")
+        if not 0 <= self.prefix_share <= 1:
+            raise ValueError(f"prefix_share={self.prefix_share}; pass 0 <= value <= 1")
 
     def _take_consistency(self, rate: float) -> None:
         if not 0.5 < rate <= 1:

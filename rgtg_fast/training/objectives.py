@@ -67,19 +67,10 @@ def _last_loss(rewards: Tensor, batch: Batch, args: Any) -> Tensor:
     )
 
 
-def _at_end(rewards: Tensor, batch: Batch) -> Tensor:
-    """Rewards [N, 2] of the whole answers out of rewards [N, 2, T] of their prefixes."""
-    return rewards.gather(-1, _lengths(batch)[..., None] - 1)[..., 0]
-
-
-def prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
-    """Bradley-Terry at every prefix (arXiv 2406.07780), or, with `loss_type="full"`, at the end."""
-    rewards = parts.scalar(_pair_hidden(parts, batch))  # [N, 2, L]
-    rewards = answer_columns(rewards, batch["start"], _width(batch))
-    if args.loss_type == "full":
-        return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
+def _prefix_loss(rewards: Tensor, batch: Batch, args: Any) -> Tensor:
+    """Bradley-Terry on rewards [N, 2, T] of every prefix."""
     mask = batch["answer_mask"]
-    loss = prefix_bt_loss(
+    return prefix_bt_loss(
         rewards[:, 0],
         rewards[:, 1],
         mask[:, 0],
@@ -91,7 +82,20 @@ def prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Sc
         centering=args.centering,
         extension=args.extension,
     )
-    return Scored(loss, rewards.detach())
+
+
+def _at_end(rewards: Tensor, batch: Batch) -> Tensor:
+    """Rewards [N, 2] of the whole answers out of rewards [N, 2, T] of their prefixes."""
+    return rewards.gather(-1, _lengths(batch)[..., None] - 1)[..., 0]
+
+
+def prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """Bradley-Terry at every prefix (arXiv 2406.07780), or, with `loss_type="full"`, at the end."""
+    rewards = parts.scalar(_pair_hidden(parts, batch))  # [N, 2, L]
+    rewards = answer_columns(rewards, batch["start"], _width(batch))
+    if args.loss_type == "full":
+        return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
+    return Scored(_prefix_loss(rewards, batch, args), rewards.detach())
 
 
 def farma(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
@@ -137,8 +141,9 @@ def _consistency(parts: TrainedParts, batch: Batch, first: int) -> Tensor:
     return F.mse_loss(rewards, parts.best_token(after))
 
 
-def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
-    """GenARM (arXiv 2410.08193): r(y) = beta Σ_t log p(y_t | x, y_<t), Bradley-Terry at the end."""
+def _summed_logprobs(parts: TrainedParts, batch: Batch, beta: float) -> Tensor:
+    """beta Σ_{t <= i} log p(y_t | x, y_<t) [N, 2, T] of the prefix of each length i, from one
+    forward of 2N rows."""
     ids, start = batch["input_ids"], batch["start"]
     # This waits for the device, which has no work yet, and saves the logits of the shortest prompt.
     first = max(int(start.min()), 1)
@@ -146,8 +151,28 @@ def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Sc
         ids.flatten(0, 1), batch["attention_mask"].flatten(0, 1), first
     ).view(*ids.shape[:2], -1)
     logprobs = answer_columns(logprobs, start - first, _width(batch))
-    rewards = args.beta * logprobs.cumsum(-1)
+    return beta * logprobs.cumsum(-1)
+
+
+def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """GenARM (arXiv 2410.08193): r(y) = beta Σ_t log p(y_t | x, y_<t), Bradley-Terry at the end."""
+    rewards = _summed_logprobs(parts, batch, args.beta)
     return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
+
+
+def genarm_prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """The autoregressive reward of `genarm` under the loss of `prefix`: Bradley-Terry at every
+    prefix length, and at the end, with weights prefix_share and 1 - prefix_share.
+
+    At one length both prefixes have the same number of log-probs, so what every token has in common
+    costs nothing; a shorter answer keeps the sum of its own tokens behind its end. The parts are of
+    arXiv 2410.08193 and 2406.07780; no publication of the combination is known.
+    """
+    rewards = _summed_logprobs(parts, batch, args.beta)
+    share = args.prefix_share
+    loss = share * _prefix_loss(rewards, batch, args)
+    loss = loss + (1 - share) * _last_loss(_at_end(rewards, batch), batch, args)
+    return Scored(loss, rewards.detach())
 
 
 def seq2seq(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
@@ -220,6 +245,7 @@ OBJECTIVES = {
     "full": Objective(prefix, "scalar", "pairs"),
     "farma": Objective(farma, "vocab", "pairs"),
     "genarm": Objective(genarm, "vocab", "pairs"),
+    "genarm_prefix": Objective(genarm_prefix, "vocab", "pairs"),
     "seq2seq": Objective(seq2seq, "vocab", "pairs", rewrites=True),
     "rad": Objective(rad, "scalar", "labelled"),
 }

@@ -70,7 +70,7 @@ class PrefixRewardTrainer(Trainer):
     All prefix rewards of a pair come from one causal forward of the two answers, so a step costs
     what a full-sequence reward model's step costs. `args.loss_type` chooses the objective; the
     model is a `...ForSequenceClassification` with one label for "prefix", "full" and "rad", and a
-    causal LM for "farma", "genarm" and "seq2seq".
+    causal LM for "farma", "genarm", "genarm_prefix" and "seq2seq".
 
     Args:
         model: the model, PEFT-wrapped or not; `peft_config` wraps it here.

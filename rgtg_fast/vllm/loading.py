@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..jobs.rewards import Loaded, guiding_options
+from ..evaluation.rewards import Loaded, guiding_options
 from ..models.parts import ModelParts
 from ..scorers.base import RowScorer
 from ..scorers.factory import make_scorer, same_vocabulary

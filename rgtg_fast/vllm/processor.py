@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..decode.record import divergence
 from .settings import check_penalties, guidance_of, settings_of
+from .steps import StepWriter
 
 
 def _interfaces() -> tuple[type, ...]:
@@ -31,6 +33,7 @@ def _interfaces() -> tuple[type, ...]:
 
 logger = logging.getLogger("vllm.rgtg_fast")
 LOG_SECONDS = 10.0
+REACH = 64  # of the likeliest tokens, in which top_k, top_p and min_p are looked for
 
 
 @dataclass(eq=False)
@@ -50,11 +53,17 @@ class Request:
     top_p: float
     top_k: int
     min_p: float
+    number: int | None  # in the file of steps
 
     @property
     def draws(self) -> bool:
         """Whether the token is drawn here."""
         return self.seed is not None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether π is cut before the token is drawn here."""
+        return self.draws and (self.top_p < 1 or self.min_p > 0 or self.top_k > 0)
 
 
 class RewardGuided(*_interfaces()):  # type: ignore[misc]
@@ -63,7 +72,8 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
     Options of the engine: `--additional-config '{"rgtg": {"reward_model": ..., "k": 10}}'`, see
     `Settings`. Of a request, by `SamplingParams.extra_args` (HTTP: `vllm_xargs`): `rgtg` (false:
     unguided), `rgtg_k`, `rgtg_beta`, `rgtg_preset` (for these two, of a decoder of the engine's
-    reward: `settings.PRESETS`), `rgtg_seed` (instead of `seed`) and `rgtg_draw`.
+    reward: `settings.PRESETS`), `rgtg_seed` (instead of `seed`; `rgtg_row_seed` is one that
+    `ops.split_seed` gave), `rgtg_draw`, and `rgtg_number` in the file of `steps`.
     `SamplingParams.temperature` is T of softmax((log π + β r) / T), 0 the best candidate.
 
     A request that is greedy or has a seed gets the tokens of `rgtg_fast.generate` with that seed;
@@ -87,6 +97,7 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         self.group: Any = None
         self.guided = 0
         self.said: tuple[float, tuple[int, ...] | None] = (0.0, None)
+        self.steps: StepWriter | None = None
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1 and not _is_last_stage():
             return  # only the last stage samples
@@ -103,6 +114,8 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
             from vllm.distributed import get_tp_group
 
             self.group = get_tp_group()
+        if self.settings.steps is not None and (self.group is None or self.group.is_first_rank):
+            self.steps = StepWriter(self.settings.steps)
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -165,6 +178,9 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         own = (given.draw or engine.draw) == "rgtg"
         if params.temperature == 0 and seed is None:
             seed = 0  # nothing is drawn
+        row_seed = given.row_seed
+        if row_seed is None and seed is not None:
+            row_seed = int(ops.split_seed(seed, 1, "cpu")[0])
         self.requests[at] = Request(
             prompt=prompt,
             outputs=outputs,
@@ -172,10 +188,11 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
             k=self.guide.k if given.k is None else given.k,
             beta=self.guide.beta if given.beta is None else given.beta,
             temperature=params.temperature,
-            seed=int(ops.split_seed(seed, 1, "cpu")[0]) if own and seed is not None else None,
+            seed=row_seed if own else None,
             top_p=params.top_p,
             top_k=params.top_k,
             min_p=params.min_p,
+            number=given.number,
         )
         self.guided += 1
         return self.requests[at]
@@ -235,16 +252,14 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         own = logits if whole else logits[index]
         for warper in self.guide.warpers:
             own = warper(None, own)
-        k = min(max(request.k for request in requests), logits.shape[1])
-        logprobs, ids = ops.topk_logprobs(own, k)
-        logprobs = self._cut(logprobs, requests)
+        logprobs, ids, known = self._candidates(own, requests)
         keep = logprobs != -torch.inf  # a NaN is kept, to be seen
         texts = [request.text for request in requests]
         rewards = self.rows.score(texts, ids, keep)
         if self.group is not None:  # the ranks' sums differ in their last bits, and so would tokens
             rewards = self.group.broadcast(rewards.contiguous(), src=0)
         rewards = rewards.where(keep, 0.0)
-        values = self._values(logprobs, rewards, ids, requests)
+        values = self._values(logprobs, rewards, ids, requests, known)
         new = torch.full_like(own, -torch.inf).scatter_(1, ids, values.to(own.dtype))
         if whole:
             logits.copy_(new)
@@ -252,23 +267,33 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
             logits[index] = new
         self._log()
 
-    def _cut(self, logprobs: Tensor, requests: list[Request]) -> Tensor:
-        """-inf for candidates beyond a request's own k, and where the token is drawn here, for what
-        its `top_k`, `top_p` and `min_p` cut from π. logprobs [n, k], the likeliest first."""
-        rank = torch.arange(logprobs.shape[1], device=logprobs.device)
-        most = [min(r.k, r.top_k) if r.draws and r.top_k > 0 else r.k for r in requests]
-        cut = rank >= torch.tensor(most, device=logprobs.device)[:, None]
-        if any(r.draws and (r.top_p < 1 or r.min_p > 0) for r in requests):
-            columns = [(r.top_p, r.min_p) if r.draws else (1.0, 0.0) for r in requests]
-            limits = torch.tensor(columns, dtype=torch.float32, device=logprobs.device)
-            probs = logprobs.exp()
-            before = probs.cumsum(1) - probs
-            cut |= (before >= limits[:, :1]) & (limits[:, :1] < 1) & (rank > 0)
-            cut |= probs < limits[:, 1:] * probs[:, :1]
-        return logprobs.masked_fill(cut, -torch.inf)
+    def _candidates(self, logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates of logits [n, V], the likeliest first: log-probs [n, k], -inf beyond a
+        request's own k and where its `top_k`, `top_p` and `min_p` cut π; ids [n, k]; and whether
+        log-probs are those of what is left of π, bool [n]: where it is more than is looked at here
+        they are short by a constant, which no token depends on."""
+        most, vocabulary = max(request.k for request in requests), logits.shape[1]
+        cuts = [request for request in requests if request.cuts]
+        # top_k at most; where there is none, top_p and min_p may keep any number.
+        reach = max((min(r.top_k or REACH, REACH) for r in cuts), default=0)
+        logprobs, ids = ops.topk_logprobs(logits, min(max(most, reach), vocabulary))
+        known = torch.ones_like(logprobs[:, 0], dtype=torch.bool)
+        if cuts:
+            rows = [i for i, request in enumerate(requests) if request.cuts]
+            at = torch.tensor(rows, dtype=torch.int64, device=logits.device)
+            logprobs[at], known[at] = _cut(logprobs[at], logits[at], cuts)
+        rank = torch.arange(logprobs.shape[1], device=logits.device)
+        own = torch.tensor([request.k for request in requests], device=logits.device)
+        logprobs = logprobs.masked_fill(rank >= own[:, None], -torch.inf)
+        return logprobs[:, :most], ids[:, :most], known
 
     def _values(
-        self, logprobs: Tensor, rewards: Tensor, ids: Tensor, requests: list[Request]
+        self,
+        logprobs: Tensor,
+        rewards: Tensor,
+        ids: Tensor,
+        requests: list[Request],
+        known: Tensor,
     ) -> Tensor:
         """What vLLM's sampler gets at the candidates, fp32 [n, k]."""
 
@@ -299,11 +324,18 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
             if rows:
                 i = torch.tensor(rows, dtype=torch.int64, device=logprobs.device)
                 t = temperature[i] if sampled else 1.0
-                slot, _ = ops.ratio_sample(
+                slot, logq = ops.ratio_sample(
                     logprobs[i], rewards[i], ids[i], beta[i], t, seeds[i], position[i], sampled
                 )
-                one = torch.full_like(values[i], -torch.inf).scatter_(1, slot[:, None], 0.0)
-                values[i] = one
+                chosen = slot[:, None]
+                values[i] = torch.full_like(values[i], -torch.inf).scatter_(1, chosen, 0.0)
+                if self.steps is not None:
+                    of_token = -logprobs[i].gather(1, chosen)[:, 0]
+                    kl = divergence(logq, logprobs[i]) if sampled else of_token
+                    kl = kl.masked_fill(~known[i], torch.nan)
+                    columns = position[i], rewards[i].gather(1, chosen)[:, 0], kl
+                    numbers = [requests[row].number for row in rows]
+                    self.steps.write(zip(numbers, *(c.tolist() for c in columns), strict=True))
         return values
 
     def _log(self) -> None:
@@ -332,6 +364,33 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
                     self.settings.kv_gib,
                 )
         self.said = (now, state)
+
+
+def _cut(logprobs: Tensor, logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
+    """π, of its likeliest tokens [n, w], cut by each request's `top_k`, then `top_p` and `min_p` of
+    what that leaves, as transformers has them; and whether no others are left, bool [n]."""
+
+    def column(name: str, none: float) -> Tensor:
+        values = [getattr(request, name) or none for request in requests]
+        return torch.tensor(values, dtype=torch.float32, device=logprobs.device)[:, None]
+
+    width = logprobs.shape[1]
+    top_k, top_p, min_p = column("top_k", torch.inf), column("top_p", 1.0), column("min_p", 0.0)
+    rank = torch.arange(width, device=logprobs.device)
+    left = logprobs.masked_fill(rank >= top_k, -torch.inf)
+    mass = left.logsumexp(1)
+    for i, request in enumerate(requests):
+        if not 0 < request.top_k <= width:  # of more tokens than these
+            whole = logits[i].float()
+            most = min(request.top_k or len(whole), len(whole))
+            mass[i] = whole.topk(most)[0].logsumexp(0) - whole.logsumexp(0)
+    probs = (left - mass[:, None]).exp()
+    before = probs.cumsum(1) - probs
+    left.masked_fill_((before >= top_p) & (top_p < 1) & (rank > 0), -torch.inf)
+    left.masked_fill_(probs < min_p * probs[:, :1], -torch.inf)
+    known = (left[:, -1] == -torch.inf) | (top_k[:, 0].clamp(max=logits.shape[1]) <= width)
+    mass = torch.where(known, left.logsumexp(1), mass)
+    return left - mass[:, None], known
 
 
 def _check_engine(vllm_config: Any) -> None:

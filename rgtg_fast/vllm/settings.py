@@ -18,6 +18,8 @@ from ..scorers.sources import CAUSAL_KINDS
 DRAWS = ("rgtg", "vllm")
 MOST_CANDIDATES = 64
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_OF_REQUEST: tuple[str, ...] = ("rgtg", "rgtg_k", "rgtg_beta", "rgtg_preset", "rgtg_draw")
+_OF_REQUEST += ("rgtg_seed", "rgtg_row_seed", "rgtg_number")
 # Of one request: those that are of any reward. The others change the reward, or need models.
 PRESETS = ("pargs", "pargs_greedy", "args", "args_stochastic")
 # Kinds that a logits processor cannot have, and why.
@@ -34,7 +36,7 @@ class Settings:
         reward_model: folder or hub name of a classifier, or of a causal language model with
             `reward_kind`; a pair [policy, reference] of those (DPO's implicit reward); the
             http(s):// URL of a server that scores texts, or `module:function` of texts; or a
-            mapping as in the YAML of a job (`help(rgtg_fast.jobs.rewards.check_reward)`), sums too:
+            mapping as in the YAML of a job (see `evaluation.rewards.check_reward`), sums too:
             {"parts": [{"model": "a", "weight": 0.7}, {"model": "b", "clamp": [-3, 3]}]}.
         reward_kind, reward_label, reward_method, eos_reward: as in `rgtg_fast.generate`.
         preset: a name of `rgtg_fast.presets`, or a mapping of `name` and its options: how the
@@ -47,6 +49,8 @@ class Settings:
         draw: "rgtg": requests with a seed, and greedy ones, get the tokens that `generate` gives;
             "vllm": all are drawn by vLLM's sampler, as requests without a seed are in any case.
         kv_gib: memory for the keys and values of the reward model, GiB on each GPU.
+        steps: a file to which reward and KL of each token drawn with "rgtg" are appended, of the
+            requests that have an `rgtg_number`; see `steps.StepReader`.
     """
 
     reward_model: Any
@@ -61,6 +65,7 @@ class Settings:
     dtype: str = "auto"
     draw: str = "rgtg"
     kv_gib: float = 2.0
+    steps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Guidance:
     beta: float | None = None
     seed: int | None = None
     draw: str | None = None
+    row_seed: int | None = None
+    number: int | None = None
 
 
 def settings_of(additional_config: Any) -> Settings:
@@ -105,6 +112,8 @@ def settings_of(additional_config: Any) -> Settings:
         integer("k", settings.k, 1, MOST_CANDIDATES)
     if settings.beta is not None:
         _number("beta", settings.beta)
+    if settings.steps is not None and not isinstance(settings.steps, str):
+        raise ValueError(f"steps={settings.steps!r}; write the path of a file")
     if _number("kv_gib", settings.kv_gib) <= 0:
         raise ValueError(f"kv_gib={settings.kv_gib}; write the GiB to keep for it, above 0")
     return _with_reward(settings)
@@ -112,7 +121,7 @@ def settings_of(additional_config: Any) -> Settings:
 
 def _with_reward(settings: Settings) -> Settings:
     """The settings with reward and preset as mappings, checked as those of a job."""
-    from ..jobs.rewards import check_preset, check_reward  # not needed by vLLM's front end
+    from ..evaluation.rewards import check_preset, check_reward  # not needed by vLLM's front end
 
     given, preset = settings.reward_model, settings.preset
     if isinstance(given, (list, tuple)):
@@ -139,8 +148,7 @@ def guidance_of(params: Any) -> Guidance:
     done, which vLLM answers with status 400."""
     given = params.extra_args or {}
     own = {name: value for name, value in given.items() if str(name).split("_")[0] == "rgtg"}
-    known = ("rgtg", "rgtg_k", "rgtg_beta", "rgtg_seed", "rgtg_draw", "rgtg_preset")
-    _check_names("extra_args", own, known)
+    _check_names("extra_args", own, _OF_REQUEST)
     own = {name: value for name, value in own.items() if value is not None}
     found = Guidance(guide=_flag("rgtg", own.get("rgtg")))
     if found.guide is False:
@@ -149,17 +157,20 @@ def guidance_of(params: Any) -> Guidance:
         integer("rgtg_k", own["rgtg_k"], 1, MOST_CANDIDATES)
     if "rgtg_beta" in own:
         _number("rgtg_beta", own["rgtg_beta"])
-    if "rgtg_seed" in own:
-        integer("rgtg_seed", own["rgtg_seed"], -(2**63), 2**63 - 1)
+    for name in own.keys() & {"rgtg_seed", "rgtg_row_seed", "rgtg_number"}:
+        integer(name, own[name], -(2**63), 2**63 - 1)
         if params.n > 1:
             raise ValueError(
-                f"rgtg_seed={own['rgtg_seed']} with n={params.n} would give {params.n} times the "
-                "same answer; pass seed=, of which each answer gets its own"
+                f"{name}={own[name]} with n={params.n} would be that of {params.n} answers; pass "
+                "seed=, of which each answer gets its own"
             )
+    if "rgtg_seed" in own and "rgtg_row_seed" in own:
+        raise ValueError("rgtg_seed and rgtg_row_seed say the same; leave one of them out")
     if own.get("rgtg_draw", DRAWS[0]) not in DRAWS:
         raise ValueError(f"rgtg_draw={own['rgtg_draw']!r}; pass one of {', '.join(DRAWS)}")
     preset = _preset(own["rgtg_preset"], params) if "rgtg_preset" in own else {}
-    seeded = params.seed is not None or "rgtg_seed" in own or params.temperature == 0
+    seeds = params.seed, own.get("rgtg_seed"), own.get("rgtg_row_seed")
+    seeded = any(seed is not None for seed in seeds) or params.temperature == 0
     if own.get("rgtg_draw") == "rgtg" and not seeded:
         raise ValueError('rgtg_draw="rgtg" draws with a seed, and there is none; pass seed=')
     return Guidance(
@@ -168,6 +179,8 @@ def guidance_of(params: Any) -> Guidance:
         own.get("rgtg_beta", preset.get("beta")),
         own.get("rgtg_seed"),
         own.get("rgtg_draw"),
+        own.get("rgtg_row_seed"),
+        own.get("rgtg_number"),
     )
 
 
@@ -203,7 +216,8 @@ def check_penalties(params: Any, guidance: Guidance) -> None:
         return
     none = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
     asked = {name: getattr(params, name) for name in none if getattr(params, name) != none[name]}
-    if asked and (params.seed is not None or guidance.seed is not None or params.temperature == 0):
+    seeds = params.seed, guidance.seed, guidance.row_seed
+    if asked and (any(seed is not None for seed in seeds) or params.temperature == 0):
         said = ", ".join(f"{name}={value}" for name, value in asked.items())
         raise ValueError(
             f"{said} would not change a guided request that is greedy or has a seed: its token is "

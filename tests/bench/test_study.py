@@ -200,9 +200,9 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     units, report = study("units"), study("report")
     units.run_all([small_task], [1], tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
-    # Six reward models, six of the smaller methods, the choice of pairs, the language model's own
+    # Seven reward models, six of the smaller methods, the choice of pairs, the language model's own
     # samples and the exact values.
-    assert len(written) == 15
+    assert len(written) == 16
     exact = json.loads((tmp_path / "recipe" / "exact.json").read_text())
     whole = [np.array(exact[name][-1], dtype=float) for name in ("value_gaps", "best_gaps")]
     np.testing.assert_allclose(*whole)  # both are gold
@@ -264,11 +264,28 @@ def test_published_decoders_choose_among_the_candidates_of_their_own(
 
     monkeypatch.setattr(methods.rgtg_fast, "generate", generate)
     lm, units = small_task.lm, study("units")
-    for name in ("GenARM", "FaRMA", "seq2seq"):
+    for name in ("GenARM", "GenARM-prefix", "FaRMA", "seq2seq"):
         guide = methods.guide_of(small_task, methods.KIND[name], lm)
         units._over_beta(small_task, name, guide, 0)
     wanted = {"AutoregressiveScorer": (None, None), "RewriteScorer": (None, None)}
     assert seen == wanted | {"VocabRewardScorer": (10, "sum")}
+
+
+def test_the_share_of_the_optimums_gain_is_paired_by_seed_and_prompt(study):
+    figures, report = study("figures"), study("report")
+    curve, other = (object.__new__(figures.Curve) for _ in range(2))
+    base = np.array([[0.0, 1.0], [0.0, 1.0]])
+    for method, gold in ((curve, 3.0), (other, 2.0)):
+        method.seeds = 2
+        method.gold = (base + gold)[:, None]
+        method.kl = np.full((2, 1, 2), 2.0)
+    shares = report.share_of_gain({"A": curve}, base, {"1": 2.5, "2": 4.5, "4": None})["A"]
+    assert shares["1"]["mean"] == pytest.approx(1.5 / 2)  # half of the way to a KL of 2
+    assert shares["2"] == {"mean": pytest.approx(3 / 4), "se": 0.0, "ci95": 0.0}
+    assert shares["4"] is None
+    gap = report.gap_at(curve, other, base, 2.0)
+    assert gap == {"mean": pytest.approx(1.0), "se": 0.0, "ci95": 0.0}
+    assert report.gap_at(curve, other, base, 4.0) is None
 
 
 @pytest.mark.slow

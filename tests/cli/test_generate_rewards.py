@@ -212,7 +212,7 @@ def test_presets_of_language_models_take_them_in_their_order(tmp_path, folders):
         ({"batch_size": 0}, "batch_size=0; pass at least 1"),
         ({"dtype": "int8"}, "dtype='int8'; pass one of auto"),
         ({"device": "gpu"}, "device='gpu'; write auto, cpu or cuda"),
-        ({"engine": "tpu"}, "engine='tpu'; pass one of hf, ray"),
+        ({"engine": "tpu"}, "engine='tpu'; pass one of hf, vllm, ray"),
         ({"shard": 3}, "shard=3; write i/n"),
         ({"model": "./gone"}, "model: no model at './gone'"),
     ],

@@ -135,3 +135,13 @@ def test_a_pool_that_was_left_is_not_released_again(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", raises)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: pytest.fail("released"))
     foreign.leave_pool(0, (0, 1))
+
+
+def test_generation_defaults_are_those_of_generate():
+    found = foreign.generation_defaults()
+    lm = tiny.llama_lm()
+    ids = tiny.prompts(5, seed=1)["input_ids"]
+    cut = lm.generate(
+        ids, max_new_tokens=1, do_sample=True, output_scores=True, return_dict_in_generate=True
+    )
+    assert found["top_k"] == 50 == int(cut.scores[0].isfinite().sum())

@@ -95,7 +95,12 @@ def test_a_function_of_texts():
 
 
 @pytest.mark.parametrize(
-    "kind, scorer", [("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer)]
+    "kind, scorer",
+    [
+        ("genarm", AutoregressiveScorer),
+        ("genarm_prefix", AutoregressiveScorer),
+        ("farma", VocabRewardScorer),
+    ],
 )
 def test_a_causal_reward_model_of_a_kind_is_its_scorer(kind, scorer):
     rm, inputs = models()[3], tiny.prompts(3, 7)

@@ -9,6 +9,7 @@ from tiny import EOS, gpt2_lm, gpt2_rm, tokenizer, vocab_size
 
 from rgtg_fast.cli import main
 from rgtg_fast.training import PrefixRewardConfig, PrefixRewardTrainer
+from rgtg_fast.training.objectives import OBJECTIVES
 
 GOOD, BAD = ("thank you", "the parcel will arrive", "sorry", "please wait"), ("no", "hello")
 
@@ -96,7 +97,7 @@ def config(tmp_path, **changes):
 def trainer(tmp_path, model=None, train=None, evaluate=None, peft_config=None, **changes):
     args = config(tmp_path, **changes)
     if model is None:
-        vocab = args.loss_type in ("farma", "genarm", "seq2seq")
+        vocab = OBJECTIVES[args.loss_type].head == "vocab"
         model = (gpt2_lm if vocab else gpt2_rm)(initializer_range=0.1)
     transformers.utils.logging.set_verbosity_error()
     return PrefixRewardTrainer(

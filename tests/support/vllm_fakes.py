@@ -105,6 +105,8 @@ def oracle(lm, rm, job, k, beta, **options):
         pad_token_id=tiny.PAD,
         **options,
     )
+    if options.get("return_dict_in_generate"):
+        return out
     return out[0, len(job.prompt) :].tolist()
 
 

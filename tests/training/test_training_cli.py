@@ -67,6 +67,7 @@ LORA = "lora={r: 2, target_modules: all-linear}"
         (["loss_type=farma"], "lm", "VocabRewardScorer(rm)"),
         (["loss_type=genarm"], "lm", "AutoregressiveScorer(rm)"),
         (["loss_type=genarm", LORA], "lm", "AutoregressiveScorer(rm)"),
+        (["loss_type=genarm_prefix"], "lm", "AutoregressiveScorer(rm)"),
         (["loss_type=seq2seq"], "lm", "RewriteScorer(rm)"),
         (["loss_type=seq2seq", LORA], "lm", "RewriteScorer(rm, separator=2)"),
         (["loss_type=full"], "lm", "reward_model=rm,"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import BOS, EOS, gpt2_lm, gpt2_rm, llama_lm, tokenizer
-from training import id_pairs, step, text_pairs, trainer
+from training import close, id_pairs, step, text_pairs, trainer
 from transformers import AutoModelForCausalLM
 
 from rgtg_fast.scorers import AutoregressiveScorer, RewriteScorer, VocabRewardScorer
@@ -71,6 +71,54 @@ def test_genarm_compares_scaled_sums_of_log_probs(tmp_path):
             sums.append(sum(logprobs[i - 1, ids[i]] for i in range(start, len(ids))))
         gaps.append(0.3 * (sums[0] - sums[1]))
     torch.testing.assert_close(loss, -F.logsigmoid(torch.stack(gaps)).mean().detach())
+
+
+def exploded_losses(model, row, beta, first):
+    """Bradley-Terry at each prefix length of a pair, one row and one forward for each prefix and
+    side; the shorter answer is held at its end."""
+
+    def reward(prompt, answer):
+        logprobs = logits_of(model, prompt + answer).log_softmax(-1)
+        return beta * sum(logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(answer))
+
+    longest = max(len(row[side]) for side in SIDES)
+    for i in range(first, longest + 1):
+        chosen, rejected = (reward(row["prompt_ids"], row[side][:i]) for side in SIDES)
+        yield i, -F.logsigmoid(chosen - rejected)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize(("weights", "first"), [("uniform", 1), ("linear", 2)])
+def test_genarm_prefix_equals_one_row_per_prefix(tmp_path, share, weights, first):
+    rows, model = id_pairs(5), lm()
+    options = {"beta": 0.3, "prefix_share": share, "weights": weights, "first": first}
+    loss, gradients = step(
+        trainer(tmp_path, model, rows, loss_type="genarm_prefix", **options), rows
+    )
+    per_pair = []
+    for row in rows:
+        lengths, losses = zip(*exploded_losses(model, row, 0.3, first), strict=True)
+        weight = torch.tensor(lengths if weights == "linear" else [1] * len(lengths)).double()
+        every = (weight * torch.stack(losses)).sum() / weight.sum()
+        per_pair.append(share * every + (1 - share) * losses[-1])
+    expected = torch.stack(per_pair).mean()
+    model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
+    close(gradients, {n: p.grad for n, p in model.named_parameters()}, 1e-10)
+
+
+def test_genarm_prefix_without_prefixes_is_genarm(tmp_path):
+    rows = id_pairs(5)
+    losses = [
+        step(trainer(tmp_path, lm(), rows, loss_type="genarm", beta=0.3), rows),
+        step(
+            trainer(tmp_path, lm(), rows, loss_type="genarm_prefix", beta=0.3, prefix_share=0.0),
+            rows,
+        ),
+    ]
+    torch.testing.assert_close(losses[0][0], losses[1][0])
+    close(losses[0][1], losses[1][1], 1e-10)
 
 
 def rewriting(model, row, draft, target, separator=EOS):
@@ -181,7 +229,12 @@ def test_rad_learns_and_reports_its_error_by_length(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "scorer"), [("farma", VocabRewardScorer), ("genarm", AutoregressiveScorer)]
+    ("loss_type", "scorer"),
+    [
+        ("farma", VocabRewardScorer),
+        ("genarm", AutoregressiveScorer),
+        ("genarm_prefix", AutoregressiveScorer),
+    ],
 )
 def test_a_trained_model_guides_towards_what_was_chosen(tmp_path, loss_type, scorer):
     rows = [

@@ -19,8 +19,10 @@ from vllm_fakes import Job, Logits, RunnerV1, RunnerV2, config, oracle, params
 
 from rgtg_fast import Reward, WeightedRewards, presets
 from rgtg_fast.vllm import rows
+from rgtg_fast.vllm.steps import StepReader
 
 K, BETA = 4, 2.0
+NEAR = {"rtol": 1e-4, "atol": 1e-4}  # of fp32 sums in another order
 RUNNERS = {"v1": RunnerV1, "v2": RunnerV2}
 # What an engine guides by: names of folders, options of `additional_config`, those of `generate`.
 REWARDS = {
@@ -53,6 +55,7 @@ def jobs_of_all_kinds():
         (other, 6, params(0.0, rgtg=False)),
         (base[:7], 6, params(1.3, seed=9, top_p=0.8)),
         (base[:7], 6, params(1.0, seed=9, top_k=3)),
+        (other[:4], 6, params(1.0, seed=2, top_k=40, top_p=0.6, min_p=0.05)),
     ]
 
 
@@ -315,6 +318,36 @@ def check(reward, same, tokenizer=None, jobs=slice(4), **rgtg):
     run(runner, random.Random(3).randrange, jobs)
     for job in jobs:
         assert job.outputs == oracle(lm(), job=job, **{"k": K, "beta": BETA} | same)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("draw", range(3))
+def test_reward_and_kl_of_each_token_are_written(runner, draw, folders, tmp_path):
+    rm = folders["llama"][1]
+    place = tmp_path / "steps"
+    place.touch()
+    given = [
+        job for job in jobs_of_all_kinds() if not {"rgtg", "rgtg_draw"} & job[2].extra_args.keys()
+    ]
+    cuts = ({"top_p": 0.9}, {"top_k": 70}, {"top_k": 70, "top_p": 0.3}, {"min_p": 0.2})
+    given += [(given[0][0], 5, params(1.0, seed=6, **cut)) for cut in cuts]
+    jobs = []
+    for number, (prompt, steps, own) in enumerate(given):
+        own.extra_args = own.extra_args | {"rgtg_number": number}
+        jobs.append(Job(prompt, steps, own))
+    run(engine(runner, "tree", folders, steps=str(place)), random.Random(draw).randrange, jobs)
+    reader = StepReader(str(place))
+    for number, (prompt, steps, own) in reversed(list(enumerate(given))):
+        want = oracle(lm(), rm, Job(prompt, steps, own), K, BETA, return_dict_in_generate=True)
+        rewards, kl = reader.take(number, len(jobs[number].outputs))
+        count = len(rewards)
+        torch.testing.assert_close(torch.tensor(rewards), want.rewards[0, :count], **NEAR)
+        known = torch.tensor(kl).isfinite()
+        assert known.all() or own.top_k == 70 or own.top_p == 0.9
+        torch.testing.assert_close(torch.tensor(kl)[known], want.kl[0, :count][known], **NEAR)
+    with pytest.raises(RuntimeError, match="lacks steps of request 0"):
+        reader.take(0, 1)
+    reader.close()
 
 
 def check_texts(reward, tmp_path):

@@ -31,6 +31,7 @@ KIND = {
     "RAD": "rad",
     "GenARM": "genarm",
     "seq2seq": "seq2seq",
+    "GenARM-prefix": "genarm_prefix",
 }
 SMALLER = {
     "ABC": "abc",
@@ -41,12 +42,18 @@ SMALLER = {
     "CREAM": "cream",
 }
 CREDIT_SHARE = 0.5
-SHARED = ("FaRMA", "GenARM", "seq2seq")  # one reward forward of one token serves all candidates
-PER_TOKEN = ("GenARM", "seq2seq")  # the guide's reward of an answer is the sum over its tokens
+# One reward forward of one token serves all candidates.
+SHARED = ("FaRMA", "GenARM", "GenARM-prefix", "seq2seq")
+PER_TOKEN = (
+    "GenARM",
+    "GenARM-prefix",
+    "seq2seq",
+)  # the guide's reward of an answer is the sum over its tokens
 # Where the candidates are not the k most likely tokens of the language model: as published, GenARM
 # draws from the whole vocabulary, and FaRMA from the k best sums of both models.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "GenARM": {"k": None},
+    "GenARM-prefix": {"k": None},
     "seq2seq": {"k": None},
     "FaRMA": {"candidates": "sum"},
 }
@@ -70,7 +77,7 @@ def guide_of(task: Task, kind: str, model: Any) -> Any:
     """What `rgtg_fast.generate` takes as the reward model of this kind."""
     if kind == "farma":
         return VocabRewardScorer(model)
-    if kind == "genarm":
+    if kind in ("genarm", "genarm_prefix"):
         return AutoregressiveScorer(model)
     if kind == "seq2seq":
         return RewriteScorer(model)

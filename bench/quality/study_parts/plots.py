@@ -19,6 +19,7 @@ COLOURS = {
     "RAD": "C4",
     "GenARM": "C5",
     "seq2seq": "C6",
+    "GenARM-prefix": "C3",
 }
 RM_COLOURS = {
     "full": "C1",
@@ -27,6 +28,7 @@ RM_COLOURS = {
     "rad": "C4",
     "genarm": "C5",
     "seq2seq": "C6",
+    "genarm_prefix": "C3",
 }
 MOST_KL = 12.0
 

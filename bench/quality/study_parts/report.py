@@ -19,8 +19,12 @@ from study_parts.units import BEST_OF, Kinds, rounded
 # Figures by model or by method, each of which can be replaced without the others.
 BY_NAME = (
     *("accuracy", "methods", "over_beta", "at_equal_kl", "cpu_seconds"),
-    *("true_values", "best_values"),
+    *("true_values", "best_values", "gaps_at_equal_kl", "share_of_gain"),
 )
+# Differences at equal KL: each of these methods to the ones behind it.
+COMPARED = {
+    "GenARM-prefix": ("PARGS", "GenARM"),
+}
 PLOTS = {
     "accuracy": plots.accuracy_plot,
     "frontier": plots.frontier_plot,
@@ -39,7 +43,7 @@ def summarise(folder: Path, task: str, seeds: list[int]) -> dict[str, Any]:
     summary = {"seeds": seeds, "test_prompts": prompts} | of_models(raw, curves, base, prompts)
     summary["over_k"] = {n: figures.over_k(raw, curves[n], prompts) for n in ("ARGS", "PARGS")}
     summary["smaller"] = smaller.figures_of(raw, every, base)
-    summary |= with_exact(folder, task, raw)
+    summary |= with_exact(folder, task, raw, curves, base)
     summary["findings"] = {
         "prefix_accuracy": findings.prefix_accuracy(summary["accuracy"]),
         "guidance": findings.guidance(curves, base),
@@ -57,6 +61,14 @@ def of_models(raw: figures.Raw, curves: dict[str, Curve], base: Any, prompts: in
             name: {str(kl): at_level(curve, base, kl) for kl in KL_LEVELS}
             for name, curve in curves.items()
             if not name.endswith("-G")
+        },
+        "gaps_at_equal_kl": {
+            f"{name} - {other}": {
+                str(kl): gap_at(curves[name], curves[other], base, kl) for kl in KL_LEVELS
+            }
+            for name, others in COMPARED.items()
+            for other in others
+            if {name, other} <= curves.keys()
         },
         "cpu_seconds": {
             kind: np.mean([[u["seconds"]["train"], u["seconds"]["decode"]] for u in units], 0)
@@ -86,8 +98,8 @@ def renewed(
             "than study.json; run and report all models"
         )
     curves = {name: Curve(name, raw, prompts) for name, of in KIND.items() if of in kinds}
-    new = of_models(raw, curves, base, prompts) | with_exact(folder, task, raw)
-    changed = {part: old[part] | rows for part, rows in new.items() if part in BY_NAME}
+    new = of_models(raw, curves, base, prompts) | with_exact(folder, task, raw, curves, base)
+    changed = {part: old.get(part, {}) | rows for part, rows in new.items() if part in BY_NAME}
     return old | changed
 
 
@@ -101,9 +113,33 @@ def at_level(curve: Curve, base: Any, kl: float) -> dict[str, float] | None:
     return None if np.isnan(values).any() else crossed(values)
 
 
-def with_exact(folder: Path, task: str, raw: figures.Raw) -> dict[str, Any]:
+def gap_at(curve: Curve, other: Curve, base: Any, kl: float) -> dict[str, float] | None:
+    """Gold of `curve` - that of `other` at a KL, paired by seed and prompt."""
+    at = np.full(curve.seeds, kl)
+    gap = curve.at_kl(base, at) - other.at_kl(base, at)
+    return None if np.isnan(gap).any() else crossed(gap)
+
+
+def share_of_gain(
+    curves: dict[str, Curve], base: Any, optimum: dict[str, float | None]
+) -> dict[str, Any]:
+    """Of what the exact optimum gains over the base at a KL, the share that each method gains."""
+    shares: dict[str, Any] = {}
+    for name, curve in curves.items():
+        shares[name] = {}
+        for kl, gold in optimum.items():
+            gain = curve.at_kl(base, np.full(curve.seeds, float(kl))) - base
+            known = gold is not None and not np.isnan(gain).any()
+            shares[name][kl] = crossed(gain / (gold - base.mean())) if known else None
+    return shares
+
+
+def with_exact(
+    folder: Path, task: str, raw: figures.Raw, curves: dict[str, Curve], base: Any
+) -> dict[str, Any]:
     """The frontiers of the optimal policies and of those guided by the exact values of prefixes,
-    and accuracy against these values; nothing of a task whose answers cannot be enumerated."""
+    what share of the optimum's gain each method has, and accuracy against these values; nothing
+    of a task whose answers cannot be enumerated."""
     path = folder / task / "exact.json"
     if not path.exists():
         return {}
@@ -120,9 +156,12 @@ def with_exact(folder: Path, task: str, raw: figures.Raw) -> dict[str, Any]:
         ]
         for name, frontier in frontiers.items()
     }
+    levels = {name: _gold_at_levels(row) for name, row in points.items()}
+    sampled = {name: curve for name, curve in curves.items() if not name.endswith("-G")}
     return {
         "exact_frontiers": points,
-        "exact_at_equal_kl": {name: _gold_at_levels(row) for name, row in points.items()},
+        "exact_at_equal_kl": levels,
+        "share_of_gain": share_of_gain(sampled, base, levels["optimum"]),
         "tree": {
             "mass": float(np.mean(exact["mass"])),
             "answers": float(np.mean(exact["answers"])),
@@ -224,7 +263,16 @@ def _equal_kl(task: dict[str, Any]) -> list[str]:
     for name, row in task.get("exact_at_equal_kl", {}).items():
         cells = " | ".join("-" if gold is None else f"{gold:+.2f}" for gold in row.values())
         lines.append(f"| exact: {name} | {cells} |")
+    for name, row in task.get("gaps_at_equal_kl", {}).items():
+        lines.append(f"| {name} | {' | '.join(pm(v) for v in row.values())} |")
+    for name, row in task.get("share_of_gain", {}).items():
+        cells = " | ".join("-" if v is None else _percent(v) for v in row.values())
+        lines.append(f"| {name}, % of the optimum's gain | {cells} |")
     return lines
+
+
+def _percent(row: dict[str, float]) -> str:
+    return f"{100 * row['mean']:.0f} ± {100 * row['ci95']:.0f}"
 
 
 def _accuracy(task: dict[str, Any]) -> list[str]:

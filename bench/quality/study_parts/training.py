@@ -14,8 +14,9 @@ from torch import nn
 
 from study_parts.tasks import Task
 
-KINDS = ("full", "partial", "farma", "rad", "genarm", "seq2seq")
-CAUSAL = ("farma", "genarm", "seq2seq")  # language models, the others are classifiers
+KINDS = ("full", "partial", "farma", "rad", "genarm", "seq2seq", "genarm_prefix")
+# Language models, the others are classifiers.
+CAUSAL = ("farma", "genarm", "seq2seq", "genarm_prefix")
 # A smaller method's model is trained with the loss of one of these kinds.
 LOSS = {kind: kind for kind in KINDS} | {"partial": "prefix"}
 EVAL_SEED = 7

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import presets
-from ..evaluation import models
-from ..evaluation.settings import check_model, is_function, load_function
 from ..models.on_base import RewardAdapter
 from ..scorers import registry
 from ..scorers.endpoint import RewardEndpoint
@@ -18,6 +16,8 @@ from ..scorers.factory import same_vocabulary
 from ..scorers.rewards import Reward, WeightedRewards
 from ..scorers.sources import CAUSAL_KINDS
 from ..training.config_file import check_keys
+from . import models
+from .settings import check_model, is_function, load_function
 
 KINDS = ("classifier", *CAUSAL_KINDS, "head", "adapter", "attention_credit")
 _PER_TOKEN = {
@@ -118,6 +118,13 @@ def check_preset(value: Any, reward: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def preset_options(preset: dict[str, Any]) -> dict[str, Any]:
+    """What a checked preset says beside its models, for which it has None."""
+    make = getattr(presets, preset["name"])
+    own = {name: value for name, value in preset.items() if name != "name"}
+    return make(*[None] * len(_models_of(make)), **own)
+
+
 def _models_of(preset: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(preset).parameters.values()
     return [p.name for p in parameters if p.default is inspect.Parameter.empty]
@@ -148,9 +155,10 @@ class Loaded:
     tokenizer: Any
     dtype: str
     device: str
+    device_map: Any = None
 
     def load(self, holds: str, name: str) -> Any:
-        return models.load_model(holds, name, self.dtype, self.device)
+        return models.load_model(holds, name, self.dtype, self.device, self.device_map)
 
 
 def guiding_options(
