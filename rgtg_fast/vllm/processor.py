@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..decode.record import divergence
-from .settings import check_penalties, guidance_of, settings_of
+from .settings import check_engine, check_penalties, guidance_of, settings_of
 from .steps import StepWriter
 
 
@@ -89,7 +89,7 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         self.states = None if isinstance(second, torch.device) else second
         device = second if self.states is None else self.states.device
         self.settings = settings_of(vllm_config.additional_config)
-        _check_engine(vllm_config)
+        check_engine(vllm_config)
         self.requests: dict[int, Request] = {}  # by row of the batch (V1) or slot (V2)
         self.rows: Any = None
         self.guide: Any = None
@@ -288,12 +288,7 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         return logprobs[:, :most], ids[:, :most], known
 
     def _values(
-        self,
-        logprobs: Tensor,
-        rewards: Tensor,
-        ids: Tensor,
-        requests: list[Request],
-        known: Tensor,
+        self, logprobs: Tensor, rewards: Tensor, ids: Tensor, requests: list[Request], known: Tensor
     ) -> Tensor:
         """What vLLM's sampler gets at the candidates, fp32 [n, k]."""
 
@@ -380,10 +375,11 @@ def _cut(logprobs: Tensor, logits: Tensor, requests: list[Request]) -> tuple[Ten
     left = logprobs.masked_fill(rank >= top_k, -torch.inf)
     mass = left.logsumexp(1)
     for i, request in enumerate(requests):
-        if not 0 < request.top_k <= width:  # of more tokens than these
+        if not 0 < request.top_k < logits.shape[1]:
+            mass[i] = 0.0  # of all tokens
+        elif request.top_k > width:  # of more tokens than these
             whole = logits[i].float()
-            most = min(request.top_k or len(whole), len(whole))
-            mass[i] = whole.topk(most)[0].logsumexp(0) - whole.logsumexp(0)
+            mass[i] = whole.topk(request.top_k)[0].logsumexp(0) - whole.logsumexp(0)
     probs = (left - mass[:, None]).exp()
     before = probs.cumsum(1) - probs
     left.masked_fill_((before >= top_p) & (top_p < 1) & (rank > 0), -torch.inf)
@@ -391,19 +387,6 @@ def _cut(logprobs: Tensor, logits: Tensor, requests: list[Request]) -> tuple[Ten
     known = (left[:, -1] == -torch.inf) | (top_k[:, 0].clamp(max=logits.shape[1]) <= width)
     mass = torch.where(known, left.logsumexp(1), mass)
     return left - mass[:, None], known
-
-
-def _check_engine(vllm_config: Any) -> None:
-    if vllm_config.speculative_config is not None:
-        raise ValueError(
-            "speculative decoding draws tokens that the reward model has not seen; start vLLM "
-            "without --speculative-config"
-        )
-    if vllm_config.model_config.enable_prompt_embeds:
-        raise ValueError(
-            "prompts of embeddings have no tokens for the reward model; start vLLM without "
-            "--enable-prompt-embeds"
-        )
 
 
 def _is_last_stage() -> bool:
