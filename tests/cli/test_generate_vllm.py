@@ -90,6 +90,7 @@ def vllm(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=sampling_params)
     )
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     monkeypatch.setattr(LLM, "made", ())
     monkeypatch.setattr(LLM, "fails_at", None)
     monkeypatch.setattr(LLM, "interrupted", True, raising=False)

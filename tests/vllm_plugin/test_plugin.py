@@ -1,6 +1,7 @@
 """The plug-in on random schedules of both model runners gives the tokens of `generate`."""
 
 import functools
+import gc
 import importlib.util
 import json
 import random
@@ -17,7 +18,7 @@ from local_http import Quiet, served
 from vllm_fakes import Job, Logits, RunnerV1, RunnerV2, config, oracle, params
 
 from rgtg_fast import Reward, WeightedRewards, presets
-from rgtg_fast.vllm.rows import RewardRows
+from rgtg_fast.vllm import rows
 from rgtg_fast.vllm.steps import StepReader
 
 K, BETA = 4, 2.0
@@ -152,7 +153,7 @@ def test_rows_over_the_budget_are_scored_in_waves(runner, folders):
 
 def test_the_budget_is_kept_at_every_step(folders, monkeypatch):
     seen = []
-    real = RewardRows.score
+    real = rows.RewardRows.score
 
     def score(self, *args):
         out = real(self, *args)
@@ -161,7 +162,7 @@ def test_the_budget_is_kept_at_every_step(folders, monkeypatch):
         seen.append(cache.stores[0].shape[2] <= self.budget)
         return out
 
-    monkeypatch.setattr(RewardRows, "score", score)
+    monkeypatch.setattr(rows.RewardRows, "score", score)
     check_schedule("v1", "tree", folders, 8, kv_gib=5e-5)
     assert len(seen) > 20 and all(seen)
 
@@ -183,6 +184,38 @@ def test_a_request_that_comes_back_goes_on_from_the_row_it_left(folders):
     # The last token before it left had not been committed.
     assert counts.prefilled == read + 1
     assert counts.reused == len(job.prompt) + 3
+
+
+def test_requests_that_have_gone_leave_nothing(folders):
+    runner = engine("v1", "tree", folders, kv_gib=1e-4)
+    draw = random.Random(5)
+
+    def serve(requests):
+        for _ in range(requests):
+            prompt = [draw.randrange(3, tiny.vocab_size()) for _ in range(8)]
+            job = Job(prompt, 2, params(1.0, seed=1))
+            runner.step(leaving=runner.batch[:1], coming=[job])
+            runner.logits.of.cache_clear()
+        gc.collect()
+        return len(gc.get_objects())
+
+    kept = serve(60)  # more than the budget holds
+    assert runner.processor.rows.counts.evicted
+    assert serve(120) <= kept + 20
+
+
+def test_rows_that_are_parked_are_few_beside_those_in_use(folders, monkeypatch):
+    monkeypatch.setattr(rows, "LEAST_PARKED", 8)
+    runner = one_engine(folders)
+    for seed in range(30):
+        prompt = tiny.prompts(6, seed=seed)["input_ids"][0].tolist()
+        runner.step(leaving=runner.batch[:1], coming=[Job(prompt, 2, params(0.0))])
+        assert len(runner.processor.rows.rows) <= 1 + 8
+    assert len(runner.processor.rows.rows) == 9
+    # The last ones are those that are kept.
+    prompt = tiny.prompts(6, seed=22)["input_ids"][0].tolist()
+    runner.step(leaving=runner.batch[:1], coming=[Job(prompt, 2, params(0.0))])
+    assert runner.processor.rows.counts.reused == 6
 
 
 def test_unguided_requests_cost_nothing(folders):
@@ -254,10 +287,10 @@ def test_tokens_that_vllm_takes_back_are_taken_back_here(folders):
 
 
 def test_an_id_that_the_reward_model_lacks_is_read_and_never_chosen(folders):
-    rows = tiny.vocab_size() + 8
-    wide = tiny.llama_lm(vocab_size=rows)
+    size = tiny.vocab_size() + 8
+    wide = tiny.llama_lm(vocab_size=size)
     runner = RunnerV1(wide, config(wide, folders["llama"][0], k=8, beta=0.1))
-    job = Job([5, rows - 1, 7], 6, params(0.0))
+    job = Job([5, size - 1, 7], 6, params(0.0))
     for _ in range(6):
         runner.step(coming=[] if runner.batch else [job])
     assert max(job.outputs) < tiny.vocab_size()
