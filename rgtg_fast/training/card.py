@@ -24,6 +24,8 @@ WHAT = {
     "seq2seq": "a rewriter of drafts into chosen answers (arXiv 2409.00162), trained by likelihood",
     "copg": "a language model trained by Contrastive Policy Gradient (arXiv 2406.19185) on the "
     "scores of answers: it needs no guide",
+    "distill": "a language model trained towards a guided policy, whose KL from it is the loss: it "
+    "needs no guide",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
 
@@ -160,6 +162,8 @@ def _guides(settings: Settings, lm: str) -> str:
 def _accuracy(metrics: dict[str, Any], plotted: bool) -> list[str]:
     report = metrics.get("eval")
     if report is None:
+        if "eval_loss" in metrics:
+            return [f"Loss on held-out answers: {metrics['eval_loss']:.4f}.", ""]
         return ["No eval set was given.", ""]
     if not plotted:
         rows = [f"| {key} % | {value:.4f} |" for key, value in report["deciles"].items()]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distill import GuidedCollator
 from .formats import Row
 from .objectives import OBJECTIVES
 
@@ -123,6 +124,8 @@ def make_collator(args: Any, tokenizer: Any, model: Any) -> Any:
     vocabulary, where a padding token that was added to the tokenizer only is not."""
     if OBJECTIVES[args.loss_type].data == "labelled":
         return LabelledCollator()
+    if OBJECTIVES[args.loss_type].data == "guided":
+        return GuidedCollator()
     eos = getattr(tokenizer, "eos_token_id", None)
     if eos is None:
         eos = getattr(getattr(model, "config", None), "eos_token_id", None)

@@ -55,7 +55,8 @@ class PrefixRewardConfig(TrainingArguments):
             "help": "prefix: Bradley-Terry at every prefix; full: at the last token only; farma: "
             "vocabulary head; genarm: autoregressive; genarm_prefix: autoregressive, at every "
             "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels; copg: the "
-            "language model itself, by the scores of its answers"
+            "language model itself, by the scores of its answers; distill: the language model "
+            "itself, from the guided policy"
         },
     )
     first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})

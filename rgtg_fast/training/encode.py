@@ -50,6 +50,13 @@ def encode_labelled(
     return _each(loaded, lambda row: _encode_labelled(row, tokenizer, eos, max_length))
 
 
+def encode_guided(
+    loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None = None
+) -> list[Row]:
+    """Rows `prompt_ids`, `answer_ids`, `candidate_ids` and `candidate_logprobs`, as they are."""
+    return _each(loaded, _encode_guided)
+
+
 def encode_prompt(
     tokenizer: Any, text: str, special: bool = True, max_length: int | None = None
 ) -> list[int]:
@@ -179,6 +186,17 @@ def _encode_labelled(row: Row, tokenizer: Any, eos: str, max_length: int | None)
     if row.get("targets") is not None:
         entry["targets"] = [float(target) for target in row["targets"]]
     return entry
+
+
+def _encode_guided(row: Row) -> Row:
+    names = ("prompt_ids", "answer_ids", "candidate_ids", "candidate_logprobs")
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"a row of a guided answer has no {', '.join(missing)}; make rows by "
+            "rgtg_fast.training.guided_rows"
+        )
+    return {name: row[name] for name in names}
 
 
 def _ids(row: Row, name: str) -> list[int]:

@@ -84,8 +84,8 @@ class TrainedParts:
         parts = [self.head(part).amax(-1) for part in hidden.split(_ROWS)]
         return at_least_fp32(torch.cat(parts))
 
-    def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
-        """Log-probs [B, L - first] of the tokens from position `first` >= 1 on, each given what is
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
+        """Logits [B, L - first, V] of the tokens from position `first` >= 1 on, each given what is
         before it."""
         kwargs: dict[str, Any] = {}
         keep = input_ids.shape[1] - first + 1
@@ -94,7 +94,12 @@ class TrainedParts:
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
         )
-        logits = at_least_fp32(out.logits[:, -keep:-1])
+        return at_least_fp32(out.logits[:, -keep:-1])
+
+    def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
+        """Log-probs [B, L - first] of the tokens from position `first` >= 1 on, each given what is
+        before it."""
+        logits = self.logits(input_ids, attention_mask, first)
         picked = logits.gather(-1, input_ids[:, first:, None])[..., 0]
         return picked - logits.logsumexp(-1)
 

@@ -257,12 +257,26 @@ def copg(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scor
     return Scored(loss, args.beta * log_ratio.detach().cumsum(-1))
 
 
+def distill(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """KL(q || π) of the guided policy q, known over its candidates at every step of its answers,
+    from the language model π under training: the sum over an answer's steps, mean over answers."""
+    start, logq = batch["start"], batch["candidate_logprobs"]
+    first = max(int(start.min()), 1)
+    logits = parts.logits(batch["input_ids"], batch["attention_mask"], first)[:, None]
+    logits = answer_columns(logits, start - first, _width(batch))[:, 0]  # [N, T, V]
+    logprobs = logits.gather(-1, batch["candidate_ids"]) - logits.logsumexp(-1, keepdim=True)
+    possible = logq > -torch.inf
+    # 0 (log 0 - x) would be NaN.
+    gap = (logq - logprobs).masked_fill(~possible, 0.0)
+    return Scored((logq.exp() * gap).sum((-1, -2)).mean(), None)
+
+
 class Objective(NamedTuple):
     score: Callable[[TrainedParts, Batch, Any, int | None], Scored]
     head: str
     data: str
     rewrites: bool = False  # rows hold two answers, a draft and what is made of it
-    policy: bool = False  # trains the language model itself, from what it begins as, on scored rows
+    policy: bool = False  # trains the language model itself, which needs no guide then
 
 
 OBJECTIVES = {
@@ -273,5 +287,6 @@ OBJECTIVES = {
     "genarm_prefix": Objective(genarm_prefix, "vocab", "pairs"),
     "seq2seq": Objective(seq2seq, "vocab", "pairs", rewrites=True),
     "copg": Objective(copg, "vocab", "pairs", policy=True),
+    "distill": Objective(distill, "vocab", "guided", policy=True),
     "rad": Objective(rad, "scalar", "labelled"),
 }

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .collate import make_collator
 from .config import PrefixRewardConfig
 from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
+from .distill import GuidedAnswers
 from .forward import TrainedParts, call_inside, check_causal
 from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored, answer_columns
@@ -71,7 +72,7 @@ class PrefixRewardTrainer(Trainer):
     All prefix rewards of a pair come from one causal forward of the two answers, so a step costs
     what a full-sequence reward model's step costs. `args.loss_type` chooses the objective; the
     model is a `...ForSequenceClassification` with one label for "prefix", "full" and "rad", and a
-    causal LM for "farma", "genarm", "genarm_prefix", "seq2seq" and "copg".
+    causal LM for "farma", "genarm", "genarm_prefix", "seq2seq", "copg" and "distill".
 
     Args:
         model: the model, PEFT-wrapped or not; `peft_config` wraps it here.
@@ -173,7 +174,7 @@ class PrefixRewardTrainer(Trainer):
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
             if data is not None:
                 check_fit(data, parts.rm.text_config, name, objective.rewrites)
-                if objective.policy:
+                if args.loss_type == "copg":
                     check_scores(data, name)
                     add_reference(data, trained, parts, args.per_device_eval_batch_size)
 
@@ -380,5 +381,9 @@ def make_dataset(
         "min_answer_tokens": args.first,
         "seed": args.seed,
     }
-    labelled = OBJECTIVES[args.loss_type].data == "labelled"
-    return (LabelledDataset if labelled else PreferenceDataset)(source, tokenizer, **options)
+    kinds: dict[str, Any] = {
+        "pairs": PreferenceDataset,
+        "labelled": LabelledDataset,
+        "guided": GuidedAnswers,
+    }
+    return kinds[OBJECTIVES[args.loss_type].data](source, tokenizer, **options)
