@@ -11,6 +11,7 @@ from .decode.drafters import SuffixDrafter
 from .decode.kept import free_graphs
 from .generate import RewardGuided, generate
 from .generate_many import generate_many
+from .inspection import inspect
 from .models.on_base import RewardAdapter, RewardHead
 from .models.vocab_head import VocabHead
 from .ops.installation import show_config
@@ -48,6 +49,7 @@ __all__ = [
     "free_graphs",
     "generate",
     "generate_many",
+    "inspect",
     "ops",
     "presets",
     "show_config",

@@ -17,15 +17,18 @@ LAYERS = (
     "decode",
     "",
     "presets",
+    "inspection",
     "sequence",
-    "vllm",
     "training",
     "evaluation",
+    "vllm",
     "jobs",
+    "on_policy",
     "demo",
     "cli",
 )
 CALLS = {"generate", "generate_many", "guided", "prompts", "validation", "vocabularies", "output"}
+PUBLIC = {"presets", "inspection", "sequence"}
 ROOT = {"__init__", "__main__", *CALLS}
 
 
@@ -83,7 +86,7 @@ def upward(edges):
         for target in sorted(targets)
         if name != "__main__"  # the way into the command line
         # Public names, as the calls are.
-        and not (name == "__init__" and layer_of(target) in ("presets", "sequence"))
+        and not (name == "__init__" and layer_of(target) in PUBLIC)
         and ranks[layer_of(target)] > ranks[layer_of(name)]
     ]
 

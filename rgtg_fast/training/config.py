@@ -29,7 +29,7 @@ USED_BY = {
     "label_smoothing": (0.0, PAIRS),
     "consistency": (None, PAIRS),
     "centering": (0.0, PAIRS),
-    "prefix_share": (0.5, ("genarm_prefix",)),
+    "prefix_share": (1.0, ("genarm_prefix",)),
     "separator": (None, ("seq2seq",)),
 }
 # The least that an option may be. The Trainer would fail late over some, or train on in silence.
@@ -84,11 +84,15 @@ class PrefixRewardConfig(TrainingArguments):
             "tokens and take the rewards there (the published padding)"
         },
     )
-    beta: float = field(
-        default=0.05, metadata={"help": "genarm, genarm_prefix: scale of the log-probabilities"}
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "scale of the log-probabilities (default: genarm 0.05, as published, "
+            "genarm_prefix 0.3)"
+        },
     )
     prefix_share: float = field(
-        default=0.5,
+        default=1.0,
         metadata={
             "help": "genarm_prefix: weight of the loss at every prefix; the rest is that of whole "
             "answers"
@@ -124,6 +128,8 @@ class PrefixRewardConfig(TrainingArguments):
                 )
         if self.weights is None:
             self.weights = "linear" if scalar_labels else "uniform"
+        if self.beta is None:
+            self.beta = 0.3 if self.loss_type == "genarm_prefix" else 0.05
         if self.eos is None:
             self.eos = "keep" if scalar_labels else "append"
         for name, allowed in CHOICES.items():

@@ -215,7 +215,7 @@ def test_margin_smoothing_and_centering_are_those_of_the_loss(tmp_path):
         ({"loss_type": "rad", "margin": 1.0}, "margin=1.0 has no part in loss_type='rad'"),
         ({"loss_type": "seq2seq", "margin": 1.0}, "margin=1.0 has no part in loss_type='seq2seq'"),
         ({"loss_type": "genarm_prefix", "prefix_share": 1.1}, "prefix_share=1.1; pass 0 <="),
-        ({"loss_type": "genarm", "prefix_share": 1.0}, "prefix_share=1.0 has no part in"),
+        ({"loss_type": "genarm", "prefix_share": 0.5}, "prefix_share=0.5 has no part in"),
         ({"separator": "x"}, "separator='x' has no part in loss_type='prefix', only in seq2seq"),
     ],
 )

@@ -17,7 +17,6 @@ from study_parts.tasks import Task
 KINDS = ("full", "partial", "farma", "rad", "genarm", "seq2seq", "genarm_prefix")
 # Language models, the others are classifiers.
 CAUSAL = ("farma", "genarm", "seq2seq", "genarm_prefix")
-OPTIONS = {"genarm_prefix": {"beta": 0.3, "prefix_share": 1.0}}
 # A smaller method's model is trained with the loss of one of these kinds.
 LOSS = {kind: kind for kind in KINDS} | {"partial": "prefix"}
 EVAL_SEED = 7
@@ -90,7 +89,6 @@ def trainer_of(
         # steps as another kind's has.
         num_train_epochs=sizes.epochs * (2 if kind == "farma" else 1),
         seed=seed,
-        **OPTIONS.get(kind, {}),
         **options,
     )
 
