@@ -54,7 +54,8 @@ def cards(
             all of its segments) has row seed `ops.split_seed(seed, i + 1)[i]`.
         reward_target: r*, of whole answers.
         entropy_threshold: in nats, of the model's own logits (before `temperature` and its like).
-        alpha: in [0, 1], how much of r* is asked for from the beginning.
+        alpha: in [0, 1], how much of r* is asked for from the beginning. With 1 the reward of the
+            prompt alone is not asked for, which is not known of every prompt of one token.
         beta: temperature > 0 of the acceptance.
         min_segment, max_segment: tokens of a segment, but for one that ends the text.
         max_rejections: of one segment.
@@ -166,7 +167,9 @@ class _Cards:
     def _join(self, entries: list[Entry]) -> None:
         first = len(self.texts.rows)
         self.texts.join(entries)
-        rewards = self.texts.prompt_rewards(first)
+        rewards = [0.0] * len(entries)
+        if self.rule.alpha < 1:
+            rewards = self.texts.prompt_rewards(first)
         for entry, reward in zip(entries, rewards, strict=True):
             start = (1 - self.rule.alpha) * reward + self.rule.alpha * self.rule.target
             self.segments.append(_Segment(entry, start, random.Random(entry.seed)))
@@ -184,7 +187,8 @@ class _Cards:
     def _step(self) -> list[SequenceAnswer]:
         """One more token in each row, and the judgement of segments that it ends; what is done."""
         texts, rows = self.texts, range(len(self.segments))
-        texts.draw(rows, [segment.seed() for segment in self.segments])
+        going = [row for row in rows if not texts.rows[row].ended]
+        texts.draw(going, [self.segments[row].seed() for row in going])
         lengths = [len(texts.rows[row].tokens) - self.segments[row].done for row in rows]
         texts.advance(
             [

@@ -18,7 +18,7 @@ from ..decode.refill import Entry
 from ..generate_many import FIRST_BOUND, Many
 from ..models import foreign
 from ..output import Answer
-from ..prompts import Prepared, check_prompts, parts_of
+from ..prompts import Prepared, check_prompts, parts_of, prepared_for
 from ..scorers.base import RowScorer
 from ..scorers.causal import StaticForward
 from ..scorers.rewards import leaves_of, of_rows
@@ -128,11 +128,6 @@ class Run(Many):
         if texts is not None and hasattr(texts.scorer, "finish"):
             texts.scorer.finish()
 
-    def _prepared(self, index: int, ids: Tensor) -> Prepared:
-        if self.temperature is not None:
-            self.kwargs["temperature"] = self.temperature
-        return super()._prepared(index, ids)
-
     def _entry(self, index: int, prompt: Any) -> Entry:
         ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
         check.check_ids("prompt", ids[None])
@@ -158,6 +153,9 @@ class Run(Many):
         """The models, ready for rows of up to `bound` tokens or as many as they have positions
         for; without any row yet."""
         guide, ids = self.guide, prepared.input_ids
+        if self.temperature is not None and "temperature" not in self.kwargs:
+            self.kwargs["temperature"] = self.temperature
+            prepared = prepared_for(self.model, ids[0], self.kwargs)
         checked = check_prompts(
             guide, self.reward, self.model, ids, prepared.config, prepared.model_kwargs
         )

@@ -131,8 +131,10 @@ class _Filter:
         ):
             text = texts.rows[row]
             if slot < 0:
-                texts.fail(row, "no candidate is possible, or a logit is NaN")
-                gains.append(0.0)
+                if bool(logp.isnan().any()):
+                    texts.fail(row, "the language model's logits contain NaN or +inf")
+                text.ended = True  # without a candidate, and so without weight
+                gains.append(-math.inf)
                 continue
             before = text.reward if text.tokens and not texts.per_token else 0.0
             new = float(reward[slot])
@@ -144,8 +146,14 @@ class _Filter:
 
 
 def normalised(weights: Sequence[float]) -> tuple[list[float], float]:
-    """Shares, of sum 1, of weights that are logarithms, and the logarithm of their sum."""
+    """Shares, of sum 1, of weights that are logarithms, and the logarithm of their sum;
+    `ValueError` where all are 0."""
     top = max(weights)
+    if top == -math.inf:
+        raise ValueError(
+            "no particle has a candidate that is possible: rewards and log-probs are -inf; pass a "
+            "larger k or n, or check the reward model"
+        )
     total = top + math.log(math.fsum(math.exp(w - top) for w in weights))
     return [math.exp(w - total) for w in weights], total
 

@@ -129,17 +129,19 @@ class Texts:
             rewards = [self._prompt_reward(self.rows[row]) for row in rows]
         for row, reward in zip(rows, rewards, strict=True):
             if not math.isfinite(reward):
-                self.fail(row, f"the reward model gave {reward} for the prompt")
+                self.fail(
+                    row,
+                    f"the reward of the prompt alone is {reward} (of a prompt of one token most "
+                    "scorers know none), and the schedule begins there; pass alpha=1.0",
+                )
         return rewards
 
     def _prompt_reward(self, text: Text) -> float:
-        """The reward of a prompt's last token behind those before it, in a row of its own."""
+        """The reward of a prompt's last token behind those before it, in a row of its own; NaN
+        where there are none."""
         ids = text.entry.ids
         if len(ids) == 1:
-            raise ValueError(
-                "the reward of a prompt of one token is not known of this reward_model, which only "
-                "gives that of a token behind others; pass alpha=1.0, or a longer prompt"
-            )
+            return math.nan
         if isinstance(self.scorer, WeightedRows):
             self.scorer.of_prompts([text.entry.index])
         (handle,) = self.scorer.join([ids[:-1]])

@@ -9,8 +9,7 @@ import pytest
 import tiny
 import torch
 import zoo
-from interrupts import interrupted
-from test_threads import state
+from interrupts import interrupted, state
 
 import rgtg_fast
 from rgtg_fast.scorers import make_scorer, turns

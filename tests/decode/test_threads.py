@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import zoo
-from interrupts import interrupted
+from interrupts import interrupted, state
 from test_state import assert_unchanged, snapshot
 
 import rgtg_fast
@@ -143,13 +143,6 @@ def test_an_adapter_and_a_head_on_one_language_model(tmp_path):
 
     in_threads([functools.partial(work, rewards) for rewards in (adapter, head)] * 3)
     assert_unchanged(lm, before)
-
-
-def state(model):
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return [
-        (sorted(vars(m)), m.training, [len(getattr(m, h)) for h in hooks]) for m in model.modules()
-    ] + [sorted(vars(model.config).items(), key=str), vars(model.config).keys()]
 
 
 @pytest.mark.parametrize("positions", [100, pytest.param(2000, marks=pytest.mark.slow)])

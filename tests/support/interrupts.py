@@ -1,4 +1,4 @@
-"""KeyboardInterrupt at any line of the package."""
+"""KeyboardInterrupt at any line of the package, and what it may leave behind."""
 
 import dis
 import functools
@@ -50,3 +50,11 @@ def interrupted(call, at):
     finally:
         sys.settrace(before)
     return seen
+
+
+def state(model):
+    """What of a model a call might leave changed."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return [
+        (sorted(vars(m)), m.training, [len(getattr(m, h)) for h in hooks]) for m in model.modules()
+    ] + [sorted(vars(model.config).items(), key=str), vars(model.config).keys()]
