@@ -40,6 +40,7 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `genarm_prefix` | causal LM | that reward, at every prefix | `AutoregressiveScorer(rm)` |
 | `seq2seq` | causal LM | rewriting drafts (arXiv 2409.00162) | `RewriteScorer(rm)` |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
+| `soft_q` | causal LM | soft values of labels (arXiv 2106.07704) | `VocabRewardScorer(rm)` |
 
 With `frozen: true` (or `pair_features` and `fit_head` of `rgtg_fast.training.head_only`) only a
 head on a frozen language model is fitted: hidden states once, then a convex problem, for

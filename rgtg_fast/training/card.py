@@ -22,6 +22,8 @@ WHAT = {
     "Bradley-Terry at every prefix of the answers (arXiv 2406.07780), a combination of which no "
     "publication is known",
     "seq2seq": "a rewriter of drafts into chosen answers (arXiv 2409.00162), trained by likelihood",
+    "soft_q": "Soft Q-learning of rewards of whole texts (as arXiv 2106.07704, with the language "
+    "model as the measure): output row v is the soft value of going on with token v",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
 

@@ -12,12 +12,16 @@ the method's own best β, ± 95 %):
   `PrefixRewardConfig(consistency=C)`): changed neither accuracy nor gold.
 - `d_optimal` (which pairs to label, by greedy log det Σ; `python -m rgtg_fast select-pairs`): no
   better than random pairs, once worse.
+- `rollout_targets` (values of prefixes from continuations by the language model, their mean or
+  log-mean-exp, for `loss_type="rad"`) and `loss_type="soft_q"`, which needs none: below training on
+  the pairs' own prefixes at equal compute (one pilot seed; "Tried" in that README).
 """
 
 from .attention_credit import attention_labels, dense_rewards
 from .consistency import consistency_rate, kendall_tau, reward_consistency
 from .design import ChosenPairs, d_optimal
 from .pessimistic import PessimisticHead
+from .rollouts import rollout_targets, rollout_values
 
 __all__ = [
     "ChosenPairs",
@@ -28,4 +32,6 @@ __all__ = [
     "dense_rewards",
     "kendall_tau",
     "reward_consistency",
+    "rollout_targets",
+    "rollout_values",
 ]
