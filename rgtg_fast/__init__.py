@@ -11,12 +11,21 @@ from .decode.drafters import SuffixDrafter
 from .decode.kept import free_graphs
 from .generate import RewardGuided, generate
 from .generate_many import generate_many
+from .inspection import inspect
 from .models.on_base import RewardAdapter, RewardHead
 from .models.vocab_head import VocabHead
 from .ops.installation import show_config
 from .output import Answer, RewardGuidedOutput
 from .scorers.endpoint import RewardEndpoint
 from .scorers.rewards import Reward, WeightedRewards
+from .sequence import (
+    best_of,
+    blockwise_best_of,
+    cards,
+    speculative_rejection,
+    treebon,
+    twisted_smc,
+)
 
 try:
     __version__ = version("rgtg_fast")
@@ -34,10 +43,17 @@ __all__ = [
     "SuffixDrafter",
     "VocabHead",
     "WeightedRewards",
+    "best_of",
+    "blockwise_best_of",
+    "cards",
     "free_graphs",
     "generate",
     "generate_many",
+    "inspect",
     "ops",
     "presets",
     "show_config",
+    "speculative_rejection",
+    "treebon",
+    "twisted_smc",
 ]

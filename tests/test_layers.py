@@ -17,14 +17,18 @@ LAYERS = (
     "decode",
     "",
     "presets",
-    "vllm",
+    "inspection",
+    "sequence",
     "training",
     "evaluation",
+    "vllm",
     "jobs",
+    "on_policy",
     "demo",
     "cli",
 )
 CALLS = {"generate", "generate_many", "guided", "prompts", "validation", "vocabularies", "output"}
+PUBLIC = {"presets", "inspection", "sequence"}
 ROOT = {"__init__", "__main__", *CALLS}
 
 
@@ -81,7 +85,8 @@ def upward(edges):
         for name, targets in edges.items()
         for target in sorted(targets)
         if name != "__main__"  # the way into the command line
-        and (name, target) != ("__init__", "presets")  # a public name, as the calls are
+        # Public names, as the calls are.
+        and not (name == "__init__" and layer_of(target) in PUBLIC)
         and ranks[layer_of(target)] > ranks[layer_of(name)]
     ]
 

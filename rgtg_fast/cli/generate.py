@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", "of --engine ray: actors (default: one for each GPU)", type=whole(1))
     add("--worker-engine", "of --engine ray: what runs in an actor, hf or vllm (default: hf)")
     add("--report", "folder for the distribution of rewards, KL and lengths")
+    add("--inspect", "HTML file that shows the first 8 answers token by token")
     add("--overwrite", "begin anew where the output has lines", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in the YAML file")
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:
     """The job's mapping: the YAML file, then flags, then overrides."""
-    from rgtg_fast.jobs.rewards import form_of
+    from rgtg_fast.evaluation.rewards import form_of
     from rgtg_fast.training.config_file import read_overrides, read_yaml
 
     given = {k: v for k, v in vars(args).items() if k not in ("command", "overrides", "verbose")}

@@ -25,10 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="R",
-        help="a folder, hub name or http(s):// URL; or two, policy and reference",
+        help="a folder, hub name, http(s):// URL or module:function; two, policy and reference; or "
+        'JSON, such as {"parts": [{"model": "a", "weight": 0.7}, {"model": "b"}]} for a sum',
     )
     parser.add_argument("--reward-kind", help="of a causal language model: genarm or farma")
     parser.add_argument("--reward-label", help="of a classifier with several labels")
+    parser.add_argument("--preset", help="a name of rgtg_fast.presets, or JSON with its options")
     parser.add_argument("--k", type=whole(1, 64), help="candidates of requests that do not say")
     parser.add_argument("--beta", type=finite, help="weight of requests that do not say")
     parser.add_argument("--dtype", help="of the reward model; the language model's if left out")
@@ -63,11 +65,21 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The plug-in's options, checked."""
     from ..vllm.settings import settings_of
 
-    names = ("reward_kind", "reward_label", "k", "beta", "dtype", "kv_gib", "draw")
+    names = ("reward_kind", "reward_label", "preset", "k", "beta", "dtype", "kv_gib", "draw")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     one = len(args.reward_model) == 1
     given["reward_model"] = args.reward_model[0] if one else args.reward_model
+    for name in ("reward_model", "preset"):
+        if str(given.get(name)).startswith("{"):
+            given[name] = _json(name, given[name])
     if args.on_request:
         given["guide"] = False
     settings_of({"rgtg": given})
     return given
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--{name.replace('_', '-')} is no JSON ({error}): {text}") from None

@@ -215,6 +215,31 @@ def _paired(answers: dict[str, tuple[float, Answers]]) -> dict[str, dict[str, fl
     return differences
 
 
+def inspected(
+    assets: Assets, prompts: list[str], betas: dict[str, float], seed: int
+) -> rgtg_fast.inspection.Inspection:
+    """Sampled answers side by side, each token with its candidates; the base is seen through the
+    partial-sequence model's rewards."""
+    shown = ("base", "ARGS", "PARGS")
+    outputs: dict[str, list[Any]] = {name: [] for name in shown}
+    for prompt, name in itertools.product(prompts, shown):
+        output = rgtg_fast.generate(
+            assets.lm,
+            **assets.tokenizer(prompt, return_tensors="pt"),
+            reward_model=assets.reward_models[METHODS[name].reward_model or "rm_partial"],
+            k=K,
+            beta=betas[name],
+            do_sample=True,
+            top_k=0,
+            seed=seed,
+            max_new_tokens=MAX_NEW_TOKENS,
+            return_dict_in_generate=True,
+            output_candidates=True,
+        )
+        outputs[name].append(output)
+    return rgtg_fast.inspect(outputs, assets.tokenizer, beta=betas)
+
+
 def _show_texts(console: Console, prompts: list[str], answers: dict) -> None:
     for i, prompt in enumerate(prompts[:TEXTS_SHOWN]):
         case = task.read_case(prompt)
@@ -292,8 +317,9 @@ def run_demo(
 ) -> dict:
     """Run the demo on the first `prompts` held-out prompts (at most 200).
 
-    Prints texts, the table and the speed; writes `results.json`, `texts.jsonl` and, with `draw`,
-    `gold_over_beta.png` to `out`. Returns what results.json holds.
+    Prints texts, the table and the speed; writes `results.json`, `texts.jsonl`, `texts.html` (some
+    texts token by token) and, with `draw`, `gold_over_beta.png` to `out`. Returns what results.json
+    holds.
     """
     if not 1 <= prompts <= task.SPLIT_SIZES["test"]:
         most = task.SPLIT_SIZES["test"]
@@ -330,6 +356,10 @@ def run_demo(
         "tokens_per_second_one_prompt": speed,
         "seconds": round(time.perf_counter() - started, 1),
     }
+    page = inspected(
+        assets, test[:TEXTS_SHOWN], {n: beta for n, (beta, _) in answers.items()}, seed
+    )
+    page.to_html(out / "texts.html")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     with (out / "texts.jsonl").open("w") as file:
         for i, prompt in enumerate(test):

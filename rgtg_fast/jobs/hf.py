@@ -14,11 +14,11 @@ import transformers
 from .. import ops
 from ..evaluation import models
 from ..evaluation.prompts import is_conversation, prompt_of
+from ..evaluation.rewards import Loaded, guiding_options, per_token
 from ..generate_many import generate_many
 from ..output import Answer
 from . import JobFailed
 from .memory import within_memory
-from .rewards import Loaded, guiding_options, per_token
 from .rows import Row
 from .settings import Job
 

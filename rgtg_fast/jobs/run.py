@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import models
-from . import hf, ray_data, vllm_offline
+from ..evaluation.rewards import identities
+from . import hf, inspected, ray_data, vllm_offline
 from .output import Output, Stream, opened
 from .progress import Pace, shown
 from .report import read_answers, write_report
-from .rewards import identities
 from .rows import Row, read_rows
 from .settings import Job, check_settings, known_options
 
@@ -63,6 +63,9 @@ def run_job(values: dict[str, Any]) -> Pace:
         folder = Path(job.report) / (path.stem if n > 1 else "")
         write_report(read_answers(path), folder)
         logger.info("report in %s", folder)
+    if job.inspect is not None:
+        page = inspected.write_page(job, rows)
+        logger.info("no answer to inspect" if page is None else f"the first answers in {page}")
     return pace
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..evaluation import models
+from ..evaluation.rewards import check_preset, check_reward
 from ..evaluation.settings import check_model
 from ..generate import generate
 from ..training.config_file import check_keys, typed
-from .rewards import check_preset, check_reward
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 128
@@ -32,7 +32,7 @@ class Job:
 
     Args:
         model: the language model, a folder or hub name.
-        reward_model: what guides it; see `jobs.rewards.check_reward`.
+        reward_model: what guides it; see `evaluation.rewards.check_reward`.
         input: JSONL file, `{"id": .., "prompt": text or messages}` a line; "-" is standard input.
         output: JSONL file; "-" is standard output. A shard's has its number in the name.
         tokenizer: of the language model, where its folder has none.
@@ -51,6 +51,8 @@ class Job:
         vllm: of the engine "vllm": engine arguments of `vllm.LLM` (tensor_parallel_size,
             max_model_len, ..), and `kv_gib` of the plug-in.
         report: a folder for the distribution of rewards, KL and lengths.
+        inspect: an HTML file that shows the first answers token by token, see `rgtg_fast.inspect`;
+            of the engine "hf".
         overwrite: begins anew where the output has lines.
         options: of `rgtg_fast.generate_many` (k, beta, do_sample, top_p, ..); they stand beside the
             other keys.
@@ -74,6 +76,7 @@ class Job:
     worker_engine: str = "hf"
     vllm: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
+    inspect: str | None = None
     overwrite: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -135,6 +138,7 @@ def _check(job: Job, engines: tuple[str, ...]) -> None:
     for name, said, fits, wanted in (
         ("workers", job.workers, on_ray and job.workers > 0, "engine=ray, at least 1"),
         ("worker_engine", job.worker_engine != "hf", on_ray, "engine=ray"),
+        ("inspect", job.inspect, job.engine == "hf", "engine=hf"),
         ("vllm", job.vllm, runs == "vllm", "engine=vllm, or worker_engine=vllm"),
     ):
         if said and not fits:

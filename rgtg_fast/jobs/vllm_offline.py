@@ -8,6 +8,7 @@ the language model.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import math
 import os
@@ -18,13 +19,14 @@ from typing import Any
 
 import transformers
 
+from .. import presets
 from ..evaluation import models
 from ..evaluation.prompts import prompt_of
+from ..evaluation.rewards import per_token, preset_options
 from ..models import foreign
 from ..vllm.settings import settings_of
 from ..vllm.steps import StepReader
 from . import JobFailed, hf
-from .rewards import per_token
 from .rows import Row
 from .settings import Job
 
@@ -69,27 +71,26 @@ def check(job: Job) -> None:
         if getattr(job, name) != value:
             given = getattr(job, name)
             raise ValueError(f"{name}={given!r} with engine=vllm, which takes its own; drop it")
-    if job.preset is not None:
-        raise ValueError(
-            f"preset={job.preset['name']!r} is of the engine hf; pass engine=hf, or the reward "
-            "with its kind and beta"
-        )
     for name in job.vllm:
         if name in _OURS:
             raise ValueError(f"vllm: {name} is set by the job's own keys; drop it")
+    if job.options.get("k", 1) is None:
+        raise ValueError("k=none is the whole vocabulary; pass engine=hf, or k from 1 to 64")
     _sampling(job)
     settings_of({"rgtg": _settings(job)})
 
 
 def _sampling(job: Job) -> dict[str, Any]:
-    """What tokens are drawn with, as `generate` has it: the job's own options, else those of the
-    model's generation_config.json, else transformers'."""
+    """What tokens are drawn with, as `generate` has it: the job's own options, else its preset's,
+    else those of the model's generation_config.json, else transformers'."""
     usual = foreign.generation_defaults()
     try:
         of_model = transformers.GenerationConfig.from_pretrained(job.model).to_diff_dict()
     except OSError:  # it has none
         of_model = {}
     values = {n: v for n, v in of_model.items() if n not in _SILENT and v is not None}
+    of_preset = preset_options(job.preset) if job.preset else {}
+    values |= {n: v for n, v in of_preset.items() if n in _SAMPLING}
     values |= {n: v for n, v in job.options.items() if n not in _GUIDING and v is not None}
     for name, value in values.items():
         if name not in _SAMPLING and value != usual.get(name):
@@ -104,31 +105,11 @@ def _sampling(job: Job) -> dict[str, Any]:
 
 def _settings(job: Job) -> dict[str, Any]:
     """The plug-in's options."""
-    reward = {n: v for n, v in job.reward_model.items() if n != "weight"}
-    known = {"model", "kind", "label", "method", "eos_reward", "policy", "reference", "url"}
-    if reward.keys() - known or reward.get("kind") in ("head", "adapter", "attention_credit"):
-        raise ValueError(
-            f"reward_model={job.reward_model!r} is not of the engine vllm, which takes a "
-            "classifier, a causal language model with its kind, policy and reference, or a URL; "
-            "pass engine=hf"
-        )
-    found: dict[str, Any] = {n: job.options[n] for n in _GUIDING if job.options.get(n) is not None}
-    if "k" in job.options:  # None: the whole vocabulary, which the plug-in refuses
-        found["k"] = job.options["k"]
-    for name in ("label", "method"):
-        if name in reward:
-            found[f"reward_{name}"] = reward[name]
-    if "eos_reward" in reward:
-        found["eos_reward"] = reward["eos_reward"]
-    if reward.get("kind", "classifier") != "classifier":
-        found["reward_kind"] = reward["kind"]
-    if "policy" in reward:
-        found["reward_model"] = [reward["policy"], reward["reference"]]
-    else:
-        found["reward_model"] = reward.get("model", reward.get("url"))
-    if "url" not in reward:
-        of_reward = reward.get("model", reward.get("policy"))
-        found["dtype"] = _dtype(job, of_reward)
+    preset = job.preset
+    if preset and "temperature" in inspect.signature(getattr(presets, preset["name"])).parameters:
+        preset = preset | {"temperature": 1.0}  # the requests have it
+    found = {"reward_model": job.reward_model, "preset": preset, "dtype": job.dtype}
+    found |= {n: job.options[n] for n in _GUIDING if n in job.options}
     return found | {n: job.vllm[n] for n in _OF_PLUGIN if n in job.vllm}
 
 
@@ -147,18 +128,20 @@ class Engine:
         transformers.utils.logging.disable_progress_bar()  # of loading: it would break up ours
         self.job, self.tokenizer = job, models.load_tokenizer(job.tokenizer or job.model)
         self.sampling, settings = _sampling(job), _settings(job)
-        options = {"reward_kind": settings.get("reward_kind")}
-        self.per_token = per_token(job.reward_model, {n: v for n, v in options.items() if v})
-        self.folder = tempfile.TemporaryDirectory(prefix="rgtg_fast_")
-        steps = Path(self.folder.name) / "steps"
-        steps.touch()
-        self.steps = StepReader(str(steps))
+        kinds = preset_options(job.preset) if job.preset else {}
+        kinds |= {n: v for n, v in job.options.items() if n == "reward_kind"}
+        self.per_token = per_token(job.reward_model, kinds)
         self.llm: Any = None
-        try:
-            self.llm = self._load(settings | {"steps": str(steps)})
-        except BaseException:
-            self.close()
-            raise
+        # Whoever writes has it open when the engine stands: without a name, nothing is left of it.
+        with tempfile.TemporaryDirectory(prefix="rgtg_fast_") as folder:
+            steps = Path(folder) / "steps"
+            steps.touch()
+            self.steps = StepReader(str(steps))
+            try:
+                self.llm = self._load(settings | {"steps": str(steps)})
+            except BaseException:
+                self.steps.close()
+                raise
         self.longest = self.llm.model_config.max_model_len
 
     def _load(self, settings: dict[str, Any]) -> Any:
@@ -192,7 +175,6 @@ class Engine:
     def close(self) -> None:
         """Ends the engine."""
         self.steps.close()
-        self.folder.cleanup()
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None

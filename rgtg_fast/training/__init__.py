@@ -48,7 +48,8 @@ head on a frozen language model is fitted: hidden states once, then a convex pro
 
 One run a folder: where `output_dir` holds one already, `resume: true` goes on from its last
 checkpoint, `overwrite: true` removes what it wrote and starts over; neither is an error that says
-so. `rgtg_fast.training.experimental` has methods that the study found not to pay.
+so. `rgtg_fast.training.experimental` has methods that the study found not to pay, and
+`rgtg_fast.on_policy` trains in rounds on the answers of the guided policy.
 
 EOS: an answer ends with EOS where it truly ends and nowhere else, so the model learns what ending
 there is worth; answers cut at `max_length` get none (`eos: keep` adds none at all). Over-long rows

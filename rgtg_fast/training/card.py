@@ -35,8 +35,11 @@ def write_card(
     args: PrefixRewardConfig,
     model_config: Any,
     plotted: bool,
+    note: str,
+    lm: str,
 ) -> None:
-    """Writes the card: what it is, how to use it, how well it does, how it was made."""
+    """Writes the card: what it is (with `note` behind it), how to use it (to guide the language
+    model `lm`), how well it does, how it was made."""
     lines = [
         "---",
         "library_name: transformers",
@@ -47,7 +50,8 @@ def write_card(
         "",
         f"{WHAT[args.loss_type]}. Trained from `{settings.model}`.",
         "",
-        *_usage(settings, args, model_config),
+        *([note, ""] if note else []),
+        *_usage(settings, args, model_config, lm),
         *_accuracy(metrics, plotted),
         "## Training",
         "",
@@ -71,7 +75,7 @@ def write_card(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> list[str]:
+def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any, lm: str) -> list[str]:
     out = str(args.output_dir)
     head = "SequenceClassification" if OBJECTIVES[args.loss_type].head == "scalar" else "CausalLM"
     guide, *others = (k.usage for k in kinds_trained_by(args.loss_type, settings.frozen))
@@ -100,7 +104,7 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
             "",
         ]
     return [
-        "It guides the model that it was trained from, or another with the same tokenizer:",
+        f"It guides {_guides(settings, lm)}, or another with the same tokenizer:",
         "",
         "```python",
         "import rgtg_fast",
@@ -110,7 +114,7 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
         ),
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(out)})",
-        f"lm = AutoModelForCausalLM.from_pretrained({json.dumps(settings.model)})",
+        f"lm = AutoModelForCausalLM.from_pretrained({json.dumps(lm)})",
         *load,
         'ids = tokenizer("A prompt like those trained on.", return_tensors="pt").input_ids',
         "out = rgtg_fast.generate(",
@@ -122,6 +126,10 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any) -> l
         *(line for other in others for line in (f"It can guide as `{other}` too.", "")),
         *note,
     ]
+
+
+def _guides(settings: Settings, lm: str) -> str:
+    return "the model that it was trained from" if lm == settings.model else f"`{lm}`"
 
 
 def _accuracy(metrics: dict[str, Any], plotted: bool) -> list[str]:

@@ -51,13 +51,18 @@ def train(path: str | os.PathLike[str], overrides: list[str] | None = None) -> d
     another process trains into it; `OSError` where the disk is full; `KeyboardInterrupt`, saying
     how to go on.
     """
-    settings = read_settings(path, overrides)
+    return train_as(read_settings(path, overrides))
+
+
+def train_as(settings: Settings, note: str = "", lm: str | None = None) -> dict[str, Any]:
+    """`train` with settings that are read already; `note` is a line of the model card, and `lm` the
+    language model that its example guides (default: `settings.model`)."""
     args = PrefixRewardConfig(**settings.args)
     check_trainer_options(args, OBJECTIVES[args.loss_type].data)
     out = Path(str(args.output_dir))
     try:
         with locked(out) if args.process_index == 0 else contextlib.nullcontext():
-            return _train_into(out, settings, args)
+            return _train_into(out, settings, args, note, lm or settings.model)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {how_to_go_on(out)}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -68,7 +73,9 @@ def train(path: str | os.PathLike[str], overrides: list[str] | None = None) -> d
         ) from error
 
 
-def _train_into(out: Path, settings: Settings, args: PrefixRewardConfig) -> dict[str, Any]:
+def _train_into(
+    out: Path, settings: Settings, args: PrefixRewardConfig, note: str, lm: str
+) -> dict[str, Any]:
     start = time.perf_counter()
     main_process = args.process_index == 0
     _check_target(settings, args, out)
@@ -93,7 +100,7 @@ def _train_into(out: Path, settings: Settings, args: PrefixRewardConfig) -> dict
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     if main_process:
         tokenizer.save_pretrained(out)
-        _write(metrics, settings, args, model, out)
+        _write(metrics, settings, args, model, out, note, lm)
         print_summary(metrics, out)
     return metrics
 
@@ -264,12 +271,18 @@ def _known(value: Any) -> Any:
 
 
 def _write(
-    metrics: dict[str, Any], settings: Settings, args: PrefixRewardConfig, model: Any, out: Path
+    metrics: dict[str, Any],
+    settings: Settings,
+    args: PrefixRewardConfig,
+    model: Any,
+    out: Path,
+    note: str,
+    lm: str,
 ) -> None:
     plotted = OBJECTIVES[args.loss_type].data == "pairs" and "eval" in metrics
     if plotted:
         plot_report(
             metrics["eval"], out / "accuracy_by_prefix.png", f"{settings.model}, {args.loss_type}"
         )
-    write_card(out / "README.md", metrics, settings, args, model.config, plotted)
+    write_card(out / "README.md", metrics, settings, args, model.config, plotted, note, lm)
     write_figures(out, _known(metrics))

@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from ..evaluation.rewards import Loaded, guiding_options
 from ..models.parts import ModelParts
 from ..scorers.base import RowScorer
 from ..scorers.factory import make_scorer, same_vocabulary
 from ..scorers.next_token import NextTokenScorer
+from ..scorers.rewards import WeightedRewards
 from ..scorers.weighted import leaves_of
 from ..validation import position_limit
 from ..vocabularies import ADDED_ROWS
 from .rows import RewardRows
-from .settings import Settings
+from .settings import MOST_CANDIDATES, Settings, leaves
 
 GIB = 1 << 30
+K = 10  # candidates, where nothing says how many
 # While rows are laid out anew, there are the old store and the new one.
 STORES = 2
 
 
-def load_rows(settings: Settings, model_config: Any, device: torch.device) -> RewardRows:
-    """The rows of the reward model, on `device`, within the budget.
+@dataclass
+class Guide:
+    """What the settings come to: the rows of the reward, the k and beta of requests that say none,
+    and what a preset cuts from the language model's logits, functions of (None, logits)."""
+
+    rows: RewardRows
+    k: int
+    beta: float
+    warpers: list[Callable[[Any, Tensor], Tensor]]
+
+
+def load_guide(settings: Settings, model_config: Any, device: torch.device) -> Guide:
+    """The guide, its reward model on `device`, within the budget.
 
     `model_config` is vLLM's, of the language model. Raises `ValueError` for a reward that cannot be
     had by rows, does not share the language model's tokens, or has not the positions or the memory
     for a text of `max_model_len` tokens.
     """
-    longest, k = model_config.max_model_len, settings.k
+    longest = model_config.max_model_len
     tokenizer = _tokenizer(model_config.tokenizer or model_config.model)
-    reward = settings.reward_model
-    if not settings.is_endpoint:
-        names = [reward] if isinstance(reward, str) else list(reward)
-        for name in names:
-            _check_tokens(name, tokenizer, model_config)
-        loaded = [_load(name, settings, model_config.dtype, device) for name in names]
-        for model in loaded:
-            _check_positions(model, longest)
-        reward = loaded[0] if isinstance(settings.reward_model, str) else loaded
+    for name, own in _models_of(settings.reward_model):
+        _check_tokens(name, own, tokenizer, model_config)
+    made = _made(settings, model_config.dtype, device)
+    k = made.k
     scorer = make_scorer(
-        reward,
+        made.reward,
         k=k,
         method=settings.reward_method,
         label=settings.reward_label,
-        kind=settings.reward_kind,
+        kind=made.kind,
         vocab_size=model_config.get_vocab_size(),
         tokenizer=tokenizer,
         eos_ids=_eos(model_config),
-        eos_reward=settings.eos_reward,
+        eos_reward=made.eos_reward,
         max_length=longest,
     )
     if not isinstance(scorer, RowScorer):
         raise ValueError(
             f"reward_model={settings.reward_model!r} is scored by {type(scorer).__name__}, whose "
             "rows cannot come and go as requests do; pass a classifier, a causal language model "
-            "with reward_kind, a pair of these, or a URL"
+            "with reward_kind, a pair or a sum of these, a URL or a function"
         )
     models = [leaf.rm for leaf in leaves_of(scorer) if hasattr(leaf, "rm")]
+    for model in models:
+        _check_positions(model, longest)
     for leaf in leaves_of(scorer):
         if isinstance(leaf, NextTokenScorer):
             leaf.capacity = longest
     sizes = [rm.vocab_size for rm in models]
-    rows = RewardRows(scorer, k, _tokens(settings, scorer), min(sizes, default=None))
+    rows = RewardRows(scorer, k, _tokens(settings, k, scorer), min(sizes, default=None))
     if rows.size(longest) > rows.budget:
         need = settings.kv_gib * rows.size(longest) / rows.budget
         raise ValueError(
@@ -72,7 +85,7 @@ def load_rows(settings: Settings, model_config: Any, device: torch.device) -> Re
             f"request may need {rows.size(longest)}; pass kv_gib>={need:.3g}, or a smaller "
             "--max-model-len"
         )
-    return rows
+    return Guide(rows, k, made.beta, made.warpers)
 
 
 def bytes_per_token(rm: ModelParts) -> int:
@@ -85,34 +98,73 @@ def bytes_per_token(rm: ModelParts) -> int:
     return 2 * config.num_hidden_layers * kv_heads * width * size
 
 
-def _tokens(settings: Settings, scorer: Any) -> int:
+def _tokens(settings: Settings, k: int, scorer: Any) -> int:
     """Tokens that fit the memory; a scorer that keeps no keys is counted as if it did."""
     per_token = 0
     for leaf in leaves_of(scorer):
         if hasattr(leaf, "rm"):
-            copies = settings.k if getattr(leaf, "method", "") == "expand" else 1
+            copies = k if getattr(leaf, "method", "") == "expand" else 1
             per_token += copies * bytes_per_token(leaf.rm)
     return int(settings.kv_gib * GIB / STORES / max(per_token, 8))
 
 
-def _load(name: str, settings: Settings, dtype: torch.dtype, device: torch.device) -> Any:
-    causal = settings.is_pair or settings.reward_kind is not None
-    kind = "CausalLM" if causal else "SequenceClassification"
-    own = dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    loader = getattr(transformers, f"AutoModelFor{kind}")
-    try:
-        model = loader.from_pretrained(name, dtype=own)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"reward_model={name!r} cannot be loaded: {error}") from None
-    return model.to(device).eval().requires_grad_(False)
+@dataclass
+class _Made:
+    """The reward of the settings, and what a preset says about it."""
+
+    reward: Any
+    kind: str | None
+    eos_reward: str
+    k: int
+    beta: float
+    warpers: list[Any]
 
 
-def _check_positions(model: Any, longest: int) -> None:
-    parts = ModelParts(model)
-    limit = position_limit(parts.base, parts.text_config)
+def _made(settings: Settings, dtype: torch.dtype, device: torch.device) -> _Made:
+    """The reward, its models loaded. The settings go over what the preset says."""
+    own = str(dtype).removeprefix("torch.") if settings.dtype == "auto" else settings.dtype
+    given = {"reward_kind": settings.reward_kind, "k": settings.k, "beta": settings.beta}
+    given = {name: value for name, value in given.items() if value is not None}
+    found = guiding_options(
+        settings.reward_model, settings.preset, given, Loaded(None, None, own, str(device))
+    )
+    said = (settings.preset or {}).get("name")
+    k, beta = found.get("k", K), found.get("beta", 1.0)
+    if k is None:
+        raise ValueError(
+            f"preset={said!r} is over the whole vocabulary, and here {MOST_CANDIDATES} candidates "
+            f"are the most; pass k={MOST_CANDIDATES} for the likeliest tokens of the language model"
+        )
+    if found.get("temperature", 1.0) != 1.0:
+        raise ValueError(
+            f"preset={said!r} is at temperature={found['temperature']:.4g}, and the temperature is "
+            f"a request's; leave the preset out, pass k={k} and beta={beta:.4g}, and have requests "
+            f"pass temperature={found['temperature']:.4g}"
+        )
+    reward, bounds = found["reward_model"], found.get("reward_range")
+    if bounds is not None:
+        reward = WeightedRewards([reward], bounds=bounds)
+    eos_reward = settings.eos_reward
+    if eos_reward == "auto":
+        eos_reward = found.get("eos_reward", eos_reward)
+    warpers = found.get("logits_processor", [])
+    return _Made(reward, found.get("reward_kind"), eos_reward, k, beta, warpers)
+
+
+def _models_of(reward: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The names of the models in a reward, each with that of its tokenizer."""
+    found = []
+    for leaf in leaves(reward):
+        names = [leaf[name] for name in ("model", "policy", "reference") if name in leaf]
+        found += [(name, leaf.get("tokenizer", name)) for name in names]
+    return found
+
+
+def _check_positions(rm: ModelParts, longest: int) -> None:
+    limit = position_limit(rm.base, rm.text_config)
     if limit is not None and limit < longest:
         raise ValueError(
-            f"reward_model {type(model).__name__} has {limit} positions, and requests may have "
+            f"reward_model {type(rm.model).__name__} has {limit} positions, and requests may have "
             f"{longest} tokens; start vLLM with --max-model-len {limit}"
         )
 
@@ -125,9 +177,10 @@ def _tokenizer(name: str) -> Any:
         return None
 
 
-def _check_tokens(name: str, tokenizer: Any, model_config: Any) -> None:
-    """`ValueError` where the reward model's token ids are not the language model's."""
-    own = _tokenizer(name)
+def _check_tokens(name: str, of: str, tokenizer: Any, model_config: Any) -> None:
+    """`ValueError` where the reward model's token ids, of the tokenizer `of`, are not the language
+    model's."""
+    own = _tokenizer(of)
     if own is not None and tokenizer is not None:
         if not same_vocabulary(tokenizer, own):
             raise ValueError(

@@ -15,6 +15,9 @@ from ..scorers.weighted import can_skip, checked
 
 SLACK = 16  # slots beyond its text that a row takes, at most
 TIGHT = 0.96  # least share of a store that its rows take
+# Rows kept without a request, for each that has one, and at least: all are copied when rows are
+# laid out anew, and looked through when one comes.
+PARKED, LEAST_PARKED = 4, 64
 PREFILL = 8192  # tokens of one forward over prompts, at most (or one prompt)
 
 
@@ -50,10 +53,10 @@ class Counts:
 class RewardRows:
     """Rewards of candidates behind texts, from a scorer's rows; `tokens` is the budget of these.
 
-    A row stays when its request has gone, until its place is needed: a request that is taken up
-    again, or begins as another did, goes on from the row that has most of its text. The row not
-    used for longest goes first. Where the rows of one step are over the budget they are scored in
-    waves, those of an earlier one making room for the next.
+    A row stays when its request has gone, until its place is needed or many have: a request that is
+    taken up again, or begins as another did, goes on from the row that has most of its text. The
+    row not used for longest goes first. Where the rows of one step are over the budget they are
+    scored in waves, those of an earlier one making room for the next.
     """
 
     def __init__(self, scorer: RowScorer, width: int, tokens: int, vocabulary: int | None) -> None:
@@ -156,7 +159,7 @@ class RewardRows:
                     spare += self.size(len(text.tokens))
                     self._take_over(text, self.rows[text.handle])
                     spare -= self._size_of(text)
-        self._make_room(wave)
+        self._make_room(wave, step)
         self._catch_up([text for text in wave if text.handle is not None])
         self._join([text for text in wave if text.handle is None])
 
@@ -165,8 +168,10 @@ class RewardRows:
         no more than `spare` more than they need."""
         best, most = None, len(tokens) // 2
         for handle, row in self.rows.items():
-            if handle in taken or row.length <= most:
-                continue
+            if most == len(tokens):
+                break
+            if row.length <= most or row.text.tokens[most] != tokens[most] or handle in taken:
+                continue  # as nearly all do: what is behind takes long
             if self.size(row.room) - self.size(len(tokens)) > spare:
                 continue
             common = _common(tokens, row)
@@ -181,17 +186,19 @@ class RewardRows:
         row.text, row.length = text, common
         self.counts.reused += common
 
-    def _make_room(self, wave: Sequence[Text]) -> None:
+    def _make_room(self, wave: Sequence[Text], step: Sequence[Text]) -> None:
         wanted = sum(map(self._size_of, wave))
         own = {text.handle for text in wave}
         free = {handle: row for handle, row in self.rows.items() if handle not in own}
         over = wanted + sum(self.size(row.room) for row in free.values()) - self.budget
+        live = {text.handle for text in step if self._own(text) is not None}
+        many = len(self.rows) - len(live) - max(LEAST_PARKED, PARKED * len(step))
         gone = []
         for handle, row in free.items():
-            if over <= 0:
-                break
-            gone.append(handle)
-            over -= self.size(row.room)
+            if over > 0 or (many > 0 and handle not in live):
+                gone.append(handle)
+                over -= self.size(row.room)
+                many -= handle not in live
         self._drop(gone)
 
     def _drop(self, handles: list[int]) -> None:

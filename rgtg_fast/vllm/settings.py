@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any
 
+from .. import presets
 from ..decode import options
 from ..decode.options import integer
 from ..scorers.factory import EOS_REWARDS, METHODS
@@ -17,16 +18,14 @@ from ..scorers.sources import CAUSAL_KINDS
 DRAWS = ("rgtg", "vllm")
 MOST_CANDIDATES = 64
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_ENDPOINT = ("http://", "https://")
-_OF_REQUEST = (
-    "rgtg",
-    "rgtg_k",
-    "rgtg_beta",
-    "rgtg_seed",
-    "rgtg_row_seed",
-    "rgtg_draw",
-    "rgtg_number",
-)
+_OF_REQUEST: tuple[str, ...] = ("rgtg", "rgtg_k", "rgtg_beta", "rgtg_preset", "rgtg_draw")
+_OF_REQUEST += ("rgtg_seed", "rgtg_row_seed", "rgtg_number")
+# Of one request: those that are of any reward. The others change the reward, or need models.
+PRESETS = ("pargs", "pargs_greedy", "args", "args_stochastic")
+# Kinds that a logits processor cannot have, and why.
+_OF_STATES = "is of the language model's hidden states, which vLLM does not show"
+NOT_SERVED = {"head": _OF_STATES, "adapter": _OF_STATES}
+NOT_SERVED |= {"seq2seq": "rewrites a draft of each prompt, and there is none"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,16 @@ class Settings:
 
     Args:
         reward_model: folder or hub name of a classifier, or of a causal language model with
-            `reward_kind`; a pair [policy, reference] of those (DPO's implicit reward); or the
-            http(s):// URL of a server that scores texts.
+            `reward_kind`; a pair [policy, reference] of those (DPO's implicit reward); the
+            http(s):// URL of a server that scores texts, or `module:function` of texts; or a
+            mapping as in the YAML of a job (see `evaluation.rewards.check_reward`), sums too:
+            {"parts": [{"model": "a", "weight": 0.7}, {"model": "b", "clamp": [-3, 3]}]}.
         reward_kind, reward_label, reward_method, eos_reward: as in `rgtg_fast.generate`.
-        k: candidates of a request that does not say `rgtg_k`.
-        beta: of a request that does not say `rgtg_beta`.
+        preset: a name of `rgtg_fast.presets`, or a mapping of `name` and its options: how the
+            reward is made, and k and beta where these are not given. The temperature is a
+            request's, 0 for a greedy preset.
+        k: candidates of a request that does not say `rgtg_k`; 10 if left out.
+        beta: of a request that does not say `rgtg_beta`; 1.0 if left out.
         guide: whether requests that do not say `rgtg` are guided.
         dtype: the reward model's; "auto" is the language model's.
         draw: "rgtg": requests with a seed, and greedy ones, get the tokens that `generate` gives;
@@ -49,26 +53,19 @@ class Settings:
             requests that have an `rgtg_number`; see `steps.StepReader`.
     """
 
-    reward_model: str | list[str]
+    reward_model: Any
     reward_kind: str | None = None
     reward_label: Any = None
     reward_method: str = "auto"
     eos_reward: str = "auto"
-    k: int = 10
-    beta: float = 1.0
+    preset: Any = None
+    k: int | None = None
+    beta: float | None = None
     guide: bool = True
     dtype: str = "auto"
     draw: str = "rgtg"
     kv_gib: float = 2.0
     steps: str | None = None
-
-    @property
-    def is_endpoint(self) -> bool:
-        return isinstance(self.reward_model, str) and self.reward_model.startswith(_ENDPOINT)
-
-    @property
-    def is_pair(self) -> bool:
-        return not isinstance(self.reward_model, str)
 
 
 @dataclass(frozen=True)
@@ -94,10 +91,11 @@ def settings_of(additional_config: Any) -> Settings:
         )
     known = [field.name for field in fields(Settings)]
     _check_names('additional_config["rgtg"]', given, known)
-    if not _is_reward(given.get("reward_model")):
+    reward = given.get("reward_model")
+    if not reward or (isinstance(reward, (list, tuple)) and len(reward) != 2):
         raise ValueError(
-            f"reward_model={given.get('reward_model')!r}; write the folder or hub name of a reward "
-            "model, a list of two (policy, reference), or an http(s):// URL"
+            f"reward_model={reward!r}; write the folder or hub name of a reward model, a list of "
+            'two (policy, reference), an http(s):// URL, or {"parts": [..]} for a sum'
         )
     settings = Settings(**given)
     wanted: dict[str, tuple[str, ...]] = {
@@ -107,17 +105,42 @@ def settings_of(additional_config: Any) -> Settings:
         "draw": DRAWS,
     }
     if settings.reward_kind is not None:
-        # A rewriter wants a draft of each prompt, which a logits processor cannot make.
-        wanted["reward_kind"] = tuple(kind for kind in CAUSAL_KINDS if kind != "seq2seq")
+        wanted["reward_kind"] = tuple(kind for kind in CAUSAL_KINDS if kind not in NOT_SERVED)
     options.choices(vars(settings), wanted)
     options.flags({"guide": settings.guide})
-    integer("k", settings.k, 1, MOST_CANDIDATES)
-    _number("beta", settings.beta)
+    if settings.k is not None:
+        integer("k", settings.k, 1, MOST_CANDIDATES)
+    if settings.beta is not None:
+        _number("beta", settings.beta)
     if settings.steps is not None and not isinstance(settings.steps, str):
         raise ValueError(f"steps={settings.steps!r}; write the path of a file")
     if _number("kv_gib", settings.kv_gib) <= 0:
         raise ValueError(f"kv_gib={settings.kv_gib}; write the GiB to keep for it, above 0")
-    return settings
+    return _with_reward(settings)
+
+
+def _with_reward(settings: Settings) -> Settings:
+    """The settings with reward and preset as mappings, checked as those of a job."""
+    from ..evaluation.rewards import check_preset, check_reward  # not needed by vLLM's front end
+
+    given, preset = settings.reward_model, settings.preset
+    if isinstance(given, (list, tuple)):
+        given = {"policy": given[0], "reference": given[1]}
+    reward = check_reward(given)
+    for leaf in leaves(reward):
+        if leaf.get("kind") in NOT_SERVED:
+            raise ValueError(
+                f"reward_model: kind={leaf['kind']!r} {NOT_SERVED[leaf['kind']]}; use it with "
+                "rgtg_fast.generate or `rgtg-fast generate`"
+            )
+    if preset is not None:
+        preset = check_preset(preset, reward)
+    return replace(settings, reward_model=reward, preset=preset)
+
+
+def leaves(reward: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rewards that a checked one is made of."""
+    return [leaf for part in reward.get("parts", ()) for leaf in leaves(part)] or [reward]
 
 
 def guidance_of(params: Any) -> Guidance:
@@ -145,19 +168,46 @@ def guidance_of(params: Any) -> Guidance:
         raise ValueError("rgtg_seed and rgtg_row_seed say the same; leave one of them out")
     if own.get("rgtg_draw", DRAWS[0]) not in DRAWS:
         raise ValueError(f"rgtg_draw={own['rgtg_draw']!r}; pass one of {', '.join(DRAWS)}")
+    preset = _preset(own["rgtg_preset"], params) if "rgtg_preset" in own else {}
     seeds = params.seed, own.get("rgtg_seed"), own.get("rgtg_row_seed")
     seeded = any(seed is not None for seed in seeds) or params.temperature == 0
     if own.get("rgtg_draw") == "rgtg" and not seeded:
         raise ValueError('rgtg_draw="rgtg" draws with a seed, and there is none; pass seed=')
     return Guidance(
         found.guide,
-        own.get("rgtg_k"),
-        own.get("rgtg_beta"),
+        own.get("rgtg_k", preset.get("k")),
+        own.get("rgtg_beta", preset.get("beta")),
         own.get("rgtg_seed"),
         own.get("rgtg_draw"),
         own.get("rgtg_row_seed"),
         own.get("rgtg_number"),
     )
+
+
+def _preset(name: Any, params: Any) -> dict[str, Any]:
+    """The options of the preset. What it draws with, which `SamplingParams` says too, must be the
+    same there."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"rgtg_preset={name!r}; pass one of {', '.join(PRESETS)} (another one is of the "
+            "engine: preset in --additional-config)"
+        )
+    preset = getattr(presets, name)(None)
+    sampled = {"temperature": preset.get("temperature"), "top_p": 1.0}
+    wanted = sampled if preset["do_sample"] else {"temperature": 0.0}
+    for option, value in wanted.items():
+        if getattr(params, option) != value:
+            raise ValueError(
+                f"rgtg_preset={name!r} is at {option}={value}, and the request's is "
+                f"{getattr(params, option)}; pass {option}={value}, or rgtg_k and rgtg_beta "
+                "instead of the preset"
+            )
+    if preset["do_sample"] and params.top_k > 0:
+        raise ValueError(
+            f"rgtg_preset={name!r} cuts nothing, and the request has top_k={params.top_k}; pass "
+            "top_k=0, or rgtg_k and rgtg_beta instead of the preset"
+        )
+    return preset
 
 
 def check_penalties(params: Any, guidance: Guidance) -> None:
@@ -183,12 +233,6 @@ def _check_names(where: str, given: Iterable[Any], known: Iterable[str]) -> None
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
             raise ValueError(f"{where} has the unknown key {name!r}; {hint}")
-
-
-def _is_reward(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value)
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_reward, value))
 
 
 def _number(name: str, value: Any) -> float:

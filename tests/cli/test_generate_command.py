@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -221,3 +222,28 @@ def test_the_report_says_how_values_are_spread(job, quick):
     assert report["reward"]["mean"] == 0.5 and report["kl"]["quantiles"]["50"] == 1.0
     assert sum(report["length"]["histogram"]["counts"]) == 5
     assert (job.folder / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_answers_are_shown_token_by_token(job):
+    rows = [{"id": f"p{i}", "prompt": prompt} for i, prompt in enumerate(PROMPTS[:11])]
+    rows[1]["prompt"] = ""
+    rows[2] |= {"beta": 0.5, "seed": 4, "max_new_tokens": 3}
+    page = job.folder / "page.html"
+    assert job.write(rows)(do_sample=True, inspect=page) == 0
+    assert f"the first answers in {page}" in job.said
+    text = page.read_text()
+    answers = job.answers()
+    assert re.findall(r'aria-label="(\w+)"', text) == ["p0", *(f"p{i}" for i in range(2, 9))]
+    (data,) = re.findall(r'id="data">(.*?)</script>', text)
+    for name, (steps,) in zip(["p0", "p2"], json.loads(data), strict=False):
+        row = answers[name]
+        assert len(steps) == len(row["tokens"])
+        assert steps[-1][0] == pytest.approx(row["reward"], abs=2e-3)
+        assert math.fsum(step[2] for step in steps) == pytest.approx(row["kl"], abs=2e-2)
+        shares = [share for _, _, _, share in steps[0][4]]
+        assert sum(shares) == pytest.approx(1, abs=1e-2)
+    # Of a job that is done already too.
+    page.unlink()
+    assert job(do_sample=True, inspect=page) == 0 and page.read_text() == text
+    assert job("--overwrite", inspect=page, engine="ray") == 2
+    assert "inspect" in job.said and "is of engine=hf" in job.said

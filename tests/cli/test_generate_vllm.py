@@ -14,6 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rgtg_fast.jobs import vllm_offline
 
 
+def lengths(texts):
+    return [len(text) / 50 for text in texts]
+
+
 class Request(vllm_fakes.Job):
     """A request of an embedded model."""
 
@@ -86,6 +90,7 @@ def vllm(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=sampling_params)
     )
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     monkeypatch.setattr(LLM, "made", ())
     monkeypatch.setattr(LLM, "fails_at", None)
     monkeypatch.setattr(LLM, "interrupted", True, raising=False)
@@ -104,7 +109,15 @@ def tokens_of(job):
     return {name: row.get("tokens") for name, row in job.answers().items()}
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True, "seed": 5}, {}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"do_sample": True, "seed": 5}, id="sampled"),
+        pytest.param({}, id="greedy"),
+        pytest.param({"preset": "args_stochastic", "beta": 1.5}, id="preset"),
+        pytest.param({"reward_model": "test_generate_vllm:lengths", "k": 4}, id="function"),
+    ],
+)
 def test_the_lines_are_those_of_the_engine_hf(job, vllm, options):
     assert with_rows(job)(**options) == 0
     want = job.answers()
@@ -146,10 +159,11 @@ def test_a_run_that_was_stopped_goes_on(job, vllm, interrupted, monkeypatch):
             "repetition_penalty=1.2 is not of .* or repetition_.*=1.0",
         ),
         ({}, ["bad_words_ids=[[3]]"], "bad_words_ids=.* pass engine=hf"),
-        ({"k": "none"}, [], "k must be an int from 1 to 64; got None"),
+        ({"k": "none"}, [], "k=none is the whole vocabulary"),
         ({"device": "cpu"}, [], "device='cpu' with engine=vllm, which takes its own"),
-        ({"preset": "pargs"}, [], "preset='pargs' is of the engine hf"),
-        ({"reward_model": "math:sqrt"}, [], "is not of the engine vllm, which takes a classifier"),
+        ({"preset": "genarm"}, [], "preset='genarm' is over the whole vocabulary"),
+        ({"preset": "nash_md", "k": 5}, [], "the temperature is a request's"),
+        ({"reward_kind": "head"}, [], "reward_kind='head' is unknown"),
         ({}, ["vllm={model: other}"], "vllm: model is set by the job's own keys"),
         ({}, ["vllm=[1]"], r"vllm=\[1\]; write a mapping"),
         ({}, ["vllm={tensor_paralel_size: 2}"], "vllm: .*unexpected keyword.*tensor_paralel_size"),

@@ -9,6 +9,9 @@ import sys
 import pytest
 
 from rgtg_fast.cli import main
+from rgtg_fast.demo.run import ASSETS
+
+RM, LM = str(ASSETS / "rm_partial"), str(ASSETS / "lm")
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def test_vllm_serve_is_started_with_the_plug_in(started):
             "serve",
             "lm",
             "--reward-model",
-            "rm",
+            RM,
             "--k",
             "4",
             "--beta",
@@ -46,25 +49,36 @@ def test_vllm_serve_is_started_with_the_plug_in(started):
     assert path == argv[0] == sys.executable
     assert argv[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "lm"]
     assert argv[5:7] == ["--logits-processors", "rgtg_fast.vllm:RewardGuided"]
-    own = {"k": 4, "beta": 2.0, "kv_gib": 1.0, "reward_model": "rm"}
+    own = {"k": 4, "beta": 2.0, "kv_gib": 1.0, "reward_model": RM}
     assert argv[7] == "--additional-config" and json.loads(argv[8]) == {"rgtg": own}
     assert argv[9:] == ["--port", "8000"]
 
 
 def test_two_reward_models_are_policy_and_reference(started):
-    main(["serve", "lm", "--reward-model", "a", "b", "--on-request"])
+    main(["serve", "lm", "--reward-model", LM, LM, "--on-request"])
     found = json.loads(started[0][1][8])["rgtg"]
-    assert found == {"reward_model": ["a", "b"], "guide": False}
+    assert found == {"reward_model": [LM, LM], "guide": False}
+
+
+def test_a_sum_of_rewards_and_a_preset_are_json(started):
+    reward = {"parts": [{"model": RM, "weight": 0.5}, {"model": RM, "clamp": [-1, 1]}]}
+    preset = {"name": "rad", "beta": 3.0}
+    argv = ["serve", "lm", "--reward-model", json.dumps(reward), "--preset", json.dumps(preset)]
+    main(argv)
+    assert json.loads(started[0][1][8])["rgtg"] == {"reward_model": reward, "preset": preset}
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("lm --reward-model rm --vllm --additional-config {}", "--additional-config is set by"),
-        ("lm --reward-model rm --vllm --logits-processors=x", "--logits-processors is set by"),
+        (f"lm --reward-model {RM} --vllm --additional-config {{}}", "--additional-config is set"),
+        (f"lm --reward-model {RM} --vllm --logits-processors=x", "--logits-processors is set by"),
         ("lm --reward-model a b c", "reward_model="),
-        ("lm --reward-model rm --reward-kind rad", "reward_kind='rad'"),
-        ("lm --reward-model rm --k 65", "65"),
+        ("lm --reward-model ./nowhere", "no model at './nowhere'"),
+        ("lm --reward-model {parts", "--reward-model is no JSON"),
+        (f"lm --reward-model {RM} --preset parks", "preset='parks'"),
+        (f"lm --reward-model {RM} --reward-kind rad", "reward_kind='rad'"),
+        (f"lm --reward-model {RM} --k 65", "65"),
         ("lm", "--reward-model"),
     ],
 )

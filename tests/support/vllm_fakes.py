@@ -90,7 +90,7 @@ def oracle(lm, rm, job, k, beta, **options):
     """The answer that `rgtg_fast.generate` gives: a list of ids."""
     own, given = job.params, job.params.extra_args
     if own.temperature > 0:
-        options |= {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+        options = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k} | options
         options |= {"min_p": own.min_p or None}
     out = rgtg_fast.generate(
         lm,

@@ -1,5 +1,7 @@
 """Requests for vLLM, and what `rgtg_fast.generate` gives to them."""
 
+import random
+
 import tiny
 import torch
 
@@ -59,3 +61,22 @@ def twelve(guided=True):
         )
         for at, (length, count) in enumerate(zip(lengths, steps, strict=True))
     ]
+
+
+def two_hundred():
+    """Random ones, a third of them unguided."""
+    draw = random.Random(4)
+    requests = [
+        Request(
+            draw.randint(1, 128),
+            draw.randint(1, 24),
+            at,
+            seed=draw.choice([None, draw.randrange(2**40)]),
+            beta=draw.choice([0.0, 0.5, 1.0, 4.0]),
+            k=draw.randint(1, 12),
+        )
+        for at in range(200)
+    ]
+    for request in requests[::3]:
+        request.guided, request.seed = False, None
+    return requests

@@ -3,15 +3,34 @@
 import functools
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
-from vllm_requests import MAX_LEN, twelve
+from vllm_requests import BETA, MAX_LEN, K
 
-# Elsewhere there is nothing to run.
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+sys.path.append(str(Path(__file__).parents[2] / "bench"))  # vllm_server, which a benchmark runs too
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+class WithoutVLLM(pytest.File):
+    """In the place of a module of tests, which could not even be imported: one that is skipped."""
+
+    def collect(self):
+        yield Skipped.from_parent(self, name="all")
+
+
+class Skipped(pytest.Item):
+    def runtest(self):
+        pytest.skip("vLLM is not installed here; `make test-vllm` makes an environment for it")
+
+
+if importlib.util.find_spec("vllm") is None:
+
+    def pytest_pycollect_makemodule(module_path, parent):
+        return WithoutVLLM.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +51,24 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wanted(folders):
-    """What `generate` gives, worked out once."""
+    """What `generate` gives to `twelve` and the like, worked out once."""
     lm, rm = folders["lm"][1], folders["rm"][1]
 
     @functools.cache
-    def answers(guided=True):
-        return [request.want(lm, rm) for request in twelve(guided)]
+    def answers(requests, *which):
+        return [request.want(lm, rm) for request in requests(*which)]
 
     return answers
+
+
+@pytest.fixture(scope="session")
+def server(folders, tmp_path_factory):
+    """`rgtg-fast serve`, with a language model called "guided"."""
+    from vllm_server import serving
+
+    reward = ["--reward-model", folders["rm"][0], "--k", str(K), "--beta", str(BETA)]
+    options = ["--dtype", "float32", "--max-model-len", str(MAX_LEN), "--enforce-eager"]
+    options += ["--max-num-seqs", "16"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(folders["lm"][0], [*reward, "--kv-gib", "0.25"], options, log) as running:
+        yield running

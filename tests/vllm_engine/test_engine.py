@@ -1,14 +1,21 @@
 """vLLM's own engine, guided, gives the tokens of `rgtg_fast.generate` in every configuration."""
 
+import dataclasses
 import gc
+import json
 import math
-import random
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
-from vllm_requests import BETA, MAX_LEN, K, Request, twelve
+import vllm_requests
+from vllm_requests import BETA, MAX_LEN, K, Request, twelve, two_hundred
 
 from rgtg_fast.vllm import RewardGuided
 
@@ -72,36 +79,16 @@ CONFIGURATIONS = {
 def test_tokens_are_those_of_generate(name, folders, wanted, plugins):
     options = dict(CONFIGURATIONS[name])
     guided = not options.pop("half", False)
-    requests = twelve(guided)
+    own_seed = name == "chunked prefill"
     with engine(folders, **options) as llm:
         for _ in range(2 if name == "prefix cache" else 1):
-            assert tokens_of(llm, requests, name == "chunked prefill") == wanted(guided)
-        counts = plugins[0].rows.counts
+            assert tokens_of(llm, twelve(guided), own_seed) == wanted(twelve, guided)
+        counts = dataclasses.replace(plugins[0].rows.counts)
+        assert tokens_of(llm, two_hundred(), own_seed) == wanted(two_hundred)
     assert counts.scored
     # What was preempted goes on from what was read of it.
     assert bool(counts.reused) == (name in ("preemption", "prefix cache"))
     assert bool(counts.waves) == (name == "reward cache over its budget")
-
-
-def test_two_hundred_requests_of_all_kinds_at_a_time(folders):
-    lm, rm = folders["lm"][1], folders["rm"][1]
-    draw = random.Random(4)
-    requests = [
-        Request(
-            draw.randint(1, 128),
-            draw.randint(1, 24),
-            at,
-            seed=draw.choice([None, draw.randrange(2**40)]),
-            beta=draw.choice([0.0, 0.5, 1.0, 4.0]),
-            k=draw.randint(1, 12),
-        )
-        for at in range(200)
-    ]
-    for request in requests[::3]:
-        request.guided, request.seed = False, None
-    with engine(folders) as llm:
-        found = tokens_of(llm, requests)
-    assert found == [request.want(lm, rm) for request in requests]
 
 
 def test_answers_of_one_prompt_are_drawn_with_seeds_one_after_the_other(folders):
@@ -155,7 +142,41 @@ def test_an_engine_that_cannot_be_says_why(folders, rgtg, said):
 
 
 def test_two_ranks_of_a_split_model_give_the_same_tokens(folders, wanted, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     with engine(folders, tensor_parallel_size=2) as llm:
-        assert tokens_of(llm, twelve()) == wanted()
+        assert tokens_of(llm, twelve()) == wanted(twelve)
+        assert tokens_of(llm, two_hundred()) == wanted(two_hundred)
+        workers = [
+            each
+            for each in psutil.Process().children()
+            if "resource_tracker" not in " ".join(each.cmdline())
+        ]
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+def test_the_second_model_runner_gives_the_same_tokens(folders, wanted, tmp_path):
+    configurations = {
+        "plain": {"enable_prefix_caching": False, "async_scheduling": False},
+        "all together": {
+            "enable_prefix_caching": True,
+            "async_scheduling": True,
+            "max_num_batched_tokens": 32,
+            "block_size": 32,
+            "num_gpu_blocks_override": 16,
+        },
+    }
+    (tmp_path / "in.json").write_text(json.dumps(configurations))
+    command = [sys.executable, str(Path(vllm_requests.__file__).with_name("vllm_v2.py"))]
+    command += [folders["lm"][0], folders["rm"][0], str(tmp_path)]
+    path = os.pathsep.join([str(Path(vllm_requests.__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    for name in configurations:
+        assert found[name]["runner"] == "vllm.v1.worker.cpu.model_runner"
+        assert found[name]["twelve"] == wanted(twelve)
+        assert found[name]["two_hundred"] == wanted(two_hundred)

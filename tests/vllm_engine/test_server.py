@@ -1,59 +1,22 @@
 """`rgtg-fast serve` and the `openai` client give the tokens of `rgtg_fast.generate`."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
+import asyncio
+import random
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from vllm_requests import BETA, MAX_LEN, K, twelve
+import tiny
+from vllm_requests import Request, twelve, two_hundred
+from vllm_server import ANSWERS, Load, drawn
 
 
-def free_port():
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return own.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def client(folders, tmp_path_factory):
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "rgtg_fast", "serve", folders["lm"][0]]
-    command += ["--reward-model", folders["rm"][0], "--k", str(K), "--beta", str(BETA)]
-    command += ["--kv-gib", "0.25", "--vllm", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", str(MAX_LEN), "--max-num-seqs", "16", "--enforce-eager"]
-    command += ["--served-model-name", "guided", "--host", "127.0.0.1"]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            command, stdout=out, stderr=out, env=environment, start_new_session=True
-        )
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except (urllib.error.URLError, OSError):
-                if server.poll() is not None:
-                    pytest.fail(log.read_text()[-3000:])
-                time.sleep(1)
-        else:
-            pytest.fail(log.read_text()[-3000:])
-        url = f"http://127.0.0.1:{port}/v1"
-        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(60)
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
+@pytest.fixture
+def client(server):
+    url = f"{server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=ANSWERS) as made:
+        yield made
 
 
 def asked(request, stream=False):
@@ -83,7 +46,13 @@ def test_concurrent_requests_get_the_tokens_of_generate(client, wanted, guided, 
     requests = twelve(guided)
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(lambda request: answer(client, request, stream), requests))
-    assert found == wanted(guided)
+    assert found == wanted(twelve, guided)
+
+
+def test_two_hundred_requests_of_all_kinds_over_http(client, wanted):
+    with ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(lambda request: answer(client, request, False), two_hundred()))
+    assert found == wanted(two_hundred)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +72,7 @@ def test_a_hostile_body_is_answered_400_and_the_server_goes_on(client, wanted, x
     body["extra_body"]["vllm_xargs"] = xargs
     with pytest.raises(openai.BadRequestError):
         client.completions.create(**body)
-    assert answer(client, request, False) == wanted()[0]
+    assert answer(client, request, False) == wanted(twelve)[0]
 
 
 def test_a_client_that_hangs_up_leaves_the_others_as_they_are(client, wanted):
@@ -117,6 +86,35 @@ def test_a_client_that_hangs_up_leaves_the_others_as_they_are(client, wanted):
     with ThreadPoolExecutor(12) as pool:
         gone = [pool.submit(hang_up, request) for request in requests[::2]]
         rest = [pool.submit(answer, client, request, False) for request in requests[1::2]]
-        assert [each.result() for each in rest] == wanted()[1::2]
+        assert [each.result() for each in rest] == wanted(twelve)[1::2]
         for each in gone:
             each.result()
+
+
+def known(ask, models):
+    """What `generate` gives to a request that is greedy or has a seed."""
+    lm, rm = models
+    own = {name.removeprefix("rgtg_"): value for name, value in ask.options}
+    seed = ask.seed if ask.sampled else None
+    request = Request(1, ask.steps, 0, seed=seed, guided=ask.guided, **own)
+    request.prompt = list(ask.prompt)
+    return request.want(lm, rm)
+
+
+def test_many_clients_at_a_time_get_right_answers_and_leave_nothing(server, folders):
+    """64 of them, four for each row of the engine; every other request is one of a few whose
+    answers are known, and a tenth is hung up on."""
+    draw, vocabulary = random.Random(1), tiny.vocab_size()
+    pool = [ask for ask in (drawn(draw, vocabulary, 0.75, 24) for _ in range(24)) if ask.repeatable]
+    models = [folders[name][1] for name in ("lm", "rm")]
+    load = Load(vocabulary, 0.75, ignore_eos=False, longest=24, pool=pool)
+    load.known = {ask: known(ask, models) for ask in pool}
+    asyncio.run(load.run(server.url, 64, 10.0, seed=2))
+    assert not load.errors and not load.wrong
+    assert len(load.latencies) + load.hung_up >= 64 and load.hung_up
+    # Those who hung up have left no request behind.
+    end = time.monotonic() + ANSWERS
+    while server.at_work():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert server.healthy()

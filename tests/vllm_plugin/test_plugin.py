@@ -1,17 +1,24 @@
 """The plug-in on random schedules of both model runners gives the tokens of `generate`."""
 
 import functools
+import gc
+import importlib.util
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from local_http import Quiet, served
 from vllm_fakes import Job, Logits, RunnerV1, RunnerV2, config, oracle, params
 
-from rgtg_fast.scorers import sources
-from rgtg_fast.vllm.rows import RewardRows
+from rgtg_fast import Reward, WeightedRewards, presets
+from rgtg_fast.vllm import rows
 from rgtg_fast.vllm.steps import StepReader
 
 K, BETA = 4, 2.0
@@ -146,7 +153,7 @@ def test_rows_over_the_budget_are_scored_in_waves(runner, folders):
 
 def test_the_budget_is_kept_at_every_step(folders, monkeypatch):
     seen = []
-    real = RewardRows.score
+    real = rows.RewardRows.score
 
     def score(self, *args):
         out = real(self, *args)
@@ -155,7 +162,7 @@ def test_the_budget_is_kept_at_every_step(folders, monkeypatch):
         seen.append(cache.stores[0].shape[2] <= self.budget)
         return out
 
-    monkeypatch.setattr(RewardRows, "score", score)
+    monkeypatch.setattr(rows.RewardRows, "score", score)
     check_schedule("v1", "tree", folders, 8, kv_gib=5e-5)
     assert len(seen) > 20 and all(seen)
 
@@ -177,6 +184,38 @@ def test_a_request_that_comes_back_goes_on_from_the_row_it_left(folders):
     # The last token before it left had not been committed.
     assert counts.prefilled == read + 1
     assert counts.reused == len(job.prompt) + 3
+
+
+def test_requests_that_have_gone_leave_nothing(folders):
+    runner = engine("v1", "tree", folders, kv_gib=1e-4)
+    draw = random.Random(5)
+
+    def serve(requests):
+        for _ in range(requests):
+            prompt = [draw.randrange(3, tiny.vocab_size()) for _ in range(8)]
+            job = Job(prompt, 2, params(1.0, seed=1))
+            runner.step(leaving=runner.batch[:1], coming=[job])
+            runner.logits.of.cache_clear()
+        gc.collect()
+        return len(gc.get_objects())
+
+    kept = serve(60)  # more than the budget holds
+    assert runner.processor.rows.counts.evicted
+    assert serve(120) <= kept + 20
+
+
+def test_rows_that_are_parked_are_few_beside_those_in_use(folders, monkeypatch):
+    monkeypatch.setattr(rows, "LEAST_PARKED", 8)
+    runner = one_engine(folders)
+    for seed in range(30):
+        prompt = tiny.prompts(6, seed=seed)["input_ids"][0].tolist()
+        runner.step(leaving=runner.batch[:1], coming=[Job(prompt, 2, params(0.0))])
+        assert len(runner.processor.rows.rows) <= 1 + 8
+    assert len(runner.processor.rows.rows) == 9
+    # The last ones are those that are kept.
+    prompt = tiny.prompts(6, seed=22)["input_ids"][0].tolist()
+    runner.step(leaving=runner.batch[:1], coming=[Job(prompt, 2, params(0.0))])
+    assert runner.processor.rows.counts.reused == 6
 
 
 def test_unguided_requests_cost_nothing(folders):
@@ -248,28 +287,37 @@ def test_tokens_that_vllm_takes_back_are_taken_back_here(folders):
 
 
 def test_an_id_that_the_reward_model_lacks_is_read_and_never_chosen(folders):
-    rows = tiny.vocab_size() + 8
-    wide = tiny.llama_lm(vocab_size=rows)
+    size = tiny.vocab_size() + 8
+    wide = tiny.llama_lm(vocab_size=size)
     runner = RunnerV1(wide, config(wide, folders["llama"][0], k=8, beta=0.1))
-    job = Job([5, rows - 1, 7], 6, params(0.0))
+    job = Job([5, size - 1, 7], 6, params(0.0))
     for _ in range(6):
         runner.step(coming=[] if runner.batch else [job])
     assert max(job.outputs) < tiny.vocab_size()
 
 
-def test_an_endpoint_guides_by_texts(folders, tmp_path, monkeypatch):
-    tiny.tokenizer().save_pretrained(tmp_path)
+def count_e(texts):
+    return [float(text.count("e")) for text in texts]
 
-    def score(texts):
-        return [float(text.count("e")) for text in texts]
 
-    monkeypatch.setattr(sources, "RewardEndpoint", lambda url: score)
-    settings = config(lm(), "http://rewards", k=K, beta=BETA, tokenizer=str(tmp_path))
+class Scores(Quiet):
+    def do_POST(self):
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["query"]
+        body = json.dumps({"rewards": count_e(texts)}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def check(reward, same, tokenizer=None, jobs=slice(4), **rgtg):
+    """An engine guided by `reward` gives what `generate` gives with the options `same`."""
+    settings = config(lm(), reward, **{"k": K, "beta": BETA} | rgtg, tokenizer=tokenizer)
     runner = RunnerV1(lm(), settings)
-    jobs = [Job(*job) for job in jobs_of_all_kinds()[:4]]
+    jobs = [Job(*job) for job in jobs_of_all_kinds()[jobs]]
     run(runner, random.Random(3).randrange, jobs)
     for job in jobs:
-        assert job.outputs == oracle(lm(), score, job, K, BETA, tokenizer=tiny.tokenizer())
+        assert job.outputs == oracle(lm(), job=job, **{"k": K, "beta": BETA} | same)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -300,3 +348,76 @@ def test_reward_and_kl_of_each_token_are_written(runner, draw, folders, tmp_path
     with pytest.raises(RuntimeError, match="lacks steps of request 0"):
         reader.take(0, 1)
     reader.close()
+
+
+def check_texts(reward, tmp_path):
+    """A reward that counts a letter of the texts guides as `count_e` does in `generate`."""
+    tiny.tokenizer().save_pretrained(tmp_path)
+    check(reward, {"rm": count_e, "tokenizer": tiny.tokenizer()}, str(tmp_path))
+
+
+def test_an_endpoint_guides_by_texts(tmp_path):
+    with served(Scores) as address:
+        check_texts(f"{address}/score", tmp_path)
+
+
+def test_a_function_of_texts_guides(tmp_path):
+    check_texts(f"{__name__}:count_e", tmp_path)
+
+
+def test_a_sum_of_rewards_guides(folders):
+    (one, a), (two, b) = folders["llama"], folders["policy"]
+    parts = [{"model": one, "weight": 0.7}, {"model": two, "kind": "genarm", "clamp": [-3, 0]}]
+    same = 0.7 * Reward(a) + WeightedRewards([Reward(b, reward_kind="genarm")], bounds=(-3, 0))
+    check({"parts": parts, "clamp": [-2, 2]}, {"rm": same.clamp(-2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("preset", "own"),
+    [
+        ("pargs", {}),
+        ({"name": "rad", "beta": 3.0, "inverse": True, "k": 6}, {}),
+        ("cd_fudge", {"k": K}),
+        ("genarm", {"k": K}),
+        ({"name": "dexperts", "filter_p": 0.6}, {"k": K}),
+        ({"name": "contrastive", "alpha": 0.3}, {"k": K}),
+        ("pad", {"k": K}),
+    ],
+    ids=str,
+)
+def test_a_preset_of_the_engine_guides(folders, preset, own):
+    name, options = preset, {}
+    if isinstance(preset, dict):
+        name, options = preset["name"], {k: v for k, v in preset.items() if k != "name"}
+    names = {"genarm": ["policy"], "contrastive": ["policy"]}.get(name, ["llama"])
+    names = ["policy", "reference"] if name in ("dexperts", "pad") else names
+    same = getattr(presets, name)(*(folders[n][1] for n in names), **options) | own
+    rm = same.pop("reward_model")
+    for drawn in ("do_sample", "top_k", "top_p", "temperature"):  # the requests'
+        same.pop(drawn, None)
+    reward = [folders[n][0] for n in names]
+    reward = reward if len(reward) == 2 else reward[0]
+    check(reward, {"rm": rm} | same, preset=preset, **{"k": None, "beta": None} | own)
+
+
+def test_a_preset_of_a_request_is_its_k_and_beta(folders):
+    prompt = jobs_of_all_kinds()[0][0]
+    runner = one_engine(folders)
+    jobs = [
+        Job(prompt, 6, params(1.0, seed=3, rgtg_preset="pargs")),
+        Job(prompt, 6, params(0.7, seed=3, rgtg_preset="args_stochastic", rgtg_beta=4.0)),
+        Job(prompt, 6, params(0.0, rgtg_preset="pargs_greedy")),
+    ]
+    for step in range(6):
+        runner.step(coming=[] if step else jobs)
+    for job, (k, beta) in zip(jobs, ((10, 2.0), (10, 4.0), (10, 1.0)), strict=True):
+        assert job.outputs == oracle(lm(), folders["llama"][1], job, k, beta)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_its_own_tests_are_skipped_and_say_why():
+    folder = Path(__file__).parents[1] / "vllm_engine"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "vLLM is not installed here" in done.stdout
+    assert "error" not in done.stdout.lower()

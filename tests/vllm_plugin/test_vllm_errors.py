@@ -7,10 +7,12 @@ import tiny
 import torch
 from vllm_fakes import Job, RunnerV1, config, params
 
+from rgtg_fast.demo.run import ASSETS
 from rgtg_fast.vllm import RewardGuided
 from rgtg_fast.vllm.settings import settings_of
 
 CPU = torch.device("cpu")
+LM = str(ASSETS / "lm")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,12 @@ CPU = torch.device("cpu")
         ({"rgtg_draw": "hf"}, "rgtg_draw='hf'"),
         ({"rgtg_draw": ["rgtg"]}, "rgtg_draw="),
         ({"rgtg_draw": "rgtg"}, "there is none; pass seed="),
+        ({"rgtg_preset": "rad"}, "rgtg_preset='rad'; pass one of pargs"),
+        ({"rgtg_preset": ["pargs"]}, "rgtg_preset="),
+        ({"rgtg_preset": "pargs_greedy"}, "pass temperature=0.0"),
+        ({"rgtg_preset": "args_stochastic"}, "pass temperature=0.7"),
+        ({"rgtg_preset": "pargs", "top_p": 0.9}, "pass top_p=1.0"),
+        ({"rgtg_preset": "pargs", "top_k": 50}, "pass top_k=0"),
     ],
 )
 def test_a_request_that_asks_for_what_cannot_be_is_refused(own, said):
@@ -59,6 +67,12 @@ def test_penalties_are_refused_where_they_would_do_nothing():
         ({"reward_model": "x", "reward_kind": "seq2seq"}, "reward_kind='seq2seq'"),
         ({"reward_model": "x", "guide": 1}, "guide=1"),
         ({"reward_model": ["x"]}, "list of two"),
+        ({"reward_model": {"modle": "x"}}, "a mapping with one of"),
+        ({"reward_model": {"model": LM, "kind": "head"}}, "hidden states, which vLLM does not"),
+        ({"reward_model": {"parts": [LM, {"model": LM, "kind": "seq2seq"}]}}, "rewrites a draft"),
+        ({"reward_model": LM, "preset": "parks"}, "preset='parks'"),
+        ({"reward_model": LM, "preset": "dexperts"}, "preset dexperts, with 1 models"),
+        ({"reward_model": LM, "preset": "cd_q"}, "needs the weights of heads"),
         ({}, "reward_model=None"),
         (None, "--additional-config"),
     ],
@@ -85,8 +99,31 @@ def test_a_budget_that_does_not_hold_one_request_is_refused(folders):
         RewardGuided(config(tiny.llama_lm(), folders["llama"][0], kv_gib=1e-5), CPU, False)
 
 
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("genarm", "whole vocabulary.* pass k=64"),
+        (
+            {"name": "nash_md"},
+            "k=10 and beta=0.1429, and have requests pass temperature=1.143",
+        ),
+    ],
+)
+def test_a_preset_that_no_request_could_follow_is_refused(folders, preset, said):
+    own = {"k": 10} if preset != "genarm" else {}
+    settings = config(tiny.llama_lm(), folders["policy"][0], preset=preset, **own)
+    with pytest.raises(ValueError, match=said):
+        RewardGuided(settings, CPU, False)
+
+
+def test_a_reward_model_that_lacks_its_head_is_refused(folders):
+    # transformers would draw a head at random.
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights .*score.weight"):
+        RewardGuided(config(tiny.llama_lm(), folders["policy"][0]), CPU, False)
+
+
 def test_a_folder_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="reward_model='/nowhere'"):
+    with pytest.raises(ValueError, match="no model at '/nowhere'"):
         RewardGuided(config(tiny.llama_lm(), "/nowhere"), CPU, False)
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import presets
-from ..evaluation import models
-from ..evaluation.settings import check_model, is_function, load_function
 from ..models.on_base import RewardAdapter
 from ..scorers import registry
 from ..scorers.endpoint import RewardEndpoint
@@ -18,6 +16,8 @@ from ..scorers.factory import same_vocabulary
 from ..scorers.rewards import Reward, WeightedRewards
 from ..scorers.sources import CAUSAL_KINDS
 from ..training.config_file import check_keys
+from . import models
+from .settings import check_model, is_function, load_function
 
 KINDS = ("classifier", *CAUSAL_KINDS, "head", "adapter", "attention_credit")
 _PER_TOKEN = {
@@ -118,6 +118,13 @@ def check_preset(value: Any, reward: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def preset_options(preset: dict[str, Any]) -> dict[str, Any]:
+    """What a checked preset says beside its models, for which it has None."""
+    make = getattr(presets, preset["name"])
+    own = {name: value for name, value in preset.items() if name != "name"}
+    return make(*[None] * len(_models_of(make)), **own)
+
+
 def _models_of(preset: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(preset).parameters.values()
     return [p.name for p in parameters if p.default is inspect.Parameter.empty]
@@ -138,7 +145,11 @@ def _names(preset: str, reward: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Loaded:
-    """The language model and its tokenizer, and how to load what stands beside them."""
+    """The language model and its tokenizer, and how to load what stands beside them.
+
+    A reward model whose tokenizer has another vocabulary gets its own; with `tokenizer=None` all
+    are taken to share the language model's.
+    """
 
     lm: Any
     tokenizer: Any
@@ -231,6 +242,8 @@ def _said(made: Any, options: dict[str, Any]) -> Any:
 
 def _own_tokenizer(reward: dict[str, Any], loaded: Loaded, shared: bool) -> Any:
     """The reward model's tokenizer where its vocabulary is another; `shared`: it must not be."""
+    if loaded.tokenizer is None:
+        return None
     name = reward.get("tokenizer", reward["model"])
     if "tokenizer" not in reward and not _has_tokenizer(name):
         raise ValueError(
