@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 from tiny import EOS, gpt2_lm, gpt2_rm
-from training import close, step, trainer
+from training import close, normal, step, trainer
 from transformers import AutoModelForCausalLM
 
+from rgtg_fast.ops import prefix_bt_loss
 from rgtg_fast.scorers import VocabRewardScorer
 from rgtg_fast.training import LabelledDataset
-from rgtg_fast.training.experimental import rollout_targets, rollout_values
+from rgtg_fast.training.experimental import contrastive_twist_loss, rollout_targets, rollout_values
 from rgtg_fast.training.objectives import soft_value, td_targets
 
 ROWS = [
@@ -218,3 +219,56 @@ def test_what_cannot_be_rolled_out_is_refused(changes, message):
     rows = changes.pop("rows", [{"prompt_ids": [5], "answer_ids": [7]}])
     with pytest.raises(ValueError, match=message):
         rollout_targets(gpt2_lm(), length, rows, **changes)
+
+
+def sampled(n=3, k=4, width=5):
+    """Log-twists, mask and rewards of samples of unequal lengths."""
+    lengths = torch.tensor([[1 + (i + 2 * j) % width for j in range(k)] for i in range(n)])
+    mask = (torch.arange(width) < lengths[..., None]).long()
+    return normal(n, k, width).requires_grad_(), mask, normal(n, k, seed=1), lengths
+
+
+def test_the_gradient_of_twists_is_that_of_importance_weighted_samples():
+    twists, mask, rewards, lengths = sampled()
+    contrastive_twist_loss(twists, mask, rewards, beta=1.7).backward()
+    want = torch.zeros_like(twists)
+    for n in range(len(twists)):
+        longest = int(lengths[n].max())
+        positive = (1.7 * rewards[n]).exp() / (1.7 * rewards[n]).exp().sum()
+        for t in range(longest):
+            places = [min(t, int(length) - 1) for length in lengths[n]]
+            psi = torch.stack([twists[n, k, at].detach().exp() for k, at in enumerate(places)])
+            for k, at in enumerate(places):
+                want[n, k, at] += (psi[k] / psi.sum() - positive[k]) / longest / len(twists)
+    torch.testing.assert_close(twists.grad, want, rtol=1e-10, atol=1e-12)
+
+
+def test_twists_of_two_samples_with_drawn_labels_are_bradley_terry_at_every_prefix():
+    twists, mask, rewards, _ = sampled(k=2)
+    twists = twists.detach()
+    one, other = twists.unbind(1), mask.unbind(1)
+    first, second = (
+        prefix_bt_loss(one[a], one[b], other[a], other[b], reduction="none")
+        for a, b in ((0, 1), (1, 0))
+    )
+    wins = rewards.softmax(1)
+    expected = (wins[:, 0] * first + wins[:, 1] * second).mean()
+    torch.testing.assert_close(contrastive_twist_loss(twists, mask, rewards), expected)
+
+
+def test_the_optimal_twist_is_the_soft_value():
+    """Over all 4 texts of two tokens, each once, under a uniform base policy."""
+    rewards = torch.tensor([[0.3, -1.0, 0.7, 0.1]]).double()
+    soft = rewards.view(2, 2).exp().mean(1).log().repeat_interleave(2)
+    best = torch.stack([soft, rewards[0]], dim=-1)[None].requires_grad_()
+    contrastive_twist_loss(best, torch.ones(1, 4, 2), rewards).backward()
+    by_prefix = best.grad[0, :, 0].view(2, 2).sum(1)  # the same prefix has the same twist
+    assert by_prefix.abs().max() < 1e-12 and best.grad[0, :, 1].abs().max() < 1e-12
+
+
+def test_twists_that_do_not_fit_are_refused():
+    twists, mask, rewards, _ = sampled()
+    with pytest.raises(ValueError, match=r"rewards \[4\]; pass \[N, K, T\]"):
+        contrastive_twist_loss(twists, mask, rewards[0])
+    with pytest.raises(ValueError, match="a sample without tokens"):
+        contrastive_twist_loss(twists, mask * 0, rewards)
