@@ -42,6 +42,7 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `copg` | causal LM | itself, by scores of answers (arXiv 2406.19185) | none: it answers alone |
 | `distill` | causal LM | itself, from a guided policy (`guided_rows`) | none: it answers alone |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
+| `soft_q` | causal LM | soft values of labels (arXiv 2106.07704) | `VocabRewardScorer(rm)` |
 
 With `frozen: true` (or `pair_features` and `fit_head` of `rgtg_fast.training.head_only`) only a
 head on a frozen language model is fitted: hidden states once, then a convex problem, for

@@ -262,7 +262,7 @@ def distill(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> S
     from the language model π under training: the sum over an answer's steps, mean over answers."""
     start, logq = batch["start"], batch["candidate_logprobs"]
     first = max(int(start.min()), 1)
-    logits = parts.logits(batch["input_ids"], batch["attention_mask"], first)[:, None]
+    logits = parts.next_logits(batch["input_ids"], batch["attention_mask"], first)[:, None]
     logits = answer_columns(logits, start - first, _width(batch))[:, 0]  # [N, T, V]
     logprobs = logits.gather(-1, batch["candidate_ids"]) - logits.logsumexp(-1, keepdim=True)
     possible = logq > -torch.inf
@@ -271,12 +271,58 @@ def distill(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> S
     return Scored((logq.exp() * gap).sum((-1, -2)).mean(), None)
 
 
+def soft_q(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """Soft Q-learning of the rewards of whole texts, TD(λ): Q(y_<t, v) is output row v.
+
+    The target of Q(y_<t, y_t) is the label R at the text's end, and before it
+    (1 - λ) V(y_<=t) + λ times the next token's target, without gradient, V being `soft_value` of
+    Q under the frozen model that training began with. With λ = 0 and value_beta = b its fixed
+    point is (1/b) log E[exp(b R) | y_<=t], so that log π + b Q is the optimal policy at b; this is
+    the one-step consistency of arXiv 2106.07704 with π as the measure. value_beta = inf is FaRMA's
+    target (arXiv 2502.04517) with the end's reward anchored at R; λ = 1 regresses on R itself.
+    """
+    ids, mask, start = batch["input_ids"], batch["attention_mask"], batch["start"]
+    first = max(int(start.min()), 1)
+    q = parts.next_logits(ids, mask, first)  # [N, L - first, V]
+    values = soft_value(q.detach(), parts.reference_logprobs(ids, mask, first), args.value_beta)
+    chosen = q.gather(-1, ids[:, first:, None])[..., 0]
+    chosen, values = (answer_columns(x, start - first, _width(batch)) for x in (chosen, values))
+    at = torch.arange(chosen.shape[-1], device=ids.device)
+    counted = (at >= args.first - 1) & (start[:, None] + at > 0)  # the text's first token has no Q
+    weight = (batch["answer_mask"] * counted).to(chosen.dtype)
+    error = (chosen - td_targets(values, batch["target"], _lengths(batch), args.td_lambda)) ** 2
+    per_text = (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+    return Scored(per_text.mean(), chosen.detach())
+
+
+def soft_value(q: Tensor, logprobs: Tensor, beta: float) -> Tensor:
+    """V = (1/beta) log Σ_v π(v) exp(beta q_v) [..] of q and log π [.., V]; at beta = 0 the mean of
+    q under π, at infinity its largest entry."""
+    if beta == 0:
+        return (logprobs.exp() * q).sum(-1)
+    if beta == float("inf"):
+        return q.amax(-1)
+    return (logprobs + beta * q).logsumexp(-1) / beta
+
+
+def td_targets(values: Tensor, reward: Tensor, lengths: Tensor, decay: float) -> Tensor:
+    """Targets [N, T] of the tokens of texts of `lengths` [N]: `reward` [N] for the last one, and
+    (1 - decay) times the value of the state that it leads to + decay times the next one's target
+    for the others. `values` [N, T] are of the states before each token."""
+    targets = [reward.to(values.dtype)]
+    for at in range(values.shape[1] - 2, -1, -1):
+        after = (1 - decay) * values[:, at + 1] + decay * targets[-1]
+        targets.append(torch.where(at >= lengths - 1, targets[0], after))
+    return torch.stack(targets[::-1], dim=1)
+
+
 class Objective(NamedTuple):
     score: Callable[[TrainedParts, Batch, Any, int | None], Scored]
     head: str
     data: str
     rewrites: bool = False  # rows hold two answers, a draft and what is made of it
     policy: bool = False  # trains the language model itself, which needs no guide then
+    reference: bool = False  # needs the model as it was before training
 
 
 OBJECTIVES = {
@@ -289,4 +335,5 @@ OBJECTIVES = {
     "copg": Objective(copg, "vocab", "pairs", policy=True),
     "distill": Objective(distill, "vocab", "guided", policy=True),
     "rad": Objective(rad, "scalar", "labelled"),
+    "soft_q": Objective(soft_q, "vocab", "labelled", reference=True),
 }
