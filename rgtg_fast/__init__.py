@@ -18,6 +18,14 @@ from .ops.installation import show_config
 from .output import Answer, RewardGuidedOutput
 from .scorers.endpoint import RewardEndpoint
 from .scorers.rewards import Reward, WeightedRewards
+from .sequence import (
+    best_of,
+    blockwise_best_of,
+    cards,
+    speculative_rejection,
+    treebon,
+    twisted_smc,
+)
 
 try:
     __version__ = version("rgtg_fast")
@@ -35,6 +43,9 @@ __all__ = [
     "SuffixDrafter",
     "VocabHead",
     "WeightedRewards",
+    "best_of",
+    "blockwise_best_of",
+    "cards",
     "free_graphs",
     "generate",
     "generate_many",
@@ -42,4 +53,7 @@ __all__ = [
     "ops",
     "presets",
     "show_config",
+    "speculative_rejection",
+    "treebon",
+    "twisted_smc",
 ]

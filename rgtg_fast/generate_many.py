@@ -92,10 +92,10 @@ def generate_many(
     many_options.check_tokenizer(tokenizer)
     many_options.check_prompts(prompts, {n: options.get(n) for n in many_options.OF_PROMPTS})
     batch_size = numbers.integer("batch_size", batch_size, 1)
-    return _Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
+    return Many(model, reward_model, batch_size, tokenizer, options).answers(prompts)
 
 
-class _Many:
+class Many:
     """One run of `generate_many`."""
 
     def __init__(
@@ -214,7 +214,7 @@ class _Many:
             own = own | {"max_new_tokens": count}
         return prepared_for(self.model, ids, own)
 
-    def _call_of(self, prepared: Prepared, bound: int) -> Call:
+    def _call_of(self, prepared: Prepared, bound: int) -> Any:
         """The models, ready for rows of up to `bound` tokens, or as many as they have positions
         for; without any row yet."""
         guide, (ids, *_) = self.guide, prepared

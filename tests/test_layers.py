@@ -18,6 +18,7 @@ LAYERS = (
     "",
     "presets",
     "inspection",
+    "sequence",
     "training",
     "evaluation",
     "vllm",
@@ -27,7 +28,7 @@ LAYERS = (
     "cli",
 )
 CALLS = {"generate", "generate_many", "guided", "prompts", "validation", "vocabularies", "output"}
-PUBLIC = {("__init__", "presets"), ("__init__", "inspection")}  # as the calls are
+PUBLIC = {"presets", "inspection", "sequence"}
 ROOT = {"__init__", "__main__", *CALLS}
 
 
@@ -84,7 +85,8 @@ def upward(edges):
         for name, targets in edges.items()
         for target in sorted(targets)
         if name != "__main__"  # the way into the command line
-        and (name, target) not in PUBLIC
+        # Public names, as the calls are.
+        and not (name == "__init__" and layer_of(target) in PUBLIC)
         and ranks[layer_of(target)] > ranks[layer_of(name)]
     ]
 

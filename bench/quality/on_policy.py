@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ KLS = (1.0, 2.0, 4.0)
 ROUNDS, SAMPLES, BETA = 3, 4, 4.0
 PROMPTS = {"recipe": 270, "support": 400}  # of a round
 MARK = {"recipe": " sour :", "support": " agent :"}  # the end of a prompt
+COPG_BETAS, COPG_EPOCHS = (2.0, 1.0, 0.5, 0.25), 4
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -125,6 +127,58 @@ def run_seed(task: Any, seed: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def tuned(task: Any, seed: int, folder: Path) -> dict[str, Any]:
+    """Gold and KL of plain samples of the language model after CoPG on the scored pairs of all
+    rounds, at each of COPG_BETAS."""
+    import copy
+
+    import torch
+    from small_models import reward_trainer
+    from study_parts.methods import base_samples
+
+    rounds = folder / task.name / f"seed{seed}" / "rounds"
+    rows = [
+        json.loads(line)
+        for number in range(1, ROUNDS + 1)
+        for line in (rounds / f"round-{number}" / "own_pairs.jsonl").read_text().splitlines()
+    ]
+    prompts = [p for p in task.prompts["test"] for _ in range(task.sizes.draws)]
+    found: dict[str, Any] = {}
+    for beta in COPG_BETAS:
+        torch.manual_seed(seed)
+        lm = copy.deepcopy(task.lm)
+        reward_trainer(
+            lm,
+            task.tokenizer,
+            rows,
+            loss_type="copg",
+            beta=beta,
+            learning_rate=1e-3,
+            per_device_train_batch_size=64,
+            num_train_epochs=COPG_EPOCHS,
+            seed=seed,
+        ).train()
+        ids, gold, _ = base_samples(replace(task, lm=lm.eval()), prompts, seed)
+        kl = mean((_logp(task, lm, prompts, ids) - _logp(task, task.lm, prompts, ids)).tolist())
+        found[f"{beta:g}"] = {"gold": mean(gold), "kl": kl}
+    return found
+
+
+def _logp(task: Any, lm: Any, prompts: list[str], ids: Any) -> Any:
+    """log π(y) [N] of answers [N, T], padded behind their EOS."""
+    import torch
+
+    inputs = task.tokenizer(prompts, return_tensors="pt", padding=True)
+    width, pad = inputs["input_ids"].shape[1], task.tokenizer.pad_token_id
+    whole = torch.cat([inputs["input_ids"], ids], 1)
+    mask = torch.cat([inputs["attention_mask"], (ids != pad).long()], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = lm(whole, attention_mask=mask, position_ids=places).logits[:, width - 1 : -1]
+    picked = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return (picked * (ids != pad)).sum(1)
+
+
 def at_kl(points: list[dict], base: float, kl: float) -> float:
     """Gold at a KL between neighbouring points, of which the base policy is the first; NaN beyond
     the last."""
@@ -168,8 +222,41 @@ def report(folder: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
             "rounds": [u["rounds"] for u in units],
             "seconds": [u["seconds"] for u in units],
         }
-        print("\n".join(table(name, rows)))
+        figures[name]["copg"] = copg = against_decoder(folder / name, units, seeds)
+        print("\n".join([*table(name, rows), "", *copg_table(copg)]))
     return figures
+
+
+def against_decoder(folder: Path, units: list[dict], seeds: list[int]) -> dict[str, Any]:
+    """Of the language model tuned at each β: gold, KL, and gold less that of the decoder, guided by
+    the last round's reward model, at the same KL."""
+    tuned_units = [json.loads((folder / f"seed{s}.copg.json").read_text()) for s in seeds]
+    rows = {}
+    for beta in tuned_units[0]:
+        own = [u[beta] for u in tuned_units]
+        decoder = [
+            at_kl(u["frontier"][f"round {ROUNDS}"], u["base"], o["kl"])
+            for u, o in zip(units, own, strict=True)
+        ]
+        gaps = [o["gold"] - d for o, d in zip(own, decoder, strict=True)]
+        rows[beta] = {
+            "gold": interval([o["gold"] for o in own]),
+            "kl": interval([o["kl"] for o in own]),
+            "less decoder": interval(gaps),
+        }
+    return rows
+
+
+def copg_table(rows: dict[str, Any]) -> list[str]:
+    """Markdown."""
+    lines = [
+        "| CoPG, β | KL (nats) | gold | less the decoder's at that KL |",
+        "| --- | --- | --- | --- |",
+    ]
+    for beta, row in rows.items():
+        cells = " | ".join(pm(row[key]) for key in ("kl", "gold", "less decoder"))
+        lines.append(f"| {beta} | {cells} |")
+    return lines
 
 
 def table(name: str, rows: dict[str, Any]) -> list[str]:
@@ -220,6 +307,9 @@ def main() -> None:
             if not path.exists():
                 found = run_seed(task, seed, args.folder)
                 path.write_text(json.dumps(found) + "\n")
+            path = path.with_suffix(".copg.json")
+            if not path.exists():
+                path.write_text(json.dumps(tuned(task, seed, args.folder)) + "\n")
 
 
 if __name__ == "__main__":

@@ -131,16 +131,17 @@ class Engine:
         kinds = preset_options(job.preset) if job.preset else {}
         kinds |= {n: v for n, v in job.options.items() if n == "reward_kind"}
         self.per_token = per_token(job.reward_model, kinds)
-        self.folder = tempfile.TemporaryDirectory(prefix="rgtg_fast_")
-        steps = Path(self.folder.name) / "steps"
-        steps.touch()
-        self.steps = StepReader(str(steps))
         self.llm: Any = None
-        try:
-            self.llm = self._load(settings | {"steps": str(steps)})
-        except BaseException:
-            self.close()
-            raise
+        # Whoever writes has it open when the engine stands: without a name, nothing is left of it.
+        with tempfile.TemporaryDirectory(prefix="rgtg_fast_") as folder:
+            steps = Path(folder) / "steps"
+            steps.touch()
+            self.steps = StepReader(str(steps))
+            try:
+                self.llm = self._load(settings | {"steps": str(steps)})
+            except BaseException:
+                self.steps.close()
+                raise
         self.longest = self.llm.model_config.max_model_len
 
     def _load(self, settings: dict[str, Any]) -> Any:
@@ -174,7 +175,6 @@ class Engine:
     def close(self) -> None:
         """Ends the engine."""
         self.steps.close()
-        self.folder.cleanup()
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None

@@ -220,13 +220,16 @@ class SiblingCache(Cache):
                     store.masked_fill_(dead[:, None], 0)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep rows `rows` int64 [n], in that order, and free the others."""
+        """Keep rows `rows` int64 [n], in that order, and free the others. A row named again is
+        copied."""
         for device, lengths in self.lengths.items():
             self.lengths[device] = lengths[rows.to(device)]
         if self.fresh is not None:
             self.fresh = [states.index_select(1, rows.to(states.device)) for states in self.fresh]
         if self.ragged:
             self.extents = [self.extents[row] for row in rows.tolist()]
+            if len(set(self.extents)) < len(self.extents):  # copies need slots of their own
+                self._lay_out([extent.size for extent in self.extents])
             self.loose = self._used() < TIGHT * self.stores[0].shape[2]
         else:
             for i, store in enumerate(self.stores):

@@ -154,6 +154,14 @@ class RowCaches:
             self.waiting[row] = None
         return self.batch
 
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        batch = [] if self.batch is None else self.batch.cache.layers
+        held = [tensor for layer in batch for tensor in (layer.keys, layer.values)]
+        for row in self.waiting:
+            held += [] if row is None else [tensor for layer in row.layers for tensor in layer]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
     def dissolve(self) -> None:
         """Take the batch apart into rows by themselves."""
         batch, self.batch = self.batch, None
@@ -174,9 +182,9 @@ class RowCaches:
         kept = rows.tolist()
         self.waiting = [self.waiting[row] for row in kept]
         if self.batch is not None:
-            new = {row: i for i, row in enumerate(kept)}
-            places = [i for i, row in enumerate(self.batch.rows) if row in new]
-            self.batch.select(places, [new[self.batch.rows[i]] for i in places])
+            at = {row: i for i, row in enumerate(self.batch.rows)}
+            new = [i for i, row in enumerate(kept) if row in at]
+            self.batch.select([at[kept[i]] for i in new], new)
 
     def tokens(self) -> Tensor:
         """Tokens int64 [B] of each row."""

@@ -19,8 +19,9 @@ from .rows import ScorerRows, Texts
 class Scorer(Protocol):
     """The whole contract between the decode loop and whatever gives rewards.
 
-    A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone). Without it,
-    rows that have ended are carried along until all have. One whose `can_skip` is true takes
+    A scorer may also have `keep_rows(rows)` (int64 [n]: go on with these rows alone, in this order;
+    of a `RowScorer` one named again is copied, with a new handle). Without it, rows that have ended
+    are carried along until all have. One whose `can_skip` is true takes
     `score(ids, keep)` too: bool [B, k], only these candidates need a reward (at least one does);
     the others get NaN and are not committed. Its `commits_unscored` is "row" where a row of which
     none does can be committed all the same, "step" where that holds if it is so for all rows of a

@@ -92,9 +92,9 @@ class LazyScorer:
         self.scorer.crop(handles, lengths)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Go on with rows `rows` int64 [n] alone, in that order: the others leave."""
+        """As `ScorerRows.keep_rows`."""
         self.scorer.keep_rows(rows)  # type: ignore[attr-defined]
-        self.unread = [self.unread[row] for row in rows.tolist()]
+        self.unread = [list(self.unread[row]) for row in rows.tolist()]
 
     def of_prompts(self, indices: Sequence[int]) -> None:
         """As `WeightedRows.of_prompts`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models.vocab_head import VocabHead
+from .rows import kept_handles
 from .vocab_head import VocabRewardScorer
 
 
@@ -73,8 +74,8 @@ class StateScorer:
         """The source does."""
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Go on with rows `rows` int64 [n] alone, in that order: the others leave."""
-        self.handles = [self.handles[row] for row in rows.tolist()]
+        """As `ScorerRows.keep_rows`."""
+        self.handles, self.given = kept_handles(self.handles, rows, self.given)
 
 
 class VocabHeadScorer(VocabRewardScorer):

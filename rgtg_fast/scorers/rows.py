@@ -163,8 +163,9 @@ class ScorerRows(Arithmetic, ABC):
         return [handle for handle in self.scored if handle is not None]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Go on with rows `rows` int64 [n] alone, in that order: the others leave."""
-        self.handles = [self.handles[row] for row in rows.tolist()]
+        """Go on with rows `rows` int64 [n] alone, in that order: the others leave. A row that is
+        named again is copied, and the copy has a new handle."""
+        self.handles, self._given = kept_handles(self.handles, rows, self._given)
         self._keep_rows(rows.to(self.device))
 
     def _changed(self, handles: Sequence[int]) -> None:
@@ -204,7 +205,17 @@ class ScorerRows(Arithmetic, ABC):
 
     @abstractmethod
     def _keep_rows(self, rows: Tensor) -> None:
-        """Drop the other rows."""
+        """Drop the other rows. Rows may be named several times: copies."""
+
+
+def kept_handles(handles: list[int], rows: Tensor, given: int) -> tuple[list[int], int]:
+    """The handles of `rows` int64 [n], where `given` have been given; those of copies are new, and
+    counted in the second result."""
+    kept: list[int] = []
+    for handle in (handles[row] for row in rows.tolist()):
+        kept.append(given if handle in kept else handle)
+        given += kept[-1] == given
+    return kept, given
 
 
 def check_integers(name: str, numbers: Any) -> None:

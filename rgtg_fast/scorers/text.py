@@ -116,7 +116,9 @@ class TextScorer(ScorerRows):
         return torch.tensor(lengths, dtype=torch.int64, device=self.device)
 
     def _keep_rows(self, rows: Tensor) -> None:
-        self.texts = [self.texts[row] for row in rows.tolist()]
+        # Answers grow in place: a copy's must be a list of its own.
+        kept = [self.texts[row] for row in rows.tolist()]
+        self.texts = [(prompt, list(answer)) for prompt, answer in kept]
 
 
 def scores_of(function: Callable[[list[str]], Sequence[float]], texts: list[str]) -> list[float]:

@@ -173,7 +173,7 @@ class WeightedRows(WeightedScorer):
             part.crop(own, lengths)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Go on with rows `rows` int64 [n] alone, in that order: the others leave."""
+        """As `ScorerRows.keep_rows`."""
         for part in self.parts:
             part.keep_rows(rows)  # type: ignore[attr-defined]
         self._keep(rows.tolist())

@@ -39,6 +39,7 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `genarm` | causal LM | reward = Σ log-probs (arXiv 2410.08193) | `AutoregressiveScorer(rm)` |
 | `genarm_prefix` | causal LM | that reward, at every prefix | `AutoregressiveScorer(rm)` |
 | `seq2seq` | causal LM | rewriting drafts (arXiv 2409.00162) | `RewriteScorer(rm)` |
+| `copg` | causal LM | itself, by scores of answers (arXiv 2406.19185) | none: it answers alone |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
 
 With `frozen: true` (or `pair_features` and `fit_head` of `rgtg_fast.training.head_only`) only a

@@ -22,6 +22,8 @@ WHAT = {
     "Bradley-Terry at every prefix of the answers (arXiv 2406.07780), a combination of which no "
     "publication is known",
     "seq2seq": "a rewriter of drafts into chosen answers (arXiv 2409.00162), trained by likelihood",
+    "copg": "a language model trained by Contrastive Policy Gradient (arXiv 2406.19185) on the "
+    "scores of answers: it needs no guide",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
 
@@ -38,18 +40,20 @@ def write_card(
 ) -> None:
     """Writes the card: what it is (with `note` behind it), how to use it (to guide the language
     model `lm`), how well it does, how it was made."""
+    policy = OBJECTIVES[args.loss_type].policy
     lines = [
         "---",
         "library_name: transformers",
         f"base_model: {json.dumps(settings.model)}",
-        "tags: [reward-model, reward-guided-text-generation]",
+        f"tags: [{'text-generation' if policy else 'reward-model, reward-guided-text-generation'}]",
         "---",
-        f"# Reward model: {args.loss_type}" + (" (head only)" if settings.frozen else ""),
+        f"# {'Language' if policy else 'Reward'} model: {args.loss_type}"
+        + (" (head only)" if settings.frozen else ""),
         "",
         f"{WHAT[args.loss_type]}. Trained from `{settings.model}`.",
         "",
         *([note, ""] if note else []),
-        *_usage(settings, args, model_config, lm),
+        *(_policy_usage(settings, args) if policy else _usage(settings, args, model_config, lm)),
         *_accuracy(metrics, plotted),
         "## Training",
         "",
@@ -123,6 +127,29 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any, lm: 
         "",
         *(line for other in others for line in (f"It can guide as `{other}` too.", "")),
         *note,
+    ]
+
+
+def _policy_usage(settings: Settings, args: PrefixRewardConfig) -> list[str]:
+    out = json.dumps(str(args.output_dir))
+    auto, imports = (
+        "AutoModelForCausalLM",
+        ["transformers import AutoModelForCausalLM, AutoTokenizer"],
+    )
+    if settings.lora is not None:
+        auto = "AutoPeftModelForCausalLM"
+        imports = [f"peft import {auto}", "transformers import AutoTokenizer"]
+    return [
+        "```python",
+        *(f"from {line}" for line in imports),
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({out})",
+        f"lm = {auto}.from_pretrained({out})",
+        'ids = tokenizer("A prompt like those trained on.", return_tensors="pt").input_ids',
+        "out = lm.generate(input_ids=ids, do_sample=True, top_k=0, max_new_tokens=32)",
+        "print(tokenizer.decode(out[0]))",
+        "```",
+        "",
     ]
 
 

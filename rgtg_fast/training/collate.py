@@ -25,6 +25,9 @@ class PairCollator:
     `fill_eos` gives EOS ids behind the shorter answer up to the longer one's length (the published
     padding): attended to, and not in `answer_mask`, for the loss with `extension="eos"`.
 
+    Rows with a `reference` (`training.reference`) give it as [N, 2, T], 0 behind an answer's end,
+    and their `scores` fp32 [N, 2], chosen before rejected.
+
     `separator`, of the loss "seq2seq", gives `separator` int64 [N], that token id, and
     `draft_lengths` int64 [N, 2], the answers' lengths without the id `eos` at their end.
     """
@@ -68,6 +71,15 @@ class PairCollator:
         if any("margin" in row for row in rows):
             margins = [float(row.get("margin", self.margin or 0.0)) for row in rows]
             batch["margin"] = torch.tensor(margins)
+        if "reference" in rows[0]:
+            batch["scores"] = torch.tensor(
+                [[row["chosen_score"], row["rejected_score"]] for row in rows]
+            )
+            reference = torch.zeros(answer.shape, dtype=rows[0]["reference"][0].dtype)
+            batch["reference"] = reference
+            for n, row in enumerate(rows):
+                for side, logprobs in enumerate(row["reference"]):
+                    reference[n, side, : len(logprobs)] = logprobs
         return batch
 
 

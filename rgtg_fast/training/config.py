@@ -19,7 +19,9 @@ CHOICES = {
 }
 # The loss types that compare the two answers of a pair.
 PAIRS = tuple(
-    name for name, made in OBJECTIVES.items() if made.data == "pairs" and not made.rewrites
+    name
+    for name, made in OBJECTIVES.items()
+    if made.data == "pairs" and not made.rewrites and not made.policy
 )
 # What has no effect with an option's value, and with which loss types it has one.
 USED_BY = {
@@ -52,7 +54,8 @@ class PrefixRewardConfig(TrainingArguments):
         metadata={
             "help": "prefix: Bradley-Terry at every prefix; full: at the last token only; farma: "
             "vocabulary head; genarm: autoregressive; genarm_prefix: autoregressive, at every "
-            "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels"
+            "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels; copg: the "
+            "language model itself, by the scores of its answers"
         },
     )
     first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})
@@ -88,7 +91,7 @@ class PrefixRewardConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "scale of the log-probabilities (default: genarm 0.05, as published, "
-            "genarm_prefix 0.3)"
+            "genarm_prefix 0.3); copg: weight of the KL from what the model began as (0.05)"
         },
     )
     prefix_share: float = field(

@@ -141,22 +141,21 @@ def _consistency(parts: TrainedParts, batch: Batch, first: int) -> Tensor:
     return F.mse_loss(rewards, parts.best_token(after))
 
 
-def _summed_logprobs(parts: TrainedParts, batch: Batch, beta: float) -> Tensor:
-    """beta Σ_{t <= i} log p(y_t | x, y_<t) [N, 2, T] of the prefix of each length i, from one
-    forward of 2N rows."""
+def answer_logprobs(parts: TrainedParts, batch: Batch) -> Tensor:
+    """log p(y_t | x, y_<t) [N, 2, T] of the answers' tokens under a causal LM, from one forward of
+    2N rows; without meaning behind an answer's end."""
     ids, start = batch["input_ids"], batch["start"]
     # This waits for the device, which has no work yet, and saves the logits of the shortest prompt.
     first = max(int(start.min()), 1)
     logprobs = parts.token_logprobs(
         ids.flatten(0, 1), batch["attention_mask"].flatten(0, 1), first
     ).view(*ids.shape[:2], -1)
-    logprobs = answer_columns(logprobs, start - first, _width(batch))
-    return beta * logprobs.cumsum(-1)
+    return answer_columns(logprobs, start - first, _width(batch))
 
 
 def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
     """GenARM (arXiv 2410.08193): r(y) = beta Σ_t log p(y_t | x, y_<t), Bradley-Terry at the end."""
-    rewards = _summed_logprobs(parts, batch, args.beta)
+    rewards = args.beta * answer_logprobs(parts, batch).cumsum(-1)
     return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
 
 
@@ -168,7 +167,7 @@ def genarm_prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None
     costs nothing; a shorter answer keeps the sum of its own tokens behind its end. The parts are of
     arXiv 2410.08193 and 2406.07780; no publication of the combination is known.
     """
-    rewards = _summed_logprobs(parts, batch, args.beta)
+    rewards = args.beta * answer_logprobs(parts, batch).cumsum(-1)
     share = args.prefix_share
     loss = share * _prefix_loss(rewards, batch, args)
     loss = loss + (1 - share) * _last_loss(_at_end(rewards, batch), batch, args)
@@ -233,11 +232,37 @@ def rad(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Score
     return Scored(per_text.mean(), rewards.detach())
 
 
+def copg_loss(log_ratio: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """Minus CoPG's objective (arXiv 2406.19185, eqs. 7 to 9 in the mean of eq. 17), which the paper
+    maximises, of pairs of answers y, y' to one prompt:
+
+        l(y, y') = (R_{β/2}(y) - R_{β/2}(y')) ln(π(y)/π_ref(y))
+                 + (R_{β/2}(y') - R_{β/2}(y)) ln(π(y')/π_ref(y')),
+        R_{β/2}(y) = R(y) - β/2 ln(π(y)/π_ref(y)),
+
+    whose maximum over π, whatever the answers were drawn from, is π_ref(y) exp(R(y)/β) / Z.
+    `log_ratio` [N, 2] is ln(π/π_ref) of whole answers, `scores` [N, 2] is R; a scalar.
+    """
+    regularised = scores - beta / 2 * log_ratio
+    gap = regularised[:, 0] - regularised[:, 1]
+    return -(gap * log_ratio[:, 0] - gap * log_ratio[:, 1]).mean()
+
+
+def copg(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """`copg_loss` of the language model under training, π_ref being what it began as; the rewards
+    are β ln(π/π_ref) of the prefixes."""
+    log_ratio = answer_logprobs(parts, batch) - batch["reference"]
+    log_ratio = log_ratio.masked_fill(batch["answer_mask"] == 0, 0.0)
+    loss = copg_loss(log_ratio.sum(-1), batch["scores"], args.beta)
+    return Scored(loss, args.beta * log_ratio.detach().cumsum(-1))
+
+
 class Objective(NamedTuple):
     score: Callable[[TrainedParts, Batch, Any, int | None], Scored]
     head: str
     data: str
     rewrites: bool = False  # rows hold two answers, a draft and what is made of it
+    policy: bool = False  # trains the language model itself, from what it begins as, on scored rows
 
 
 OBJECTIVES = {
@@ -247,5 +272,6 @@ OBJECTIVES = {
     "genarm": Objective(genarm, "vocab", "pairs"),
     "genarm_prefix": Objective(genarm_prefix, "vocab", "pairs"),
     "seq2seq": Objective(seq2seq, "vocab", "pairs", rewrites=True),
+    "copg": Objective(copg, "vocab", "pairs", policy=True),
     "rad": Objective(rad, "scalar", "labelled"),
 }

@@ -24,6 +24,7 @@ from .forward import TrainedParts, call_inside, check_causal
 from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored, answer_columns
 from .output_folder import find_checkpoint
+from .reference import add_reference, check_scores
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +71,7 @@ class PrefixRewardTrainer(Trainer):
     All prefix rewards of a pair come from one causal forward of the two answers, so a step costs
     what a full-sequence reward model's step costs. `args.loss_type` chooses the objective; the
     model is a `...ForSequenceClassification` with one label for "prefix", "full" and "rad", and a
-    causal LM for "farma", "genarm", "genarm_prefix" and "seq2seq".
+    causal LM for "farma", "genarm", "genarm_prefix", "seq2seq" and "copg".
 
     Args:
         model: the model, PEFT-wrapped or not; `peft_config` wraps it here.
@@ -172,6 +173,9 @@ class PrefixRewardTrainer(Trainer):
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
             if data is not None:
                 check_fit(data, parts.rm.text_config, name, objective.rewrites)
+                if objective.policy:
+                    check_scores(data, name)
+                    add_reference(data, trained, parts, args.per_device_eval_batch_size)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer; `resume_from_checkpoint=True` takes the last whole checkpoint.

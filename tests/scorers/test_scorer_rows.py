@@ -286,6 +286,14 @@ def test_rows_come_and_go(case: str) -> None:
     play(CASES[case], 4)
 
 
+@pytest.mark.parametrize("case", QUICK)
+def test_copies_of_a_row_go_their_own_ways(case: str) -> None:
+    names = ("join", "step", "fork", "step", "extend", "fork", "step", "late", "fork", "crop")
+    for first in (0, 100, 200):
+        schedule = [(name, first + i) for i, name in enumerate((*names, "step", "step"))]
+        CASES[case](False).run(schedule, first // 100)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_rows_come_and_go_in_every_family(case: str) -> None:

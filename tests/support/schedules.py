@@ -18,7 +18,7 @@ from torch import Tensor
 
 K = 3
 MOST_ROWS, LONGEST = 5, 26  # zoo's windows are 5
-OPERATIONS = ("join", "leave", "extend", "crop", "score", "step", "step", "step", "late")
+OPERATIONS = ("join", "leave", "fork", "extend", "crop", "score", "step", "step", "step", "late")
 
 schedules = st.lists(
     st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**20)), min_size=4, max_size=24
@@ -69,6 +69,20 @@ class Schedule:
         self.scorer.leave(gone)
         for handle in gone:
             del self.rows[handle]
+
+    def _fork(self, chance: random.Random) -> None:
+        """Rows go on in another order, some of them several times and some not at all."""
+        before = list(self.rows)
+        if not before:
+            return
+        kept = [chance.randrange(len(before)) for _ in range(chance.randint(1, MOST_ROWS))]
+        self.scorer.keep_rows(torch.tensor(kept))
+        new = list(self.scorer.handles)
+        first = [kept.index(row) == i for i, row in enumerate(kept)]
+        for row, handle, is_first in zip(kept, new, first, strict=True):
+            assert is_first == (handle == before[row]) and (is_first or handle not in before)
+        rows = [self.rows[before[row]] for row in kept]
+        self.rows = {h: (list(t), n) for h, (t, n) in zip(new, rows, strict=True)}
 
     def _extend(self, chance: random.Random) -> list[int]:
         handles = self._some(chance)
