@@ -1,6 +1,6 @@
 """The quality study: what reward models for partial sequences buy, on two tasks with exact rewards.
 
-    python bench/quality/study.py run --jobs 2    # resumable; some 95 minutes of one core
+    python bench/quality/study.py run --jobs 2    # resumable; some 100 minutes of one core
     python bench/quality/study.py report          # JSON, Markdown and plots in bench/results
 
 See `bench/quality/README.md` for what is compared and how.
