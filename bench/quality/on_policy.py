@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ KLS = (1.0, 2.0, 4.0)
 ROUNDS, SAMPLES, BETA = 3, 4, 4.0
 PROMPTS = {"recipe": 270, "support": 400}  # of a round
 MARK = {"recipe": " sour :", "support": " agent :"}  # the end of a prompt
+COPG_BETAS, DISTILL_BETAS, TUNING_EPOCHS = (2.0, 1.0, 0.5, 0.25), (1.0, 2.0, 4.0), 4
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -125,6 +127,83 @@ def run_seed(task: Any, seed: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def copg(task: Any, seed: int, folder: Path) -> dict[str, Any]:
+    """Gold and KL of plain samples of the language model after CoPG on the scored pairs of all
+    rounds, at each of COPG_BETAS."""
+    rounds = folder / task.name / f"seed{seed}" / "rounds"
+    rows = [
+        json.loads(line)
+        for number in range(1, ROUNDS + 1)
+        for line in (rounds / f"round-{number}" / "own_pairs.jsonl").read_text().splitlines()
+    ]
+    return {
+        f"{beta:g}": tuned(task, seed, rows, loss_type="copg", beta=beta) for beta in COPG_BETAS
+    }
+
+
+def distilled(task: Any, seed: int, folder: Path) -> dict[str, Any]:
+    """The same of the language model distilled from the policy that the last round's reward model
+    guides, at each of DISTILL_BETAS, on as many answers as the rounds have drawn."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    from rgtg_fast.training import guided_rows
+
+    path = folder / task.name / f"seed{seed}" / "rounds" / f"round-{ROUNDS}"
+    rm = LlamaForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = task.prompts["train"]
+    asked = [prompts[n % len(prompts)] for n in range(ROUNDS * SAMPLES * PROMPTS[task.name])]
+    options = {"k": 10, "max_new_tokens": task.max_new_tokens, "batch_size": 256, "seed": seed}
+    found = {}
+    for beta in DISTILL_BETAS:
+        rows = guided_rows(
+            task.lm, asked, reward_model=rm, tokenizer=task.tokenizer, beta=beta, **options
+        )
+        found[f"{beta:g}"] = tuned(task, seed, list(rows), loss_type="distill")
+    return found
+
+
+def tuned(task: Any, seed: int, rows: list[dict], **options: Any) -> dict[str, float]:
+    """Gold and KL of plain samples of a copy of the language model trained on `rows`."""
+    import copy
+
+    import torch
+    from small_models import reward_trainer
+    from study_parts.methods import base_samples
+
+    torch.manual_seed(seed)
+    lm = copy.deepcopy(task.lm)
+    reward_trainer(
+        lm,
+        task.tokenizer,
+        rows,
+        learning_rate=1e-3,
+        per_device_train_batch_size=64,
+        num_train_epochs=TUNING_EPOCHS,
+        seed=seed,
+        **options,
+    ).train()
+    prompts = [p for p in task.prompts["test"] for _ in range(task.sizes.draws)]
+    ids, gold, _ = base_samples(replace(task, lm=lm.eval()), prompts, seed)
+    kl = mean((_logp(task, lm, prompts, ids) - _logp(task, task.lm, prompts, ids)).tolist())
+    return {"gold": mean(gold), "kl": kl}
+
+
+def _logp(task: Any, lm: Any, prompts: list[str], ids: Any) -> Any:
+    """log π(y) [N] of answers [N, T], padded behind their EOS."""
+    import torch
+
+    inputs = task.tokenizer(prompts, return_tensors="pt", padding=True)
+    width, pad = inputs["input_ids"].shape[1], task.tokenizer.pad_token_id
+    whole = torch.cat([inputs["input_ids"], ids], 1)
+    mask = torch.cat([inputs["attention_mask"], (ids != pad).long()], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = lm(whole, attention_mask=mask, position_ids=places).logits[:, width - 1 : -1]
+    picked = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return (picked * (ids != pad)).sum(1)
+
+
 def at_kl(points: list[dict], base: float, kl: float) -> float:
     """Gold at a KL between neighbouring points, of which the base policy is the first; NaN beyond
     the last."""
@@ -169,7 +248,41 @@ def report(folder: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
             "seconds": [u["seconds"] for u in units],
         }
         print("\n".join(table(name, rows)))
+        for what in (copg, distilled):
+            found = against_decoder(folder / name, what.__name__, units, seeds)
+            figures[name][what.__name__] = found
+            print("\n".join(["", *tuned_table(what.__name__, found)]))
     return figures
+
+
+def against_decoder(folder: Path, what: str, units: list[dict], seeds: list[int]) -> dict[str, Any]:
+    """Of the language model tuned at each β: gold, KL, and gold less that of the decoder, guided by
+    the last round's reward model, at the same KL."""
+    tuned_units = [json.loads((folder / f"seed{s}.{what}.json").read_text()) for s in seeds]
+    rows = {}
+    for beta in tuned_units[0]:
+        own = [u[beta] for u in tuned_units]
+        decoder = [
+            at_kl(u["frontier"][f"round {ROUNDS}"], u["base"], o["kl"])
+            for u, o in zip(units, own, strict=True)
+        ]
+        gaps = [o["gold"] - d for o, d in zip(own, decoder, strict=True)]
+        rows[beta] = {
+            "gold": interval([o["gold"] for o in own]),
+            "kl": interval([o["kl"] for o in own]),
+            "less decoder": interval(gaps),
+        }
+    return rows
+
+
+def tuned_table(what: str, rows: dict[str, Any]) -> list[str]:
+    """Markdown."""
+    head = f"| {what}, β | KL (nats) | gold | less the decoder's at that KL |"
+    lines = [head, "| --- | --- | --- | --- |"]
+    for beta, row in rows.items():
+        cells = " | ".join(pm(row[key]) for key in ("kl", "gold", "less decoder"))
+        lines.append(f"| {beta} | {cells} |")
+    return lines
 
 
 def table(name: str, rows: dict[str, Any]) -> list[str]:
@@ -220,6 +333,10 @@ def main() -> None:
             if not path.exists():
                 found = run_seed(task, seed, args.folder)
                 path.write_text(json.dumps(found) + "\n")
+            for what in (copg, distilled):
+                path = args.folder / name / f"seed{seed}.{what.__name__}.json"
+                if not path.exists():
+                    path.write_text(json.dumps(what(task, seed, args.folder)) + "\n")
 
 
 if __name__ == "__main__":

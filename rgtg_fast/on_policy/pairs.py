@@ -42,7 +42,8 @@ def scored_pairs(
     seed: int,
 ) -> list[dict[str, Any]]:
     """Pairs out of `samples` answers to each of the prompts: all two whose scores differ, or the
-    best and the worst. `draw`: the winner by Bradley-Terry from the scores, ties too."""
+    best and the worst, each with its scores. `draw`: the winner by Bradley-Terry from the scores,
+    ties too."""
     rng = random.Random(seed)
     rows = []
     for group, numbers in groups(answers, samples):
@@ -61,7 +62,8 @@ def scored_pairs(
             else:
                 better = scores[one] > scores[other]
             won, lost = (one, other) if better else (other, one)
-            rows.append(_pair(prompts[group], answers[won], answers[lost]))
+            said = {"chosen_score": scores[won], "rejected_score": scores[lost]}
+            rows.append(_pair(prompts[group], answers[won], answers[lost]) | said)
     return rows
 
 

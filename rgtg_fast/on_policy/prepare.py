@@ -75,6 +75,11 @@ def prepare(values: dict[str, Any]) -> Rounds:
             f"on-policy rounds run in one process, and {args.world_size} were started; start it "
             "without torchrun and accelerate"
         )
+    if OBJECTIVES[args.loss_type].policy:
+        raise ValueError(
+            f"loss_type={args.loss_type!r} trains a language model that needs no guide, and "
+            "on-policy rounds train a guide; train one, and then on the own_pairs.jsonl of a round"
+        )
     if own.by_hand and OBJECTIVES[args.loss_type].data == "labelled":
         raise ValueError(
             f"judge=hand gives pairs, and loss_type={args.loss_type!r} wants labels in [0, 1]; "

@@ -66,7 +66,7 @@ def reward_model(rm: Any) -> Any:
 KINDS: dict[str, Kind] = {
     "classifier": Kind(reward_model, "SequenceClassification", ("prefix", "full", "rad")),
     "head": Kind(RewardHead, "head", ("prefix", "full")),
-    "vocab": Kind(VocabRewardScorer, "CausalLM", ("farma",)),
+    "vocab": Kind(VocabRewardScorer, "CausalLM", ("farma", "soft_q")),
     "autoregressive": Kind(
         AutoregressiveScorer, "CausalLM", ("genarm", "genarm_prefix"), per_token=True
     ),

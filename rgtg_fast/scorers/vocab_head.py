@@ -16,8 +16,8 @@ class VocabRewardScorer(NextTokenScorer):
     """Rewards R(v | x, y_<t) = h_{t-1} · W[v] + b[v] of a vocabulary-head reward model
     (arXiv 2502.04517): one forward of one token a step, and k rows of W gathered.
 
-    `model` is a causal LM whose output embeddings are the reward head, as
-    `PrefixRewardTrainer(loss_type="farma")` trains it. Raises `ValueError` for a model without.
+    `model` is a causal LM whose output embeddings are the reward head, as `PrefixRewardTrainer`
+    trains it with `loss_type="farma"` or `"soft_q"`. Raises `ValueError` for a model without.
 
     Example: `rgtg_fast.generate(lm, **inputs, reward_model=VocabRewardScorer(rm), k=10)`.
     """

@@ -39,7 +39,10 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `genarm` | causal LM | reward = Σ log-probs (arXiv 2410.08193) | `AutoregressiveScorer(rm)` |
 | `genarm_prefix` | causal LM | that reward, at every prefix | `AutoregressiveScorer(rm)` |
 | `seq2seq` | causal LM | rewriting drafts (arXiv 2409.00162) | `RewriteScorer(rm)` |
+| `copg` | causal LM | itself, by scores of answers (arXiv 2406.19185) | none: it answers alone |
+| `distill` | causal LM | itself, from a guided policy (`guided_rows`) | none: it answers alone |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
+| `soft_q` | causal LM | soft values of labels (arXiv 2106.07704) | `VocabRewardScorer(rm)` |
 
 With `frozen: true` (or `pair_features` and `fit_head` of `rgtg_fast.training.head_only`) only a
 head on a frozen language model is fitted: hidden states once, then a convex problem, for
@@ -59,11 +62,13 @@ that say how many and what to do. `hold_out` keeps the pairs of a prompt togethe
 from .collate import LabelledCollator, PairCollator
 from .config import PrefixRewardConfig
 from .data import DataReport, LabelledDataset, PreferenceDataset
+from .distill import GuidedAnswers, guided_rows
 from .head_only import HeadFit, PairFeatures, fit_head, pair_features
 from .trainer import PrefixRewardTrainer
 
 __all__ = [
     "DataReport",
+    "GuidedAnswers",
     "HeadFit",
     "LabelledCollator",
     "LabelledDataset",
@@ -73,5 +78,6 @@ __all__ = [
     "PrefixRewardConfig",
     "PrefixRewardTrainer",
     "fit_head",
+    "guided_rows",
     "pair_features",
 ]

@@ -22,6 +22,12 @@ WHAT = {
     "Bradley-Terry at every prefix of the answers (arXiv 2406.07780), a combination of which no "
     "publication is known",
     "seq2seq": "a rewriter of drafts into chosen answers (arXiv 2409.00162), trained by likelihood",
+    "copg": "a language model trained by Contrastive Policy Gradient (arXiv 2406.19185) on the "
+    "scores of answers: it needs no guide",
+    "distill": "a language model trained towards a guided policy, whose KL from it is the loss: it "
+    "needs no guide",
+    "soft_q": "Soft Q-learning of rewards of whole texts (as arXiv 2106.07704, with the language "
+    "model as the measure): output row v is the soft value of going on with token v",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
 }
 
@@ -38,18 +44,20 @@ def write_card(
 ) -> None:
     """Writes the card: what it is (with `note` behind it), how to use it (to guide the language
     model `lm`), how well it does, how it was made."""
+    policy = OBJECTIVES[args.loss_type].policy
     lines = [
         "---",
         "library_name: transformers",
         f"base_model: {json.dumps(settings.model)}",
-        "tags: [reward-model, reward-guided-text-generation]",
+        f"tags: [{'text-generation' if policy else 'reward-model, reward-guided-text-generation'}]",
         "---",
-        f"# Reward model: {args.loss_type}" + (" (head only)" if settings.frozen else ""),
+        f"# {'Language' if policy else 'Reward'} model: {args.loss_type}"
+        + (" (head only)" if settings.frozen else ""),
         "",
         f"{WHAT[args.loss_type]}. Trained from `{settings.model}`.",
         "",
         *([note, ""] if note else []),
-        *_usage(settings, args, model_config, lm),
+        *(_policy_usage(settings, args) if policy else _usage(settings, args, model_config, lm)),
         *_accuracy(metrics, plotted),
         "## Training",
         "",
@@ -126,6 +134,29 @@ def _usage(settings: Settings, args: PrefixRewardConfig, model_config: Any, lm: 
     ]
 
 
+def _policy_usage(settings: Settings, args: PrefixRewardConfig) -> list[str]:
+    out = json.dumps(str(args.output_dir))
+    auto, imports = (
+        "AutoModelForCausalLM",
+        ["transformers import AutoModelForCausalLM, AutoTokenizer"],
+    )
+    if settings.lora is not None:
+        auto = "AutoPeftModelForCausalLM"
+        imports = [f"peft import {auto}", "transformers import AutoTokenizer"]
+    return [
+        "```python",
+        *(f"from {line}" for line in imports),
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({out})",
+        f"lm = {auto}.from_pretrained({out})",
+        'ids = tokenizer("A prompt like those trained on.", return_tensors="pt").input_ids',
+        "out = lm.generate(input_ids=ids, do_sample=True, top_k=0, max_new_tokens=32)",
+        "print(tokenizer.decode(out[0]))",
+        "```",
+        "",
+    ]
+
+
 def _guides(settings: Settings, lm: str) -> str:
     return "the model that it was trained from" if lm == settings.model else f"`{lm}`"
 
@@ -133,6 +164,8 @@ def _guides(settings: Settings, lm: str) -> str:
 def _accuracy(metrics: dict[str, Any], plotted: bool) -> list[str]:
     report = metrics.get("eval")
     if report is None:
+        if "eval_loss" in metrics:
+            return [f"Loss on held-out answers: {metrics['eval_loss']:.4f}.", ""]
         return ["No eval set was given.", ""]
     if not plotted:
         rows = [f"| {key} % | {value:.4f} |" for key, value in report["deciles"].items()]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distill import GuidedCollator
 from .formats import Row
 from .objectives import OBJECTIVES
 
@@ -24,6 +25,9 @@ class PairCollator:
 
     `fill_eos` gives EOS ids behind the shorter answer up to the longer one's length (the published
     padding): attended to, and not in `answer_mask`, for the loss with `extension="eos"`.
+
+    Rows with a `reference` (`training.reference`) give it as [N, 2, T], 0 behind an answer's end,
+    and their `scores` fp32 [N, 2], chosen before rejected.
 
     `separator`, of the loss "seq2seq", gives `separator` int64 [N], that token id, and
     `draft_lengths` int64 [N, 2], the answers' lengths without the id `eos` at their end.
@@ -68,6 +72,15 @@ class PairCollator:
         if any("margin" in row for row in rows):
             margins = [float(row.get("margin", self.margin or 0.0)) for row in rows]
             batch["margin"] = torch.tensor(margins)
+        if "reference" in rows[0]:
+            batch["scores"] = torch.tensor(
+                [[row["chosen_score"], row["rejected_score"]] for row in rows]
+            )
+            reference = torch.zeros(answer.shape, dtype=rows[0]["reference"][0].dtype)
+            batch["reference"] = reference
+            for n, row in enumerate(rows):
+                for side, logprobs in enumerate(row["reference"]):
+                    reference[n, side, : len(logprobs)] = logprobs
         return batch
 
 
@@ -111,6 +124,8 @@ def make_collator(args: Any, tokenizer: Any, model: Any) -> Any:
     vocabulary, where a padding token that was added to the tokenizer only is not."""
     if OBJECTIVES[args.loss_type].data == "labelled":
         return LabelledCollator()
+    if OBJECTIVES[args.loss_type].data == "guided":
+        return GuidedCollator()
     eos = getattr(tokenizer, "eos_token_id", None)
     if eos is None:
         eos = getattr(getattr(model, "config", None), "eos_token_id", None)

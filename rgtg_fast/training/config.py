@@ -19,7 +19,9 @@ CHOICES = {
 }
 # The loss types that compare the two answers of a pair.
 PAIRS = tuple(
-    name for name, made in OBJECTIVES.items() if made.data == "pairs" and not made.rewrites
+    name
+    for name, made in OBJECTIVES.items()
+    if made.data == "pairs" and not made.rewrites and not made.policy
 )
 # What has no effect with an option's value, and with which loss types it has one.
 USED_BY = {
@@ -31,6 +33,8 @@ USED_BY = {
     "centering": (0.0, PAIRS),
     "prefix_share": (1.0, ("genarm_prefix",)),
     "separator": (None, ("seq2seq",)),
+    "value_beta": (1.0, ("soft_q",)),
+    "td_lambda": (0.0, ("soft_q",)),
 }
 # The least that an option may be. The Trainer would fail late over some, or train on in silence.
 LEAST: dict[str, int] = {"first": 1, "alternate": 1, "max_length": 2}
@@ -52,7 +56,9 @@ class PrefixRewardConfig(TrainingArguments):
         metadata={
             "help": "prefix: Bradley-Terry at every prefix; full: at the last token only; farma: "
             "vocabulary head; genarm: autoregressive; genarm_prefix: autoregressive, at every "
-            "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels"
+            "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels; soft_q: soft "
+            "Q-learning of scalar labels; copg: the language model itself, by the scores of its "
+            "answers; distill: the language model itself, from the guided policy"
         },
     )
     first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})
@@ -88,7 +94,7 @@ class PrefixRewardConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "scale of the log-probabilities (default: genarm 0.05, as published, "
-            "genarm_prefix 0.3)"
+            "genarm_prefix 0.3); copg: weight of the KL from what the model began as (0.05)"
         },
     )
     prefix_share: float = field(
@@ -104,6 +110,16 @@ class PrefixRewardConfig(TrainingArguments):
     separator: str | None = field(
         default=None,
         metadata={"help": "seq2seq: the token between draft and rewriting (default: EOS)"},
+    )
+    value_beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "soft_q: inverse temperature of the values; 0: the mean under the model that "
+            "training begins with, inf: the best token"
+        },
+    )
+    td_lambda: float = field(
+        default=0.0, metadata={"help": "soft_q: 0: targets of one step, 1: the labels themselves"}
     )
     max_length: int | None = field(default=512, metadata={"help": "tokens of prompt and answer"})
     overlong: str = field(default="truncate", metadata={"help": "truncate, drop or error"})
@@ -127,7 +143,7 @@ class PrefixRewardConfig(TrainingArguments):
                     f"only in {', '.join(users)}; leave it out"
                 )
         if self.weights is None:
-            self.weights = "linear" if scalar_labels else "uniform"
+            self.weights = "linear" if self.loss_type == "rad" else "uniform"
         if self.beta is None:
             self.beta = 0.3 if self.loss_type == "genarm_prefix" else 0.05
         if self.eos is None:
@@ -155,6 +171,10 @@ class PrefixRewardConfig(TrainingArguments):
             raise ValueError(f"centering={self.centering}; pass 0 or more")
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta}; pass a positive number")
+        if not self.value_beta >= 0:
+            raise ValueError(f"value_beta={self.value_beta}; pass 0 or more, or inf")
+        if not 0 <= self.td_lambda <= 1:
+            raise ValueError(f"td_lambda={self.td_lambda}; pass 0 <= value <= 1")
         if not 0 <= self.prefix_share <= 1:
             raise ValueError(f"prefix_share={self.prefix_share}; pass 0 <= value <= 1")
 

@@ -176,7 +176,7 @@ class TokenRows(Dataset, ABC):
             return False
         room = max(limit - len(row["prompt_ids"]), 0)
         self.report.truncated_answers += sum(len(row[name]) > room for name in self.answers)
-        for name in (*self.answers, "targets"):
+        for name in (*self.answers, "targets", "candidate_ids", "candidate_logprobs"):
             if name in row:
                 row[name] = row[name][:room]
         row["cut"] = True
@@ -255,13 +255,13 @@ class PreferenceDataset(TokenRows):
 
 
 class LabelledDataset(TokenRows):
-    """Texts with a label in [0, 1] (RAD's data): `prompt_ids`, `answer_ids` and `label`.
+    """Texts with a label in [0, 1] (of RAD, soft_q): `prompt_ids`, `answer_ids` and `label`.
 
     Rows are `{text, label}`, where every token counts, or `{prompt, text, label}` (`completion` is
     as good as `text`), where the prompt's tokens carry no loss; or `{prompt_ids, answer_ids,
     label}`. Options as in `PreferenceDataset`, but `eos="keep"` is the default. Rows of token ids
-    may also have `targets`, a number of any size for each of their prefixes (see
-    `attention_labels`), and then any `label`.
+    may also have `targets`, a number of any size for each of their prefixes, and then any `label`
+    (see `attention_labels` and `rollout_targets`).
 
     Raises:
         ValueError: for missing keys, labels outside [0, 1], targets that do not fit, or empty

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .formats import UNUSABLE, Loaded, Row, common_prefix, finite_number, normalise
+from .formats import (
+    NUMBERS,
+    UNUSABLE,
+    Loaded,
+    Row,
+    common_prefix,
+    finite_number,
+    normalise,
+    numbers_of,
+)
 
 # Characters tokenised per token of max_length. Without the limit a row of 20 MB takes a minute to
 # encode, only to be cut to 512 tokens.
@@ -15,7 +24,7 @@ _HEAD = 64
 def encode_pairs(
     loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None = None
 ) -> list[Row]:
-    """Rows `prompt_ids`, `chosen_ids`, `rejected_ids` (and `margin`) of raw pairs.
+    """Rows `prompt_ids`, `chosen_ids`, `rejected_ids` (and given `NUMBERS`) of raw pairs.
 
     Of texts much longer than `max_length` only so much is encoded that they are still longer. A row
     whose text is no text is {UNUSABLE: why}.
@@ -39,6 +48,13 @@ def encode_labelled(
 ) -> list[Row]:
     """Rows `prompt_ids`, `answer_ids`, `label` (and `targets`); as `encode_pairs` otherwise."""
     return _each(loaded, lambda row: _encode_labelled(row, tokenizer, eos, max_length))
+
+
+def encode_guided(
+    loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None = None
+) -> list[Row]:
+    """Rows `prompt_ids`, `answer_ids`, `candidate_ids` and `candidate_logprobs`, as they are."""
+    return _each(loaded, _encode_guided)
 
 
 def encode_prompt(
@@ -130,7 +146,7 @@ def _encode_pair(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> 
         entry["begins"] = row["chosen"] != row["rejected"] and _is_long(
             row["prompt"] + row["chosen"], max_length
         )
-    return entry | {name: row[name] for name in ("margin",) if name in row}
+    return entry | {name: row[name] for name in NUMBERS if name in row}
 
 
 def _ready(row: Row) -> Row:
@@ -143,9 +159,7 @@ def _ready(row: Row) -> Row:
     else:
         prompt = _ids(row, "prompt_ids")
     entry: Row = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-    if row.get("margin") is not None:
-        entry["margin"] = finite_number("margin", row["margin"])
-    return entry
+    return entry | numbers_of(row)
 
 
 def _encode_labelled(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> Row:
@@ -172,6 +186,17 @@ def _encode_labelled(row: Row, tokenizer: Any, eos: str, max_length: int | None)
     if row.get("targets") is not None:
         entry["targets"] = [float(target) for target in row["targets"]]
     return entry
+
+
+def _encode_guided(row: Row) -> Row:
+    names = ("prompt_ids", "answer_ids", "candidate_ids", "candidate_logprobs")
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"a row of a guided answer has no {', '.join(missing)}; make rows by "
+            "rgtg_fast.training.guided_rows"
+        )
+    return {name: row[name] for name in names}
 
 
 def _ids(row: Row, name: str) -> list[int]:

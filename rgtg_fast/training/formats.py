@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 UNUSABLE = "<unusable>"
+# What a pair may have beside its texts.
+NUMBERS = ("margin", "chosen_score", "rejected_score")
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def _datasets() -> Any:
 
 def normalise(row: Row, tokenizer: Any) -> Row:
     """A raw row as `prompt`, `chosen`, `rejected` texts, `templated` (whether they went through the
-    chat template, whose special tokens are then in the text) and `margin` where there is one.
+    chat template, whose special tokens are then in the text) and `NUMBERS` where given.
 
     Without `prompt` the common beginning of the two texts, cut back to a word boundary, or the
     common leading messages of two conversations, is the prompt. Conversations may repeat a given
@@ -241,9 +243,7 @@ def normalise(row: Row, tokenizer: Any) -> Row:
             raise ValueError(
                 f"{name} is {value!r:.60}; pass a text, or a list of messages with role and content"
             )
-    extra = {}
-    if row.get("margin") is not None:
-        extra["margin"] = finite_number("margin", row["margin"])
+    extra = numbers_of(row)
     plain = isinstance(chosen, str) and isinstance(rejected, str)
     if plain and (prompt is None or isinstance(prompt, str)):
         if prompt is None:
@@ -256,6 +256,11 @@ def normalise(row: Row, tokenizer: Any) -> Row:
         texts = _apply_template(tokenizer, prompt, (chosen, rejected))
     names = ("prompt", "chosen", "rejected")
     return dict(zip(names, texts, strict=True)) | {"templated": not plain} | extra
+
+
+def numbers_of(row: Row) -> dict[str, float]:
+    """The `NUMBERS` that a row has, as floats; raises `ValueError` for what is none."""
+    return {name: finite_number(name, row[name]) for name in NUMBERS if row.get(name) is not None}
 
 
 def finite_number(name: str, value: Any) -> float:

@@ -22,17 +22,19 @@ class TrainedParts:
     `RewardModel` can take apart); `head="vocab"` takes a causal LM, whose output embeddings are the
     head. PEFT models with injected adapters are both.
 
+    `reference` is the frozen language model that some objectives need beside it.
+
     Raises `ValueError` where the model has no such head, or prompt-learning adapters.
     """
 
-    def __init__(self, model: nn.Module, head: str) -> None:
+    def __init__(self, model: nn.Module, head: str, reference: nn.Module | None = None) -> None:
         configs = getattr(model, "peft_config", None) or {}
         if any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
             raise ValueError(
                 "the adapter adds virtual tokens, which the base model does not see when it is "
                 "called directly; use an injected one such as LoRA"
             )
-        self.model = model
+        self.model, self.reference = model, reference
         inner: Any = model.get_base_model() if configs else model  # type: ignore[operator]
         self.inner = inner
         embeddings = getattr(inner, "get_output_embeddings", lambda: None)()
@@ -84,17 +86,28 @@ class TrainedParts:
         parts = [self.head(part).amax(-1) for part in hidden.split(_ROWS)]
         return at_least_fp32(torch.cat(parts))
 
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
+        """Logits [B, L - first, V] that the tokens from position `first` >= 1 on are drawn from."""
+        return self._next_logits(self.model, input_ids, attention_mask, first)
+
+    @torch.no_grad()
+    def reference_logprobs(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
+        """The reference's log-probs [B, L - first, V] there, of every token."""
+        logits = self._next_logits(self.reference, input_ids, attention_mask, first)
+        return logits.log_softmax(-1)
+
+    def _next_logits(self, model: Any, ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
+        kwargs: dict[str, Any] = {}
+        keep = ids.shape[1] - first + 1
+        if "logits_to_keep" in inspect.signature(self.inner.forward).parameters:
+            kwargs["logits_to_keep"] = keep
+        out = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        return at_least_fp32(out.logits[:, -keep:-1])
+
     def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
         """Log-probs [B, L - first] of the tokens from position `first` >= 1 on, each given what is
         before it."""
-        kwargs: dict[str, Any] = {}
-        keep = input_ids.shape[1] - first + 1
-        if "logits_to_keep" in inspect.signature(self.inner.forward).parameters:
-            kwargs["logits_to_keep"] = keep
-        out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
-        )
-        logits = at_least_fp32(out.logits[:, -keep:-1])
+        logits = self.next_logits(input_ids, attention_mask, first)
         picked = logits.gather(-1, input_ids[:, first:, None])[..., 0]
         return picked - logits.logsumexp(-1)
 

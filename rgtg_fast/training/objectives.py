@@ -141,22 +141,21 @@ def _consistency(parts: TrainedParts, batch: Batch, first: int) -> Tensor:
     return F.mse_loss(rewards, parts.best_token(after))
 
 
-def _summed_logprobs(parts: TrainedParts, batch: Batch, beta: float) -> Tensor:
-    """beta Σ_{t <= i} log p(y_t | x, y_<t) [N, 2, T] of the prefix of each length i, from one
-    forward of 2N rows."""
+def answer_logprobs(parts: TrainedParts, batch: Batch) -> Tensor:
+    """log p(y_t | x, y_<t) [N, 2, T] of the answers' tokens under a causal LM, from one forward of
+    2N rows; without meaning behind an answer's end."""
     ids, start = batch["input_ids"], batch["start"]
     # This waits for the device, which has no work yet, and saves the logits of the shortest prompt.
     first = max(int(start.min()), 1)
     logprobs = parts.token_logprobs(
         ids.flatten(0, 1), batch["attention_mask"].flatten(0, 1), first
     ).view(*ids.shape[:2], -1)
-    logprobs = answer_columns(logprobs, start - first, _width(batch))
-    return beta * logprobs.cumsum(-1)
+    return answer_columns(logprobs, start - first, _width(batch))
 
 
 def genarm(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
     """GenARM (arXiv 2410.08193): r(y) = beta Σ_t log p(y_t | x, y_<t), Bradley-Terry at the end."""
-    rewards = _summed_logprobs(parts, batch, args.beta)
+    rewards = args.beta * answer_logprobs(parts, batch).cumsum(-1)
     return Scored(_last_loss(_at_end(rewards, batch), batch, args), rewards.detach())
 
 
@@ -168,7 +167,7 @@ def genarm_prefix(parts: TrainedParts, batch: Batch, args: Any, step: int | None
     costs nothing; a shorter answer keeps the sum of its own tokens behind its end. The parts are of
     arXiv 2410.08193 and 2406.07780; no publication of the combination is known.
     """
-    rewards = _summed_logprobs(parts, batch, args.beta)
+    rewards = args.beta * answer_logprobs(parts, batch).cumsum(-1)
     share = args.prefix_share
     loss = share * _prefix_loss(rewards, batch, args)
     loss = loss + (1 - share) * _last_loss(_at_end(rewards, batch), batch, args)
@@ -233,11 +232,97 @@ def rad(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Score
     return Scored(per_text.mean(), rewards.detach())
 
 
+def copg_loss(log_ratio: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """Minus CoPG's objective (arXiv 2406.19185, eqs. 7 to 9 in the mean of eq. 17), which the paper
+    maximises, of pairs of answers y, y' to one prompt:
+
+        l(y, y') = (R_{β/2}(y) - R_{β/2}(y')) ln(π(y)/π_ref(y))
+                 + (R_{β/2}(y') - R_{β/2}(y)) ln(π(y')/π_ref(y')),
+        R_{β/2}(y) = R(y) - β/2 ln(π(y)/π_ref(y)),
+
+    whose maximum over π, whatever the answers were drawn from, is π_ref(y) exp(R(y)/β) / Z.
+    `log_ratio` [N, 2] is ln(π/π_ref) of whole answers, `scores` [N, 2] is R; a scalar.
+    """
+    regularised = scores - beta / 2 * log_ratio
+    gap = regularised[:, 0] - regularised[:, 1]
+    return -(gap * log_ratio[:, 0] - gap * log_ratio[:, 1]).mean()
+
+
+def copg(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """`copg_loss` of the language model under training, π_ref being what it began as; the rewards
+    are β ln(π/π_ref) of the prefixes."""
+    log_ratio = answer_logprobs(parts, batch) - batch["reference"]
+    log_ratio = log_ratio.masked_fill(batch["answer_mask"] == 0, 0.0)
+    loss = copg_loss(log_ratio.sum(-1), batch["scores"], args.beta)
+    return Scored(loss, args.beta * log_ratio.detach().cumsum(-1))
+
+
+def distill(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """KL(q || π) of the guided policy q, known over its candidates at every step of its answers,
+    from the language model π under training: the sum over an answer's steps, mean over answers."""
+    start, logq = batch["start"], batch["candidate_logprobs"]
+    first = max(int(start.min()), 1)
+    logits = parts.next_logits(batch["input_ids"], batch["attention_mask"], first)[:, None]
+    logits = answer_columns(logits, start - first, _width(batch))[:, 0]  # [N, T, V]
+    logprobs = logits.gather(-1, batch["candidate_ids"]) - logits.logsumexp(-1, keepdim=True)
+    possible = logq > -torch.inf
+    # 0 (log 0 - x) would be NaN.
+    gap = (logq - logprobs).masked_fill(~possible, 0.0)
+    return Scored((logq.exp() * gap).sum((-1, -2)).mean(), None)
+
+
+def soft_q(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """Soft Q-learning of the rewards of whole texts, TD(λ): Q(y_<t, v) is output row v.
+
+    The target of Q(y_<t, y_t) is the label R at the text's end, and before it
+    (1 - λ) V(y_<=t) + λ times the next token's target, without gradient, V being `soft_value` of
+    Q under the frozen model that training began with. With λ = 0 and value_beta = b its fixed
+    point is (1/b) log E[exp(b R) | y_<=t], so that log π + b Q is the optimal policy at b; this is
+    the one-step consistency of arXiv 2106.07704 with π as the measure. value_beta = inf is FaRMA's
+    target (arXiv 2502.04517) with the end's reward anchored at R; λ = 1 regresses on R itself.
+    """
+    ids, mask, start = batch["input_ids"], batch["attention_mask"], batch["start"]
+    first = max(int(start.min()), 1)
+    q = parts.next_logits(ids, mask, first)  # [N, L - first, V]
+    values = soft_value(q.detach(), parts.reference_logprobs(ids, mask, first), args.value_beta)
+    chosen = q.gather(-1, ids[:, first:, None])[..., 0]
+    chosen, values = (answer_columns(x, start - first, _width(batch)) for x in (chosen, values))
+    at = torch.arange(chosen.shape[-1], device=ids.device)
+    counted = (at >= args.first - 1) & (start[:, None] + at > 0)  # the text's first token has no Q
+    weight = (batch["answer_mask"] * counted).to(chosen.dtype)
+    error = (chosen - td_targets(values, batch["target"], _lengths(batch), args.td_lambda)) ** 2
+    per_text = (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+    return Scored(per_text.mean(), chosen.detach())
+
+
+def soft_value(q: Tensor, logprobs: Tensor, beta: float) -> Tensor:
+    """V = (1/beta) log Σ_v π(v) exp(beta q_v) [..] of q and log π [.., V]; at beta = 0 the mean of
+    q under π, at infinity its largest entry."""
+    if beta == 0:
+        return (logprobs.exp() * q).sum(-1)
+    if beta == float("inf"):
+        return q.amax(-1)
+    return (logprobs + beta * q).logsumexp(-1) / beta
+
+
+def td_targets(values: Tensor, reward: Tensor, lengths: Tensor, decay: float) -> Tensor:
+    """Targets [N, T] of the tokens of texts of `lengths` [N]: `reward` [N] for the last one, and
+    (1 - decay) times the value of the state that it leads to + decay times the next one's target
+    for the others. `values` [N, T] are of the states before each token."""
+    targets = [reward.to(values.dtype)]
+    for at in range(values.shape[1] - 2, -1, -1):
+        after = (1 - decay) * values[:, at + 1] + decay * targets[-1]
+        targets.append(torch.where(at >= lengths - 1, targets[0], after))
+    return torch.stack(targets[::-1], dim=1)
+
+
 class Objective(NamedTuple):
     score: Callable[[TrainedParts, Batch, Any, int | None], Scored]
     head: str
     data: str
     rewrites: bool = False  # rows hold two answers, a draft and what is made of it
+    policy: bool = False  # trains the language model itself, which needs no guide then
+    reference: bool = False  # needs the model as it was before training
 
 
 OBJECTIVES = {
@@ -247,5 +332,8 @@ OBJECTIVES = {
     "genarm": Objective(genarm, "vocab", "pairs"),
     "genarm_prefix": Objective(genarm_prefix, "vocab", "pairs"),
     "seq2seq": Objective(seq2seq, "vocab", "pairs", rewrites=True),
+    "copg": Objective(copg, "vocab", "pairs", policy=True),
+    "distill": Objective(distill, "vocab", "guided", policy=True),
     "rad": Objective(rad, "scalar", "labelled"),
+    "soft_q": Objective(soft_q, "vocab", "labelled", reference=True),
 }

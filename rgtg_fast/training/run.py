@@ -201,8 +201,9 @@ def _run_trainer(trainer: PrefixRewardTrainer, settings: Settings, out: Path) ->
     }
     if trainer.eval_dataset is not None:
         predicted = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
-        report = prefix_report if trainer.objective.data == "pairs" else label_report
-        metrics["eval"] = report(predicted.predictions, predicted.label_ids)
+        if predicted.predictions is not None:
+            report = prefix_report if trainer.objective.data == "pairs" else label_report
+            metrics["eval"] = report(predicted.predictions, predicted.label_ids)
         metrics["eval_loss"] = (predicted.metrics or {})["test_loss"]
     return metrics
 

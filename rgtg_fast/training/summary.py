@@ -27,7 +27,8 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("train accuracy, all prefixes", f"{metrics['train_accuracy']:.3f}"))
     if "eval_loss" in metrics:
         rows.append(("eval loss", f"{metrics['eval_loss']:.4f}"))
-    rows += _eval_rows(metrics.get("eval"))
+    if "eval" in metrics or "eval_loss" not in metrics:
+        rows += _eval_rows(metrics.get("eval"))
     rows.append(("seconds", f"{metrics['seconds']:.1f}"))
     for name, data in metrics["data"].items():
         dropped = data["rows"] - data["kept"] - data["held_out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable
@@ -20,10 +21,12 @@ from transformers.utils import logging
 from .collate import make_collator
 from .config import PrefixRewardConfig
 from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
+from .distill import GuidedAnswers
 from .forward import TrainedParts, call_inside, check_causal
 from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored, answer_columns
 from .output_folder import find_checkpoint
+from .reference import add_reference, check_scores
 
 logger = logging.get_logger(__name__)
 
@@ -70,17 +73,20 @@ class PrefixRewardTrainer(Trainer):
     All prefix rewards of a pair come from one causal forward of the two answers, so a step costs
     what a full-sequence reward model's step costs. `args.loss_type` chooses the objective; the
     model is a `...ForSequenceClassification` with one label for "prefix", "full" and "rad", and a
-    causal LM for "farma", "genarm", "genarm_prefix" and "seq2seq".
+    causal LM for "farma", "genarm", "genarm_prefix", "seq2seq", "soft_q", "copg" and "distill".
 
     Args:
         model: the model, PEFT-wrapped or not; `peft_config` wraps it here.
         args: a `PrefixRewardConfig`.
-        train_dataset, eval_dataset: `PreferenceDataset` (`LabelledDataset` for "rad"), or anything
-            these take as a source: a JSONL path, a `datasets.Dataset`, a list of rows.
+        reference_model: the base policy π of "soft_q", which is not trained (default: a copy of
+            `model`, held beside it).
+        train_dataset, eval_dataset: `PreferenceDataset` (`LabelledDataset` for "rad" and "soft_q"),
+            or anything these take as a source: a JSONL path, a `datasets.Dataset`, a list of rows.
         processing_class: the tokenizer; needed where the datasets are text.
 
     Evaluation reports `accuracy` (whole answers), `prefix_accuracy` (mean over all prefix lengths),
-    and the accuracy at each decile and some absolute lengths; "rad" reports squared errors.
+    and the accuracy at each decile and some absolute lengths; "rad" and "soft_q" report squared
+    errors.
 
     Raises:
         ValueError: for a model that looks ahead or has the wrong head, bad rows, the same pair in
@@ -101,6 +107,7 @@ class PrefixRewardTrainer(Trainer):
         peft_config: Any = None,
         data_collator: Any = None,
         compute_metrics: Any = None,
+        reference_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -139,6 +146,10 @@ class PrefixRewardTrainer(Trainer):
                 whole = data.report.kept == data.report.rows and not data.report.overlong
                 (logger.info if whole else logger.warning)(f"{name}: {data.report}")
         pairs = objective.data == "pairs"
+        if objective.reference:
+            reference_model = copy.deepcopy(model) if reference_model is None else reference_model
+            reference_model = reference_model.requires_grad_(False).eval().to(args.device)  # type: ignore[union-attr]
+        self.reference_model = reference_model
         config = getattr(model, "config", None)
         cached = getattr(config, "use_cache", None)
         collator: Any = data_collator or make_collator(args, processing_class, model)
@@ -172,6 +183,9 @@ class PrefixRewardTrainer(Trainer):
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
             if data is not None:
                 check_fit(data, parts.rm.text_config, name, objective.rewrites)
+                if args.loss_type == "copg":
+                    check_scores(data, name)
+                    add_reference(data, trained, parts, args.per_device_eval_batch_size)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer; `resume_from_checkpoint=True` takes the last whole checkpoint.
@@ -225,7 +239,7 @@ class PrefixRewardTrainer(Trainer):
     def parts(self, model: nn.Module) -> TrainedParts:
         """Base and head of the unwrapped model."""
         if self._parts is None or self._parts.model is not model:
-            self._parts = TrainedParts(model, self.objective.head)
+            self._parts = TrainedParts(model, self.objective.head, self.reference_model)
         return self._parts
 
     def score(self, model: nn.Module, inputs: dict[str, Tensor], step: int | None) -> Scored:
@@ -376,5 +390,9 @@ def make_dataset(
         "min_answer_tokens": args.first,
         "seed": args.seed,
     }
-    labelled = OBJECTIVES[args.loss_type].data == "labelled"
-    return (LabelledDataset if labelled else PreferenceDataset)(source, tokenizer, **options)
+    kinds: dict[str, Any] = {
+        "pairs": PreferenceDataset,
+        "labelled": LabelledDataset,
+        "guided": GuidedAnswers,
+    }
+    return kinds[OBJECTIVES[args.loss_type].data](source, tokenizer, **options)

@@ -18,14 +18,15 @@ _METRICS = {
         *(f"accuracy_decile_{decile}" for decile in DECILES),
         *(f"accuracy_length_{length}" for length in LENGTHS),
     ),
+    "guided": ("loss",),
     "labelled": ("loss", "mse", *(f"mse_decile_{decile}" for decile in DECILES)),
 }
 
 
 def check_trainer_options(args: Any, data: str) -> None:
     """Raises `ValueError` where `TrainingArguments` name a schedule that cannot be made, a reporter
-    that is not there, or a `metric_for_best_model` that evaluation on `data` ("pairs" or
-    "labelled") does not report."""
+    that is not there, or a `metric_for_best_model` that evaluation on `data` (of an
+    objective) does not report."""
     parameter = torch.nn.Parameter(torch.zeros(()))
     options = args.lr_scheduler_kwargs or {}
     try:

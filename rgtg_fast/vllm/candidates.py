@@ -79,10 +79,11 @@ def _cut(logprobs: Tensor, logits: Tensor, requests: Sequence[Request]) -> tuple
     left = logprobs.masked_fill(rank >= top_k, -torch.inf)
     mass = left.logsumexp(1)
     for i, request in enumerate(requests):
-        if not 0 < request.top_k <= width:  # of more tokens than these
+        if not 0 < request.top_k < logits.shape[1]:
+            mass[i] = 0.0  # of all tokens
+        elif request.top_k > width:  # of more tokens than these
             whole = logits[i].float()
-            most = min(request.top_k or len(whole), len(whole))
-            mass[i] = whole.topk(most)[0].logsumexp(0) - whole.logsumexp(0)
+            mass[i] = whole.topk(request.top_k)[0].logsumexp(0) - whole.logsumexp(0)
     probs = (left - mass[:, None]).exp()
     before = probs.cumsum(1) - probs
     left.masked_fill_((before >= top_p) & (top_p < 1) & (rank > 0), -torch.inf)

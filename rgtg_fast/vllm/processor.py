@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..decode.record import divergence
 from .candidates import Request, candidates
-from .settings import check_penalties, guidance_of, settings_of
+from .settings import check_engine, check_penalties, guidance_of, settings_of
 from .steps import StepWriter
 
 
@@ -59,7 +59,7 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         self.states = None if isinstance(second, torch.device) else second
         device = second if self.states is None else self.states.device
         self.settings = settings_of(vllm_config.additional_config)
-        _check_engine(vllm_config)
+        check_engine(vllm_config)
         self.requests: dict[int, Request] = {}  # by row of the batch (V1) or slot (V2)
         self.rows: Any = None
         self.guide: Any = None
@@ -238,12 +238,7 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
         self._log()
 
     def _values(
-        self,
-        logprobs: Tensor,
-        rewards: Tensor,
-        ids: Tensor,
-        requests: list[Request],
-        known: Tensor,
+        self, logprobs: Tensor, rewards: Tensor, ids: Tensor, requests: list[Request], known: Tensor
     ) -> Tensor:
         """What vLLM's sampler gets at the candidates, fp32 [n, k]."""
 
@@ -314,19 +309,6 @@ class RewardGuided(*_interfaces()):  # type: ignore[misc]
                     self.settings.kv_gib,
                 )
         self.said = (now, state)
-
-
-def _check_engine(vllm_config: Any) -> None:
-    if vllm_config.speculative_config is not None:
-        raise ValueError(
-            "speculative decoding draws tokens that the reward model has not seen; start vLLM "
-            "without --speculative-config"
-        )
-    if vllm_config.model_config.enable_prompt_embeds:
-        raise ValueError(
-            "prompts of embeddings have no tokens for the reward model; start vLLM without "
-            "--enable-prompt-embeds"
-        )
 
 
 def _is_last_stage() -> bool:

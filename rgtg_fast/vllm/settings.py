@@ -226,6 +226,20 @@ def check_penalties(params: Any, guidance: Guidance) -> None:
         )
 
 
+def check_engine(vllm_config: Any) -> None:
+    """Refuse an engine whose tokens the reward model would not see."""
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "speculative decoding draws tokens that the reward model has not seen; start vLLM "
+            "without --speculative-config"
+        )
+    if vllm_config.model_config.enable_prompt_embeds:
+        raise ValueError(
+            "prompts of embeddings have no tokens for the reward model; start vLLM without "
+            "--enable-prompt-embeds"
+        )
+
+
 def _check_names(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
     names = list(known)
     for name in given:

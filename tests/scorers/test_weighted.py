@@ -313,7 +313,7 @@ def test_unclear_sums_are_refused(made, message):
         (lambda m: (m[3], m[4]), {"reward_label": 0}, "reward_label is for a classifier"),
         (lambda m: (m[3], m[4]), {"reward_kind": "genarm"}, "for one causal language model"),
         (lambda m: m[1], {"reward_kind": "genarm"}, "is for a causal language model, and"),
-        (lambda m: m[3], {"reward_kind": "farm"}, "reward_kind='farm'; pass one of farma, genarm"),
+        (lambda m: m[3], {"reward_kind": "farm"}, "='farm'; pass one of farma, soft_q, genarm"),
         (lambda m: m[3], {"reward_kind": "farma", "reward_label": 0}, "reward_label is for a clas"),
         (lambda m: spaces_and_length, {}, "needs the language model's tokenizer.*pass tokenizer="),
         (lambda m: "ftp://x", {"tokenizer": tiny.tokenizer()}, "pass the http:// or https:// URL"),

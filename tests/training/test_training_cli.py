@@ -74,6 +74,8 @@ LORA = "lora={r: 2, target_modules: all-linear}"
         ([LORA], "lm", "reward_model=rm,"),
         (["frozen=true"], "lm", "RewardHead(lm, weight)"),
         (["loss_type=rad", "train={}", "eval=null"], "rm", "reward_model=rm,"),
+        (["loss_type=soft_q", "train={}", "eval=null"], "lm", "VocabRewardScorer(rm)"),
+        (["loss_type=soft_q", "train={}", "eval=null", LORA], "lm", "VocabRewardScorer(rm)"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )

@@ -3,7 +3,6 @@
 import functools
 import gc
 import importlib.util
-import json
 import random
 import subprocess
 import sys
@@ -14,14 +13,12 @@ import tiny
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from local_http import Quiet, served
 from vllm_fakes import Job, Logits, RunnerV1, RunnerV2, config, oracle, params
+from vllm_jobs import BETA, K, jobs_of_all_kinds, lm, run
 
-from rgtg_fast import Reward, WeightedRewards, presets
 from rgtg_fast.vllm import rows
 from rgtg_fast.vllm.steps import StepReader
 
-K, BETA = 4, 2.0
 NEAR = {"rtol": 1e-4, "atol": 1e-4}  # of fp32 sums in another order
 RUNNERS = {"v1": RunnerV1, "v2": RunnerV2}
 # What an engine guides by: names of folders, options of `additional_config`, those of `generate`.
@@ -33,30 +30,6 @@ REWARDS = {
     "farma": ("policy", {"reward_kind": "farma"}),
     "pair": (("policy", "reference"), {}),
 }
-
-
-@functools.cache
-def lm():
-    return tiny.llama_lm()
-
-
-def jobs_of_all_kinds():
-    """Prompts that share beginnings, guided in every way and not at all."""
-    base = tiny.prompts(12, seed=5)["input_ids"][0].tolist()
-    other = tiny.prompts(9, seed=6)["input_ids"][0].tolist()
-    return [
-        ([*base, 40], 7, params(0.0)),
-        ([*base, 41, 42], 9, params(1.0, seed=3)),
-        ([*base, 41, 42], 9, params(1.0, seed=4)),
-        (other, 12, params(0.7, seed=5, rgtg_beta=0.5)),
-        (other[:3], 6, params(1.0, seed=6, rgtg_k=9)),
-        (other[:1], 8, params(0.0, rgtg_draw="vllm")),
-        (base, 5, params(1.0, seed=8, rgtg_seed=2**62, rgtg_k=2)),
-        (other, 6, params(0.0, rgtg=False)),
-        (base[:7], 6, params(1.3, seed=9, top_p=0.8)),
-        (base[:7], 6, params(1.0, seed=9, top_k=3)),
-        (other[:4], 6, params(1.0, seed=2, top_k=40, top_p=0.6, min_p=0.05)),
-    ]
 
 
 @functools.cache
@@ -81,31 +54,6 @@ def engine(runner, reward, folders, **rgtg):
     names, options = REWARDS[reward]
     folder = folders[names][0] if isinstance(names, str) else [folders[n][0] for n in names]
     return RUNNERS[runner](lm(), config(lm(), folder, k=K, beta=BETA, **options | rgtg))
-
-
-def run(runner, draw, jobs, most=4):
-    """Run jobs to their ends, as `draw(n)` (an int below n) schedules them."""
-    waiting, running, chunks = list(jobs), [], {}
-    for _ in range(600):
-        leaving = [job for job in running if job.done]
-        if draw(4) == 0:  # preempted, or not scheduled for a while
-            taken = [job for job in running if job not in leaving and draw(3) == 0]
-            waiting += taken
-            leaving += taken
-        running = [job for job in running if job not in leaving]
-        coming = []
-        while waiting and len(running) < most and draw(3):
-            coming.append(waiting.pop(draw(len(waiting))))
-            chunks[coming[-1]] = draw(3)
-            running.append(coming[-1])
-        chunked = [job for job in running if chunks.get(job)]
-        for job in chunked:
-            chunks[job] -= 1
-        swaps = [(draw(most), draw(most)) for _ in range(draw(3))]
-        runner.step(leaving, coming, swaps, chunked)
-        if not waiting and not running:
-            return
-    raise AssertionError("the schedule did not end")
 
 
 def check_schedule(runner, reward, folders, seed, **rgtg):
@@ -296,30 +244,6 @@ def test_an_id_that_the_reward_model_lacks_is_read_and_never_chosen(folders):
     assert max(job.outputs) < tiny.vocab_size()
 
 
-def count_e(texts):
-    return [float(text.count("e")) for text in texts]
-
-
-class Scores(Quiet):
-    def do_POST(self):
-        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["query"]
-        body = json.dumps({"rewards": count_e(texts)}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-def check(reward, same, tokenizer=None, jobs=slice(4), **rgtg):
-    """An engine guided by `reward` gives what `generate` gives with the options `same`."""
-    settings = config(lm(), reward, **{"k": K, "beta": BETA} | rgtg, tokenizer=tokenizer)
-    runner = RunnerV1(lm(), settings)
-    jobs = [Job(*job) for job in jobs_of_all_kinds()[jobs]]
-    run(runner, random.Random(3).randrange, jobs)
-    for job in jobs:
-        assert job.outputs == oracle(lm(), job=job, **{"k": K, "beta": BETA} | same)
-
-
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("draw", range(3))
 def test_reward_and_kl_of_each_token_are_written(runner, draw, folders, tmp_path):
@@ -348,70 +272,6 @@ def test_reward_and_kl_of_each_token_are_written(runner, draw, folders, tmp_path
     with pytest.raises(RuntimeError, match="lacks steps of request 0"):
         reader.take(0, 1)
     reader.close()
-
-
-def check_texts(reward, tmp_path):
-    """A reward that counts a letter of the texts guides as `count_e` does in `generate`."""
-    tiny.tokenizer().save_pretrained(tmp_path)
-    check(reward, {"rm": count_e, "tokenizer": tiny.tokenizer()}, str(tmp_path))
-
-
-def test_an_endpoint_guides_by_texts(tmp_path):
-    with served(Scores) as address:
-        check_texts(f"{address}/score", tmp_path)
-
-
-def test_a_function_of_texts_guides(tmp_path):
-    check_texts(f"{__name__}:count_e", tmp_path)
-
-
-def test_a_sum_of_rewards_guides(folders):
-    (one, a), (two, b) = folders["llama"], folders["policy"]
-    parts = [{"model": one, "weight": 0.7}, {"model": two, "kind": "genarm", "clamp": [-3, 0]}]
-    same = 0.7 * Reward(a) + WeightedRewards([Reward(b, reward_kind="genarm")], bounds=(-3, 0))
-    check({"parts": parts, "clamp": [-2, 2]}, {"rm": same.clamp(-2, 2)})
-
-
-@pytest.mark.parametrize(
-    ("preset", "own"),
-    [
-        ("pargs", {}),
-        ({"name": "rad", "beta": 3.0, "inverse": True, "k": 6}, {}),
-        ("cd_fudge", {"k": K}),
-        ("genarm", {"k": K}),
-        ({"name": "dexperts", "filter_p": 0.6}, {"k": K}),
-        ({"name": "contrastive", "alpha": 0.3}, {"k": K}),
-        ("pad", {"k": K}),
-    ],
-    ids=str,
-)
-def test_a_preset_of_the_engine_guides(folders, preset, own):
-    name, options = preset, {}
-    if isinstance(preset, dict):
-        name, options = preset["name"], {k: v for k, v in preset.items() if k != "name"}
-    names = {"genarm": ["policy"], "contrastive": ["policy"]}.get(name, ["llama"])
-    names = ["policy", "reference"] if name in ("dexperts", "pad") else names
-    same = getattr(presets, name)(*(folders[n][1] for n in names), **options) | own
-    rm = same.pop("reward_model")
-    for drawn in ("do_sample", "top_k", "top_p", "temperature"):  # the requests'
-        same.pop(drawn, None)
-    reward = [folders[n][0] for n in names]
-    reward = reward if len(reward) == 2 else reward[0]
-    check(reward, {"rm": rm} | same, preset=preset, **{"k": None, "beta": None} | own)
-
-
-def test_a_preset_of_a_request_is_its_k_and_beta(folders):
-    prompt = jobs_of_all_kinds()[0][0]
-    runner = one_engine(folders)
-    jobs = [
-        Job(prompt, 6, params(1.0, seed=3, rgtg_preset="pargs")),
-        Job(prompt, 6, params(0.7, seed=3, rgtg_preset="args_stochastic", rgtg_beta=4.0)),
-        Job(prompt, 6, params(0.0, rgtg_preset="pargs_greedy")),
-    ]
-    for step in range(6):
-        runner.step(coming=[] if step else jobs)
-    for job, (k, beta) in zip(jobs, ((10, 2.0), (10, 4.0), (10, 1.0)), strict=True):
-        assert job.outputs == oracle(lm(), folders["llama"][1], job, k, beta)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
