@@ -53,7 +53,7 @@ test-vllm: $(BUILT)
 	@if [ -e $(VLLM_DEPS) ] || $(MAKE) $(VLLM_DEPS); then \
 	  $(VLLM_VENV)/bin/python tests/support/name_vllm.py && VLLM_NO_USAGE_STATS=1 \
 	  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout -k 60 1800 \
-	  $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine; \
+	  $(VLLM_VENV)/bin/python -m pytest -q -o timeout=1700 tests/vllm_engine; \
 	else echo "make test-vllm: SKIPPED, as $(VLLM) cannot be installed here"; fi
 
 # On a Ray cluster of this machine (Ray is 200 MB, and stays in the environment).

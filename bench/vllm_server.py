@@ -21,7 +21,7 @@ from typing import Any
 import openai
 import psutil
 
-STARTS, ENDS, ANSWERS = 600.0, 60.0, 300.0  # seconds to wait for each, at most
+STARTS, ENDS, ANSWERS = 1200.0, 60.0, 600.0  # seconds to wait for each, at most
 
 
 @dataclass

@@ -51,10 +51,11 @@ class Driver(DriverBase):
 backends["cpu"] = Backend(None, Driver)
 
 
-def run(lm, rm, options):
-    """The tokens of all requests from an engine with these options."""
+def run(lm, rm, requests, options):
+    """The tokens of requests, by the name of their function, from an engine with these options."""
+    import vllm_requests
     from vllm import LLM
-    from vllm_requests import BETA, MAX_LEN, K, twelve, two_hundred
+    from vllm_requests import BETA, MAX_LEN, K
 
     llm = LLM(
         lm,
@@ -68,18 +69,17 @@ def run(lm, rm, options):
     )
     core = llm.llm_engine.engine_core.engine_core
     found = {"runner": type(core.model_executor.driver_worker.worker.model_runner).__module__}
-    for requests in (twelve(), two_hundred()):
-        prompts = [{"prompt_token_ids": request.prompt} for request in requests]
-        outs = llm.generate(prompts, [each.params() for each in requests], use_tqdm=False)
-        name = "twelve" if len(requests) == 12 else "two_hundred"
-        found[name] = [list(each.outputs[0].token_ids) for each in outs]
+    asked = getattr(vllm_requests, requests)()
+    prompts = [{"prompt_token_ids": request.prompt} for request in asked]
+    outs = llm.generate(prompts, [request.params() for request in asked], use_tqdm=False)
+    found["tokens"] = [list(each.outputs[0].token_ids) for each in outs]
     llm.llm_engine.engine_core.shutdown()
     return found
 
 
 def main(lm, rm, folder):
     configurations = json.loads(Path(folder, "in.json").read_text())
-    found = {name: run(lm, rm, options) for name, options in configurations.items()}
+    found = [run(lm, rm, *each) for each in configurations]
     Path(folder, "out.json").write_text(json.dumps(found))
 
 
