@@ -13,11 +13,10 @@ from torch import Tensor
 from .. import ops
 from ..decode import options as numbers
 from ..decode.refill import Entry
-from ..output import Answer
+from .batch import Batch
 from .checks import real
 from .output import SequenceAnswer
 from .run import Run
-from .texts import Texts
 
 
 def cards(
@@ -126,43 +125,12 @@ class _Segment:
         return int(ops.split_seed(self.entry.seed, self.tries + 1)[self.tries])
 
 
-class _Cards:
-    """The rows of a batch that is kept full; `segments` are of the rows of `texts`."""
+class _Cards(Batch[_Segment]):
+    """The rows; the state of each is its segment."""
 
     def __init__(self, run: Run, rule: _Rule, batch_size: int) -> None:
-        self.run, self.rule, self.batch_size = run, rule, batch_size
-        self.segments: list[_Segment] = []
-
-    @property
-    def texts(self) -> Texts:
-        return self.run.call
-
-    def answers(self, prompts: Iterable[Any]) -> Iterator[SequenceAnswer]:
-        entries = self.run.entries(prompts)
-        waiting = next(entries, None)
-        while waiting is not None or self.segments:
-            joining: list[Entry] = []
-            while waiting is not None and len(self.segments) + len(joining) < self.batch_size:
-                if isinstance(waiting, Answer):
-                    yield SequenceAnswer(waiting.index, error=waiting.error)
-                elif not self.segments and not joining:
-                    self.run.make_room(waiting)
-                    joining.append(waiting)
-                elif self.run.has_room(waiting):
-                    joining.append(waiting)
-                else:
-                    break  # once the batch is empty, it is made anew for longer prompts
-                waiting = next(entries, None)
-            try:
-                if joining:
-                    self._join(joining)
-                done = self._step() if self.segments else []
-            except ValueError as error:  # of all rows: the models may have others than each other
-                failed = {s.entry.index for s in self.segments} | {e.index for e in joining}
-                self.segments = []
-                self.run.finish()
-                done = [SequenceAnswer(index, error=str(error)) for index in sorted(failed)]
-            yield from done
+        super().__init__(run, batch_size)
+        self.rule = rule
 
     def _join(self, entries: list[Entry]) -> None:
         first = len(self.texts.rows)
@@ -172,24 +140,24 @@ class _Cards:
             rewards = self.texts.prompt_rewards(first)
         for entry, reward in zip(entries, rewards, strict=True):
             start = (1 - self.rule.alpha) * reward + self.rule.alpha * self.rule.target
-            self.segments.append(_Segment(entry, start, random.Random(entry.seed)))
+            self.states.append(_Segment(entry, start, random.Random(entry.seed)))
         for row in range(first, len(self.texts.rows)):
             self._begin(row)
 
     def _begin(self, row: int) -> None:
         """A segment begins behind the text of a row, which the language model has run."""
-        text, segment = self.texts.rows[row], self.segments[row]
+        text, segment = self.texts.rows[row], self.states[row]
         segment.done, segment.reward = len(text.tokens), text.reward
         segment.scores = self.texts.scores[row].clone()
         segment.entropy = self.texts.entropy[row]
         segment.rejected, segment.best = 0, None
 
-    def _step(self) -> list[SequenceAnswer]:
-        """One more token in each row, and the judgement of segments that it ends; what is done."""
-        texts, rows = self.texts, range(len(self.segments))
+    def _step(self) -> None:
+        """One more token in each row, and the judgement of segments that it ends."""
+        texts, rows = self.texts, range(len(self.states))
         going = [row for row in rows if not texts.rows[row].ended]
-        texts.draw(going, [self.segments[row].seed() for row in going])
-        lengths = [len(texts.rows[row].tokens) - self.segments[row].done for row in rows]
+        texts.draw(going, [self.states[row].seed() for row in going])
+        lengths = [len(texts.rows[row].tokens) - self.states[row].done for row in rows]
         texts.advance(
             [
                 row
@@ -198,8 +166,12 @@ class _Cards:
                 and self.rule.min_segment <= lengths[row] < self.rule.max_segment
             ]
         )
-        whole = [row for row in rows if self._is_whole(row, lengths[row])]
-        texts.judge([row for row in whole if texts.rows[row].error is None])
+        whole = [
+            row
+            for row in rows
+            if texts.rows[row].error is None and self._is_whole(row, lengths[row])
+        ]
+        texts.judge(whole)
         taken = [row for row in whole if texts.rows[row].error is not None or self._takes(row)]
         again = [row for row in whole if row not in taken]
         if again:
@@ -208,13 +180,9 @@ class _Cards:
         texts.advance(going)
         for row in going:
             self._begin(row)
-        gone = [row for row in taken if texts.rows[row].ended]
-        answers = [self._answer(row) for row in gone]
-        if gone:
-            kept = [row for row in rows if row not in gone]
-            texts.select(kept)
-            self.segments = [self.segments[row] for row in kept]
-        return answers
+
+    def _is_done(self, row: int) -> bool:
+        return self.texts.rows[row].ended
 
     def _is_whole(self, row: int, length: int) -> bool:
         if self.texts.rows[row].ended or length >= self.rule.max_segment:
@@ -224,7 +192,7 @@ class _Cards:
     def _takes(self, row: int) -> bool:
         """Whether the text of a row goes on from the segment it has now, which may be an earlier
         one that is better."""
-        text, segment, rule = self.texts.rows[row], self.segments[row], self.rule
+        text, segment, rule = self.texts.rows[row], self.states[row], self.rule
         segment.tries += 1
         if segment.best is None or text.reward > segment.best[0]:
             new = text.tokens[segment.done :], text.logprobs[segment.done :]
@@ -243,7 +211,7 @@ class _Cards:
 
     def _take_best(self, row: int) -> None:
         """Have the best of the segments that were drawn behind the text of a row."""
-        text, segment = self.texts.rows[row], self.segments[row]
+        text, segment = self.texts.rows[row], self.states[row]
         assert segment.best is not None
         _, tokens, logprobs = segment.best
         if text.tokens[segment.done :] != tokens:
@@ -253,26 +221,13 @@ class _Cards:
 
     def _take_back(self, rows: list[int]) -> None:
         """Forget the segments of these rows."""
-        segments = [self.segments[row] for row in rows]
+        segments = [self.states[row] for row in rows]
         scores = [s.scores for s in segments if s.scores is not None]
         self.texts.take_back(rows, [s.done for s in segments], scores)
         for row, segment in zip(rows, segments, strict=True):
             self.texts.rows[row].reward = segment.reward
             self.texts.entropy[row] = segment.entropy
 
-    def _answer(self, row: int) -> SequenceAnswer:
-        text, segment = self.texts.rows[row], self.segments[row]
-        if text.error is not None:
-            return SequenceAnswer(text.entry.index, cost=text.cost, error=text.error)
-        own = self.texts.candidate(row)
-        return SequenceAnswer(
-            text.entry.index,
-            list(own.tokens),
-            own.text,
-            own.reward,
-            own.logprob,
-            text.cost,
-            [own],
-            segment.lengths,
-            segment.rejected_before,
-        )
+    def _describe(self, row: int, answer: SequenceAnswer) -> None:
+        segment = self.states[row]
+        answer.segments, answer.rejected = segment.lengths, segment.rejected_before

@@ -174,6 +174,8 @@ class Texts:
     def draw(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
         """One more token of π in each of these rows, with the noise of its seed, the token's place
         in the answer, and its id: the same whatever the batch."""
+        if not rows:
+            return
         self.advance(rows)
         device = self.scores.device
         found = ops.mix_logits(
