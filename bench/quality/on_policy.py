@@ -214,14 +214,20 @@ def at_kl(points: list[dict], base: float, kl: float) -> float:
     return float(np.interp(kl, xs, ys, right=float("nan")))
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and the 95 % half-width of Student's distribution over seeds."""
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean, the 95 % half-width of Student's distribution over seeds, and how many seeds: those
+    whose frontier reaches the KL."""
     import numpy as np
     from scipy import stats
 
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else float("nan")
-    return {"mean": float(np.mean(values)), "ci95": float(half)}
+    known = [value for value in values if value == value]
+    n = len(known)
+    half = stats.t.ppf(0.975, n - 1) * np.std(known, ddof=1) / n**0.5 if n > 1 else None
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "ci95": None if half is None else float(half),
+        "seeds": n,
+    }
 
 
 def report(folder: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
@@ -249,28 +255,30 @@ def report(folder: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
         }
         print("\n".join(table(name, rows)))
         for what in (copg, distilled):
-            found = against_decoder(folder / name, what.__name__, units, seeds)
+            found = against_decoder(
+                folder / name, what.__name__, dict(zip(seeds, units, strict=True))
+            )
             figures[name][what.__name__] = found
             print("\n".join(["", *tuned_table(what.__name__, found)]))
     return figures
 
 
-def against_decoder(folder: Path, what: str, units: list[dict], seeds: list[int]) -> dict[str, Any]:
+def against_decoder(folder: Path, what: str, units: dict[int, dict]) -> dict[str, Any]:
     """Of the language model tuned at each β: gold, KL, and gold less that of the decoder, guided by
-    the last round's reward model, at the same KL."""
-    tuned_units = [json.loads((folder / f"seed{s}.{what}.json").read_text()) for s in seeds]
+    the last round's reward model, at the same KL; of the seeds that have been run."""
+    paths = {seed: folder / f"seed{seed}.{what}.json" for seed in units}
+    found = {s: json.loads(path.read_text()) for s, path in paths.items() if path.exists()}
     rows = {}
-    for beta in tuned_units[0]:
-        own = [u[beta] for u in tuned_units]
-        decoder = [
-            at_kl(u["frontier"][f"round {ROUNDS}"], u["base"], o["kl"])
-            for u, o in zip(units, own, strict=True)
-        ]
-        gaps = [o["gold"] - d for o, d in zip(own, decoder, strict=True)]
+    for beta in next(iter(found.values()), {}):
+        own = {seed: tuned_unit[beta] for seed, tuned_unit in found.items()}
+        decoder = {
+            s: at_kl(units[s]["frontier"][f"round {ROUNDS}"], units[s]["base"], o["kl"])
+            for s, o in own.items()
+        }
         rows[beta] = {
-            "gold": interval([o["gold"] for o in own]),
-            "kl": interval([o["kl"] for o in own]),
-            "less decoder": interval(gaps),
+            "gold": interval([o["gold"] for o in own.values()]),
+            "kl": interval([o["kl"] for o in own.values()]),
+            "less decoder": interval([o["gold"] - decoder[s] for s, o in own.items()]),
         }
     return rows
 
@@ -294,13 +302,17 @@ def table(name: str, rows: dict[str, Any]) -> list[str]:
         for kl in KLS:
             value = row[f"{kl:g}"]
             change = f" ({pm(value['change'])})" if method != "round 0" else ""
-            cells.append(f"{value['mean']:+.2f}{change}")
+            shown = "-" if value["mean"] is None else f"{value['mean']:+.2f}{change}"
+            cells.append(shown)
         lines.append(f"| {method} | {' | '.join(cells)} | {pm(row['best'])} |")
     return lines
 
 
-def pm(value: dict[str, float]) -> str:
-    return f"{value['mean']:+.2f} ± {value['ci95']:.2f}"
+def pm(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "-"
+    spread = "" if value["ci95"] is None else f" ± {value['ci95']:.2f}"
+    return f"{value['mean']:+.2f}{spread}"
 
 
 def main() -> None:

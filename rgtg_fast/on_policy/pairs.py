@@ -131,11 +131,11 @@ def hand_pairs(
         }
         for one, (group, a, b) in wanted.items()
     }
-    if not path.exists():
+    if wanted and not path.exists():
         lines = [json.dumps(row | {"better": None}, ensure_ascii=False) for row in shown.values()]
         write_whole(path, "".join(f"{line}\n" for line in lines).encode())
         return None
-    labels = _labels(path, shown)
+    labels = _labels(path, shown) if wanted else {}
     if len(labels) < len(wanted) or None in labels.values():
         return None
     return [

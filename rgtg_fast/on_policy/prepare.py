@@ -120,11 +120,12 @@ def take_folder(rounds: Rounds) -> None:
                 f"{', '.join(changed)}; give what it was to go on, or name another output_dir"
             )
         return
-    found = [p.name for p in rounds.folder.iterdir() if p.name != ".lock"]
+    # A kill may have left the second one.
+    found = {p.name for p in rounds.folder.iterdir()} - {".lock", f"{STATE}.part"}
     if found:
         raise ValueError(
-            f"output_dir={str(rounds.folder)!r} holds other files ({', '.join(found[:4])}); name "
-            "an empty folder, or one that is not there"
+            f"output_dir={str(rounds.folder)!r} holds other files "
+            f"({', '.join(sorted(found)[:4])}); name an empty folder, or one that is not there"
         )
     _rehearse(rounds)
     write_whole(path, json.dumps({"key": key}, indent=1).encode() + b"\n")

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,14 @@ try:
 
     missing_extension = None
 except ImportError as error:  # a source tree that was never built
+    _root = Path(__file__).parents[2]
     missing_extension = str(error)
+    if (_root / "setup.py").is_file() and (_root / "csrc").is_dir():
+        # It hides a package that is installed, from whoever begins Python in it.
+        missing_extension = (
+            f"{_root} holds the sources, which are not built; go elsewhere to use an installed "
+            "rgtg_fast, or pip install --no-build-isolation -e . there"
+        )
 
 
 class BackendUnavailable(ValueError):

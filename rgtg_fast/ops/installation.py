@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import BACKENDS, automatic, unavailable_reason
+from .dispatch import BACKENDS, BackendUnavailable, settle, unavailable_reason
 from .registry import OPS
 
 
@@ -59,6 +59,14 @@ def info() -> dict[str, Any]:
     }
 
 
+def _chosen(op: str, device: str) -> str:
+    """What "auto" is for a call of one row."""
+    try:
+        return settle(op, "auto", device, rows=1)
+    except BackendUnavailable:
+        return "an error"
+
+
 def show_config() -> None:
     """Prints :func:`info`: what was built, and which backend of which op works here or why not."""
     facts = info()
@@ -76,7 +84,7 @@ def show_config() -> None:
     print(f"{'devices':14} {', '.join(facts['devices'])}")
     for op, backends in facts["backends"].items():
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        choices = ", ".join(f"{automatic(op, kind, rows=1)} on {kind}" for kind in kinds)
+        choices = ", ".join(f"{_chosen(op, kind)} on {kind}" for kind in kinds)
         print(f"{op} (auto: {choices})")
         for backend, reason in backends.items():
             print(f"  {backend:12} {'yes' if reason is None else 'no: ' + reason}")

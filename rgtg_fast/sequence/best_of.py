@@ -9,6 +9,7 @@ from typing import Any
 from .. import ops
 from ..decode import options as numbers
 from ..decode.refill import Entry
+from .checks import MOST_TEXTS
 from .output import SequenceAnswer
 from .run import Run
 from .texts import Texts
@@ -58,7 +59,7 @@ def best_of(
         for answer in rgtg_fast.best_of(lm, texts, reward_model=rm, n=16, tokenizer=tok, seed=0):
             print(answer.text, answer.reward, answer.cost)
     """
-    n = numbers.integer("n", n, 1)
+    n = numbers.integer("n", n, 1, MOST_TEXTS)
     run = Run(model, reward_model, tokenizer, options)
     return run.results(prompts, partial(_best_of, n=n))
 

@@ -10,6 +10,7 @@ from .. import ops
 from ..decode import options as numbers
 from ..decode.refill import Entry
 from .best_of import best_row, chosen, draw_until, judged
+from .checks import MOST_TEXTS
 from .output import SequenceAnswer
 from .run import Run
 from .texts import Texts
@@ -47,7 +48,7 @@ def blockwise_best_of(
     Raises:
         ValueError: as `best_of`.
     """
-    n, block = numbers.integer("n", n, 1), numbers.integer("block", block, 1)
+    n, block = numbers.integer("n", n, 1, MOST_TEXTS), numbers.integer("block", block, 1)
     run = Run(model, reward_model, tokenizer, options)
     return run.results(prompts, partial(_blockwise, n=n, block=block))
 

@@ -6,6 +6,9 @@ import math
 from numbers import Real
 from typing import Any
 
+# More texts of a prompt than are asked for by anyone who has not mistyped.
+MOST_TEXTS = 4096
+
 
 def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a float; `ValueError` unless it is a finite number with low < value < high."""

@@ -10,7 +10,7 @@ from .. import ops
 from ..decode import options as numbers
 from ..decode.refill import Entry
 from .best_of import best_row, chosen, draw_until, judged
-from .checks import real
+from .checks import MOST_TEXTS, real
 from .output import SequenceAnswer
 from .run import Run
 from .texts import Texts
@@ -50,7 +50,7 @@ def speculative_rejection(
     Raises:
         ValueError: as `best_of`.
     """
-    n = numbers.integer("n", n, 1)
+    n = numbers.integer("n", n, 1, MOST_TEXTS)
     budget = numbers.integer("budget", budget, 1)
     alpha = real("alpha", alpha, 0.0, 1.0)
     run = Run(model, reward_model, tokenizer, options)

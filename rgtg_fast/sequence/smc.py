@@ -14,7 +14,7 @@ from .. import ops
 from ..decode import options as numbers
 from ..decode.refill import Entry
 from .best_of import chosen, raise_errors
-from .checks import real
+from .checks import MOST_TEXTS, real
 from .output import SequenceAnswer
 from .run import Run
 from .texts import Texts
@@ -63,7 +63,7 @@ def twisted_smc(
     Raises:
         ValueError: as `best_of`.
     """
-    n, k = numbers.integer("n", n, 1), numbers.integer("k", k, 1, 64)
+    n, k = numbers.integer("n", n, 1, MOST_TEXTS), numbers.integer("k", k, 1, 64)
     filter = _Filter(n, k, real("beta", beta), real("ess_threshold", ess_threshold))
     if not 0 <= filter.ess_threshold <= 1:
         raise ValueError(f"ess_threshold={ess_threshold!r}; pass a share from 0 to 1")

@@ -10,6 +10,7 @@ from .. import ops
 from ..decode import options as numbers
 from ..decode.refill import Entry
 from .best_of import best_answer, draw_until, judged
+from .checks import MOST_TEXTS
 from .output import SequenceAnswer
 from .run import Run
 from .texts import Texts
@@ -49,7 +50,7 @@ def treebon(
     Raises:
         ValueError: as `best_of`; n that is no multiple of `children`.
     """
-    n, layers = numbers.integer("n", n, 1), numbers.integer("layers", layers, 1)
+    n, layers = numbers.integer("n", n, 1, MOST_TEXTS), numbers.integer("layers", layers, 1)
     children = numbers.integer("children", children, 1)
     if n % children:
         raise ValueError(f"n={n} texts are no multiple of children={children}; pass one that is")

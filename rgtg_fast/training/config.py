@@ -133,7 +133,12 @@ class PrefixRewardConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ImportError as error:
+            raise ImportError(
+                f"training needs more packages: pip install 'rgtg_fast[train]' ({error})"
+            ) from None
         one_of("loss_type", self.loss_type, tuple(OBJECTIVES))
         scalar_labels = OBJECTIVES[self.loss_type].data == "labelled"
         for name, (without, users) in USED_BY.items():

@@ -35,6 +35,15 @@ def test_show_config_prints_a_reason_for_what_is_missing(capsys, monkeypatch):
     assert "reward_head (auto: reference on cpu" in printed
 
 
+def test_without_the_extension_auto_is_said_to_be_the_error_that_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_extension", "it was never built")
+    rgtg_fast.show_config()
+    printed = capsys.readouterr().out
+    assert "topk_logprobs (auto: an error on cpu" in printed and "it was never built" in printed
+    with pytest.raises(ops.BackendUnavailable, match="it was never built"):
+        rgtg_fast.ops.topk_logprobs(torch.randn(2, 50), 5)
+
+
 @pytest.mark.parametrize("op", ops.OPS)
 def test_an_absent_backend_is_an_error_with_a_reason(op, monkeypatch):
     monkeypatch.setattr(dispatch, "_triton_reason", lambda op: "Triton is not here")

@@ -131,7 +131,11 @@ def test_a_stopping_criterion_ends_a_text():
 
 
 BAD = {
-    "best_of": [({"n": 0}, "n=0 is out of range"), ({"n": 2.5}, "n must be an int")],
+    "best_of": [
+        ({"n": 10**9}, "an int from 1 to 4096"),
+        ({"n": 0}, "n=0 is out of range"),
+        ({"n": 2.5}, "n must be an int"),
+    ],
     "blockwise_best_of": [({"block": 0}, "block=0"), ({"n": True}, "n must be an int")],
     "cards": [
         ({"beta": 0.0}, r"beta=0.0; pass a finite number > 0"),

@@ -31,7 +31,7 @@ class Driver(DriverBase):
         return True
 
     def map_python_to_cpp_type(self, ty):
-        raise NotImplementedError
+        raise AssertionError("what is interpreted is not launched")
 
     def get_current_target(self):
         return GPUTarget("cpu", 0, 1)
@@ -45,7 +45,7 @@ class Driver(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self):
-        raise NotImplementedError
+        raise AssertionError("what is interpreted is not launched")
 
 
 backends["cpu"] = Backend(None, Driver)

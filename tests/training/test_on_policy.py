@@ -233,6 +233,13 @@ def test_labels_by_hand_are_waited_for_and_then_taken(folder, capsys):
     assert rows(path) == labelled
 
 
+def test_equal_answers_are_nothing_to_label(folder):
+    own = {"judge": "hand", "rounds": 1, "beta": 0.0, "temperature": 1e-4}
+    with pytest.raises(ValueError, match="round 1 gives no pair"):
+        train_on_policy(config(folder, own=own, max_steps=1))
+    assert not (folder / "out" / "round-1" / "to_label.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -343,6 +350,7 @@ def test_a_folder_of_another_run_is_refused_with_what_has_changed(folder):
     with pytest.raises(ValueError, match="another train;"):
         train_on_policy(config(folder, own={"rounds": 1}))
     (folder / "mine").mkdir()
+    (folder / "mine" / "on_policy.json.part").write_text("")  # of a kill
     (folder / "mine" / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"holds other files \(notes.txt\)"):
         train_on_policy(config(folder, "mine"))
