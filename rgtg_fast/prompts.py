@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -198,3 +199,14 @@ def prepared_for(model: Any, ids: Tensor, options: dict[str, Any]) -> Prepared:
         return_dict_in_generate=True,
         **options,
     )
+
+
+def within_positions(bound: int, model: Any, reward: Any, as_text: Sequence[bool]) -> int:
+    """`bound` tokens, or as many as the language model and the reward models have positions for;
+    those that read texts (`as_text`) see to it themselves."""
+    limits = [check.position_limit(model, model.config.get_text_config())]
+    for part, by_text in zip(leaves_of(reward), as_text, strict=True):
+        rm = parts_of(part)
+        if rm is not None and not by_text:
+            limits.append(check.position_limit(rm.base, rm.text_config))
+    return min([bound, *(limit for limit in limits if limit is not None)])

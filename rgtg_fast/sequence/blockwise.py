@@ -28,7 +28,7 @@ def blockwise_best_of(
 ) -> Iterator[SequenceAnswer]:
     """Blocks of tokens, each the best of n by the reward of the text so far.
 
-    CD blockwise (Mudgal et al., arXiv 2310.17022, section 3.2): from the text y so far, n blocks
+    CD blockwise (Mudgal et al., arXiv 2310.17022): from the text y so far, n blocks
     z_1 .. z_n ~ π( · | x, y) of `block` tokens (fewer where one ends) are drawn, and the text goes
     on with y z_i of the largest value V(x, y z_i), the first of equal ones. V is `reward_model`, of
     prefixes: the paper's prefix scorer. `block=1` is best of n by token; with `block` of at least

@@ -18,10 +18,10 @@ from ..decode.refill import Entry
 from ..generate_many import FIRST_BOUND, Many
 from ..models import foreign
 from ..output import Answer
-from ..prompts import Prepared, check_prompts, parts_of, prepared_for
+from ..prompts import Prepared, check_prompts, prepared_for, within_positions
 from ..scorers.base import RowScorer
 from ..scorers.causal import StaticForward
-from ..scorers.rewards import leaves_of, of_rows
+from ..scorers.rewards import of_rows
 from ..scorers.rewrite import check_draft, rewriters_of
 from ..scorers.turns import alone
 from .output import SequenceAnswer
@@ -159,12 +159,7 @@ class Run(Many):
         checked = check_prompts(
             guide, self.reward, self.model, ids, prepared.config, prepared.model_kwargs
         )
-        limits = [check.position_limit(self.model, self.model.config.get_text_config())]
-        for part, by_text in zip(leaves_of(self.reward), checked.as_text, strict=True):
-            rm = parts_of(part)
-            if rm is not None and not by_text:
-                limits.append(check.position_limit(rm.base, rm.text_config))
-        self.bound = min([bound, *(limit for limit in limits if limit is not None)])
+        self.bound = within_positions(bound, self.model, self.reward, checked.as_text)
         config = copy.copy(prepared.config)
         config.max_length = self.bound
         rest = config, prepared.model_kwargs, guide.backend

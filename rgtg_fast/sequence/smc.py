@@ -34,7 +34,7 @@ def twisted_smc(
 ) -> Iterator[SequenceAnswer]:
     """Samples of the sequence-level target π(y | x) exp(β r(x, y)) / Z, exact in the limit of n.
 
-    Twisted sequential Monte Carlo (Zhao et al., arXiv 2404.17546, section 3; as a particle filter
+    Twisted sequential Monte Carlo (Zhao et al., arXiv 2404.17546; as a particle filter
     Doucet & Johansen, 2009). The targets on the way are γ_t(y_1..t) = π(y_1..t | x)
     exp(β r(x, y_1..t)), the twist being the reward of the prefix, and γ_0 = 1. The proposal is the
     ratio policy q(v | y) ∝ π(v | y) exp(β r(x, y v)) over the k most likely tokens, so that a

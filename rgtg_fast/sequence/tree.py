@@ -29,12 +29,12 @@ def treebon(
 ) -> Iterator[SequenceAnswer]:
     """Best of n over a tree of segments: in each layer the best n / children texts branch.
 
-    TreeBoN (Qiu et al., arXiv 2410.16033, algorithm 1): n roots of max_new_tokens / layers tokens
-    (rounded up) are drawn from π. In each layer the n / `children` texts of the largest reward so
-    far stay, and each goes on as `children` texts by another segment, until the last layer, whose
-    text of the largest reward is the answer. A text that has ended stays as one, and takes the
-    place of its children. The paper's partial rewards are a DPO pair's: `reward_model=(policy,
-    reference)`; any reward of prefixes can be given.
+    TreeBoN (Qiu et al., arXiv 2410.16033; the rule is put together from its summaries): n roots of
+    max_new_tokens / layers tokens (rounded up) are drawn from π. In each layer the n / `children`
+    texts of the largest reward so far stay, and each goes on as `children` texts by another
+    segment, until the last layer, whose text of the largest reward is the answer. A text that has
+    ended stays as one, and takes the place of its children. The paper's partial rewards are a DPO
+    pair's: `reward_model=(policy, reference)`; any reward of prefixes can be given.
 
     Args:
         model, prompts, reward_model, tokenizer, options: as for `best_of`. Row j of a layer has row
