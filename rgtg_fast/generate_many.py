@@ -30,7 +30,7 @@ from .models import foreign
 from .models.padding import left_padded
 from .models.parts import ModelParts
 from .output import Answer
-from .prompts import Prepared, check_prompts, prepared_for, within_positions
+from .prompts import CheckedPrompts, Prepared, check_prompts, prepared_for, within_positions
 from .scorers.base import RowScorer
 from .scorers.rewards import leaves_of, of_rows
 from .scorers.rewrite import check_draft, drafts_at, makes_drafts, rewriters_of
@@ -182,12 +182,16 @@ class Many:
             except ValueError as error:
                 yield Answer(index, error=str(error))
 
-    def _entry(self, index: int, prompt: Any) -> Entry:
+    def _checked(self, index: int, prompt: Any) -> tuple[Tensor, Prepared, CheckedPrompts]:
+        """A prompt's ids int64 [P], and what is known of it and of its options."""
         ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
         check.check_ids("prompt", ids[None])
         prepared = self._prepared(index, ids)
         given = prepared.input_ids, prepared.config, prepared.model_kwargs
-        checked = check_prompts(self.guide, self.reward, self.model, *given)
+        return ids, prepared, check_prompts(self.guide, self.reward, self.model, *given)
+
+    def _entry(self, index: int, prompt: Any) -> Entry:
+        ids, prepared, checked = self._checked(index, prompt)
         temperature, processors = take_temperature(prepared.processors)
         plan = self._plan(prepared, checked.new_tokens, processors)
         own = self.guide.temperature

@@ -9,7 +9,6 @@ from typing import Any
 import transformers as tf
 from torch import Tensor
 
-from .. import validation as check
 from ..decode import many_options
 from ..decode import options as numbers
 from ..decode.logits import plain_language_model
@@ -129,11 +128,7 @@ class Run(Many):
             texts.scorer.finish()
 
     def _entry(self, index: int, prompt: Any) -> Entry:
-        ids = numbers.prompt_ids(prompt, self.tokenizer).to(self.device)
-        check.check_ids("prompt", ids[None])
-        prepared = self._prepared(index, ids)
-        given = prepared.input_ids, prepared.config, prepared.model_kwargs
-        checked = check_prompts(self.guide, self.reward, self.model, *given)
+        ids, prepared, checked = self._checked(index, prompt)
         plan = self._plan(prepared, checked.new_tokens, prepared.processors)
         of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
         check_draft(self.reward, index)

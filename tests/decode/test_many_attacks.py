@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import zoo
-from interrupts import interrupted, state
+from interrupts import leave_nothing
 
 import rgtg_fast
 from rgtg_fast.scorers import make_scorer, turns
@@ -195,16 +195,9 @@ def test_an_interrupt_anywhere_leaves_models_and_scorer_as_they_were(positions):
     scorer, prompts = make_scorer(zoo.rm("gpt2"), k=4), zoo.prompts(11, (4, 2, 3))
     models = zoo.lm("llama"), zoo.rm("gpt2")
     want = tokens_of(begun(prompts))
-    before = [str(state(model)) for model in models]
 
     def answers():
         tokens_of(begun(prompts, max_new_tokens=2, reward_model=scorer))
 
-    lines = interrupted(answers, 0)
-    for at in range(1, lines + 1, max(1, lines // positions)):
-        interrupted(answers, at)
-        assert [str(state(model)) for model in models] == before, at
-        use = turns._in_use.get(id(scorer))  # a traceback may hold it, until it is collected
-        assert use is None or not use.lock.locked(), at
-        del use
+    leave_nothing(answers, models, scorer, positions)
     assert tokens_of(begun(prompts, reward_model=scorer)) == want

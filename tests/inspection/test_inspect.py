@@ -210,3 +210,17 @@ def test_a_terminal_shows_texts_and_the_candidates_of_a_step():
 def test_what_cannot_be_shown_says_why(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_or_device_changes_nothing(dtype):
+    out = guided()
+    want = rgtg_fast.inspect(out, TOKENIZER, beta=2.0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = rgtg_fast.inspect(out, TOKENIZER, beta=2.0)
+    finally:
+        torch.set_default_dtype(before)
+    assert str(found) == str(want)
