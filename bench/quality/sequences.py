@@ -190,8 +190,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, (tokens, divergence, errors) = plt.subplots(1, 3, figsize=(16, 4.8))
     families = {
-        "best of": "o-", "blockwise": "s-", "CARDS": "^-", "speculative": "v-", "TreeBoN": "D-",
-        "SMC, 16": "P-", "ratio policy": "x-",
+        "best of": "C0o-", "blockwise": "C1s-", "CARDS": "C2^-", "speculative rejection": "C3v-",
+        "TreeBoN": "C4D-", "SMC, 16": "C5P-", "ratio policy": "C6x-",
     }  # fmt: skip
     for family, style in families.items():
         lines = [v for name, v in result["methods"].items() if name.startswith(family)]
@@ -200,12 +200,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
         if "kl" in lines[0]:
             divergence.errorbar([x["kl"] for x in lines], gold, spread, fmt=style, label=family)
     exactly = result["best_of_exactly"].values()
-    divergence.plot([x["kl"] for x in exactly], [x["gold"] for x in exactly], "o-", label="best of")
+    divergence.plot(
+        [x["kl"] for x in exactly], [x["gold"] for x in exactly], "C0o-", label="best of"
+    )
     divergence.plot(result["optimum"]["kl"], result["optimum"]["gold"], "k--", label="optimum")
-    tokens.set(xscale="log", xlabel="tokens of the language model", ylabel="gold reward")
+    tokens.set_xscale("log", base=2)
+    tokens.set(xlabel="tokens of the language model", ylabel="gold reward")
     divergence.set(xlabel="KL from the base, nats (of SMC a bound)", ylabel="gold reward")
-    for beta in BETAS:
-        for key, style in (("log_z", "-"), ("gold", "--")):
+    for i, beta in enumerate(BETAS):
+        for key, style in (("log_z", f"C{i}-"), ("gold", f"C{i}--")):
             values = [
                 result["smc_errors"][f"SMC, {n} particles, beta {beta:g}"][key] for n in PARTICLES
             ]

@@ -94,7 +94,7 @@ class PrefixRewardConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "scale of the log-probabilities (default: genarm 0.05, as published, "
-            "genarm_prefix 0.3); copg: weight of the KL from what the model began as (0.05)"
+            "genarm_prefix 0.1); copg: weight of the KL from what the model began as (0.05)"
         },
     )
     prefix_share: float = field(
@@ -150,7 +150,7 @@ class PrefixRewardConfig(TrainingArguments):
         if self.weights is None:
             self.weights = "linear" if self.loss_type == "rad" else "uniform"
         if self.beta is None:
-            self.beta = 0.3 if self.loss_type == "genarm_prefix" else 0.05
+            self.beta = 0.1 if self.loss_type == "genarm_prefix" else 0.05
         if self.eos is None:
             self.eos = "keep" if scalar_labels else "append"
         for name, allowed in CHOICES.items():
