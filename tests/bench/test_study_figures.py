@@ -125,7 +125,11 @@ def test_an_autoregressive_guides_reward_is_the_sum_of_its_tokens(study, monkeyp
         "Tokenizer", (SimpleNamespace,), {"__call__": lambda *_, **__: {"input_ids": ids[:, :1]}}
     )
     task = SimpleNamespace(
-        tokenizer=called(**vars(tokenizer)), lm=None, max_new_tokens=3, gold=lambda *_: 0.0
+        name="recipe",
+        tokenizer=called(**vars(tokenizer)),
+        lm=None,
+        max_new_tokens=3,
+        gold=lambda *_: 0.0,
     )
     for cumulative, wanted in ((True, [7.0, 3.0]), (False, [4.0, 2.0])):
         got = methods.guided(task, None, ["a", "b"], [1.0, 1.0], cumulative=cumulative, seed=0)

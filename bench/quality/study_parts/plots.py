@@ -20,6 +20,8 @@ COLOURS = {
     "GenARM": "C5",
     "seq2seq": "C6",
     "GenARM-prefix": "C3",
+    "soft-Q": "C7",
+    "twist": "C8",
 }
 RM_COLOURS = {
     "full": "C1",
@@ -29,6 +31,8 @@ RM_COLOURS = {
     "genarm": "C5",
     "seq2seq": "C6",
     "genarm_prefix": "C3",
+    "soft_q": "C7",
+    "twist": "C8",
 }
 MOST_KL = 12.0
 
