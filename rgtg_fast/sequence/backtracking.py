@@ -17,6 +17,7 @@ from ..scorers.rows import ScorerRows
 from .batch import Batch
 from .checks import real
 from .output import SequenceAnswer
+from .prompt_rewards import prompt_rewards
 from .run import Run
 
 _STEPS_OF_A_TOKEN = 4  # steps that an answer may take, by default, for each token it may have
@@ -183,7 +184,8 @@ class _Backtracking(Batch[_Path]):
         self.texts.join(entries)
         rewards = [0.0] * len(entries)
         if self.rule.guided:
-            rewards = self.texts.prompt_rewards(
+            rewards = prompt_rewards(
+                self.texts,
                 first,
                 "taking back an answer's first token leads there; pass a prompt of two tokens or "
                 "more",

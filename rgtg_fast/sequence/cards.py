@@ -16,6 +16,7 @@ from ..decode.refill import Entry
 from .batch import Batch
 from .checks import real
 from .output import SequenceAnswer
+from .prompt_rewards import prompt_rewards
 from .run import Run
 
 
@@ -138,7 +139,7 @@ class _Cards(Batch[_Segment]):
         rewards = [0.0] * len(entries)
         if self.rule.alpha < 1:
             otherwise = "the schedule begins there; pass alpha=1.0"
-            rewards = self.texts.prompt_rewards(first, otherwise)
+            rewards = prompt_rewards(self.texts, first, otherwise)
         for entry, reward in zip(entries, rewards, strict=True):
             start = (1 - self.rule.alpha) * reward + self.rule.alpha * self.rule.target
             self.states.append(_Segment(entry, start, random.Random(entry.seed)))

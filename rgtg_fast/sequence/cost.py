@@ -17,24 +17,32 @@ def tokens_joined(scorer: Any, prompt: int) -> int:
     return sum(prompt for leaf in leaves_of(scorer) if _has_cache(leaf))
 
 
-def tokens_read(scorer: Any, length: int, new: int, scored: int) -> int:
-    """Tokens that they run as a row of `length` tokens gets `new` ones more, and `scored`
-    candidates behind these, of which one is committed."""
+def tokens_extended(scorer: Any, row: int, new: int) -> int:
+    """Tokens that they run as a row, by its number, is about to get `new` ones more."""
+    return sum(_waiting(x, row) + new for x in leaves_of(scorer) if _has_cache(x))
+
+
+def tokens_scored(scorer: Any, row: int, length: int, scored: int) -> int:
+    """Tokens that they run for `scored` candidates behind a row of `length` tokens."""
     total = 0
     for leaf in leaves_of(scorer):
-        if isinstance(leaf, NextTokenScorer):  # a forward is of what is committed
-            total += new + bool(scored)
+        if isinstance(leaf, NextTokenScorer):
+            total += _waiting(leaf, row)
         elif _has_cache(leaf):
-            total += new + scored
+            total += scored
         elif isinstance(leaf, ReencodeScorer):
-            total += scored * (length + new + 1)
+            total += scored * (length + 1)
     return total
 
 
 def tokens_cropped(scorer: Any) -> int:
     """Tokens that they run again as a row is cropped."""
-    leaves = leaves_of(scorer)
-    return sum(isinstance(x, NextTokenScorer) or getattr(x, "keeps_text", False) for x in leaves)
+    return sum(getattr(leaf, "keeps_text", False) for leaf in leaves_of(scorer))
+
+
+def _waiting(leaf: Any, row: int) -> int:
+    """A reward of next tokens runs the last one only where it is asked for more."""
+    return int(isinstance(leaf, NextTokenScorer) and leaf.waiting[row])
 
 
 def cache_bytes(scorer: Any) -> int:

@@ -20,13 +20,11 @@ from ..decode.plan import ended
 from ..decode.refill import Entry
 from ..scorers.base import RowScorer
 from ..scorers.causal import StaticForward
-from ..scorers.expand import ExpandScorer
 from ..scorers.implicit import LogprobScorer
 from ..scorers.registry import KINDS
 from ..scorers.rewrite import rewriters_of
-from ..scorers.tree import SiblingScorer
 from ..scorers.weighted import WeightedRows, leaves_of
-from .cost import cache_bytes, tokens_cropped, tokens_joined, tokens_read
+from .cost import cache_bytes, tokens_cropped, tokens_extended, tokens_joined, tokens_scored
 from .output import Candidate, Cost
 
 _PER_TOKEN: Any = tuple(kind.make for kind in KINDS.values() if kind.per_token)
@@ -120,53 +118,6 @@ class Texts:
         self.scores = torch.cat([self.scores, scores]) if there else scores
         self.entropy = self.entropy + entropy
         self._weigh()
-
-    @torch.no_grad()
-    def prompt_rewards(self, first: int, otherwise: str) -> list[float]:
-        """r(x) of the prompts of rows `first` and behind it, which have just joined; 0 where
-        rewards are of single tokens. A row of which it is not known fails, and is told what to do
-        `otherwise`."""
-        rows = range(first, len(self.rows))
-        if self.per_token:
-            return [0.0 for _ in rows]
-        rewards = self._prompt_rewards(self.scorer, first)[:, 0].tolist()
-        for row, reward in zip(rows, rewards, strict=True):
-            if not math.isfinite(reward):
-                self.fail(
-                    row,
-                    f"the reward of the prompt alone is {reward} (of a prompt of one token most "
-                    f"scorers know none), and {otherwise}",
-                )
-        return rewards
-
-    def _prompt_rewards(self, scorer: Any, first: int) -> Tensor:
-        """The same [n, 1] of a part of the reward; NaN where there is none."""
-        if isinstance(scorer, WeightedRows):
-            parts = [self._prompt_rewards(part, first) for part in scorer.parts]
-            rows = torch.arange(first, len(self.rows), dtype=torch.int64, device="cpu")
-            return scorer.now(parts, rows)
-        if isinstance(scorer, SiblingScorer | ExpandScorer):
-            return scorer.last_reward[first:, None].cpu()
-        if isinstance(scorer, LogprobScorer):  # a sum over the tokens of the answer
-            return torch.zeros((len(self.rows) - first, 1), device="cpu")
-        rewards = [self._prompt_reward(scorer, text) for text in self.rows[first:]]
-        return torch.tensor(rewards, dtype=torch.float32, device="cpu")[:, None]
-
-    def _prompt_reward(self, scorer: Any, text: Text) -> float:
-        """The reward of a prompt's last token behind those before it, in a row of its own; NaN
-        where there are none."""
-        ids = text.entry.ids
-        if len(ids) == 1:
-            return math.nan
-        (handle,) = scorer.join([ids[:-1]])
-        try:
-            reward = scorer.score(ids[None, -1:], handles=[handle])
-        finally:
-            scorer.leave([handle])
-        joined = tokens_joined(scorer, len(ids) - 1)
-        text.cost.reward_tokens += joined + tokens_read(scorer, len(ids) - 1, 0, 1)
-        text.cost.rewards += 1
-        return float(reward)
 
     @torch.no_grad()
     def select(self, rows: Sequence[int]) -> None:
@@ -272,21 +223,22 @@ class Texts:
             self.entropy[row] = nats
 
     @torch.no_grad()
-    def read(self, rows: Sequence[int]) -> None:
-        """Have the reward read these rows to their ends; `reward` stays what it was."""
-        behind = [row for row in rows if self.rows[row].unread]
+    def read(self, rows: Sequence[int], counts: Sequence[int] | None = None) -> None:
+        """Have the reward read the next `counts` tokens of these rows (None: all that it has not
+        read); their `reward` stays what it was."""
+        texts = [self.rows[row] for row in rows]
+        new = [text.unread for text in texts] if counts is None else counts
+        behind = [(row, text, n) for row, text, n in zip(rows, texts, new, strict=True) if n]
         if not behind:
             return
-        texts = [self.rows[row] for row in behind]
-        new = [
-            torch.tensor(text.tokens[-text.unread :], dtype=torch.int64, device="cpu")
-            for text in texts
-        ]
-        self.scorer.extend([self.scorer.handles[row] for row in behind], new)
-        for text in texts:
-            length = len(text) - text.unread
-            text.cost.reward_tokens += tokens_read(self.scorer, length, text.unread, 0)
-            text.unread = 0
+        ids = []
+        for row, text, n in behind:
+            text.cost.reward_tokens += tokens_extended(self.scorer, row, n)
+            tokens = text.tokens[len(text.tokens) - text.unread :][:n]
+            ids.append(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
+        self.scorer.extend([self.scorer.handles[row] for row, *_ in behind], ids)
+        for _, text, n in behind:
+            text.unread -= n
         self._weigh()
 
     @torch.no_grad()
@@ -298,35 +250,27 @@ class Texts:
                 return
             texts = [self.rows[row] for row in behind]
             # A reward of single tokens is asked for each of them, any other for the last alone.
-            new = [1 if self.per_token else text.unread for text in texts]
-            parts = [
-                text.tokens[len(text.tokens) - text.unread :][:count]
-                for text, count in zip(texts, new, strict=True)
-            ]
-            handles = [self.scorer.handles[row] for row in behind]
-            before = [torch.tensor(part[:-1], dtype=torch.int64, device="cpu") for part in parts]
-            self.scorer.extend(handles, before)
-            last = torch.tensor([part[-1:] for part in parts], dtype=torch.int64, device="cpu")
-            for row, reward in zip(behind, self.ask(behind, last)[:, 0].tolist(), strict=True):
-                text = self.rows[row]
+            self.read(behind, [0 if self.per_token else text.unread - 1 for text in texts])
+            last = [[text.tokens[-text.unread]] for text in texts]
+            ids = torch.tensor(last, dtype=torch.int64, device="cpu")
+            for text, reward in zip(texts, self.ask(behind, ids)[:, 0].tolist(), strict=True):
                 text.reward = text.reward + reward if self.per_token else reward
+                text.unread -= 1
             self.commit(behind, torch.zeros(len(behind), dtype=torch.int64, device="cpu"))
-            for text, count in zip(texts, new, strict=True):
-                text.unread -= count
 
     def ask(self, rows: Sequence[int], ids: Tensor) -> Tensor:
         """Rewards fp32 [n, k], on the CPU, of candidates `ids` [n, k] behind what the scorer has
         read of these rows; a row with a NaN or +inf among them fails."""
         handles = [self.scorer.handles[row] for row in rows]
+        for row in rows:
+            text, k = self.rows[row], ids.shape[1]
+            length = len(text) - text.unread
+            text.cost.reward_tokens += tokens_scored(self.scorer, row, length, k)
+            text.cost.rewards += k
         given = ids.to(self.lm.device)
         rewards = self.scorer.score(given, handles=handles).float().cpu()  # type: ignore[call-arg]
         bad = (rewards.isnan() | (rewards == torch.inf)).any(1).tolist()
         for row, wrong, of_row in zip(rows, bad, rewards, strict=True):
-            text, k = self.rows[row], ids.shape[1]
-            new = 0 if self.per_token else max(text.unread - 1, 0)
-            length = len(text) - text.unread
-            text.cost.reward_tokens += tokens_read(self.scorer, length, new, k)
-            text.cost.rewards += k
             if wrong:
                 self.fail(row, f"the reward model gave {of_row.tolist()}")
         self._weigh()
