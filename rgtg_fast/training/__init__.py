@@ -41,7 +41,7 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `seq2seq` | causal LM | rewriting drafts (arXiv 2409.00162) | `RewriteScorer(rm)` |
 | `copg` | causal LM | itself, by scores of answers (arXiv 2406.19185) | none: it answers alone |
 | `distill` | causal LM | itself, from a guided policy (`guided_rows`) | none: it answers alone |
-| `sequencematch` | causal LM | itself, with a token that undoes one (arXiv 2306.05426) | none |
+| `sequencematch` | causal LM | itself, and to undo a token (arXiv 2306.05426) | `backtracking` |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
 | `soft_q` | causal LM | soft values of labels (arXiv 2106.07704) | `VocabRewardScorer(rm)` |
 

@@ -341,6 +341,7 @@ def test_from_the_command_line_a_model_learns_to_undo_what_is_wrong(folder):
     assert undone > 0.6 * total and kept > 0.9 * total
     card = (out / "README.md").read_text()
     assert "# Language model: sequencematch" in card
+    exec(card.split("```python\n")[1].split("```")[0], {})
     assert json.loads((out / "metrics.json").read_text())["loss_type"] == "sequencematch"
 
 
@@ -354,6 +355,7 @@ def test_an_adapter_is_saved_with_the_token_and_its_embedding(folder):
     rows = [model.get_input_embeddings().weight for model in (one, two)]
     assert len(rows[0]) == BACK + 1 and torch.equal(*rows)
     assert transformers.AutoTokenizer.from_pretrained(out).get_vocab()["<backspace>"] == BACK
+    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
 
 
 def held():
