@@ -91,9 +91,11 @@ def test_prompts_are_apart_and_answers_are_finished_samples_of_the_language_mode
     assert (tmp_path / "prose_lm" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_task_with_some_models_is_added_to_a_study(study, small_task, tmp_path):
+def test_a_task_with_some_models_is_added_to_a_study(study, small_task, tmp_path, monkeypatch):
     units, report = study("units"), study("report")
-    task = replace(small_task, max_new_tokens=6, betas=dict.fromkeys(small_task.betas, (1.0, 4.0)))
+    monkeypatch.setitem(study("tasks").K, "prose", 4)
+    betas = dict.fromkeys(small_task.betas, (1.0, 4.0))
+    task = replace(small_task, max_new_tokens=6, betas=betas, ks=(2,))
     units.run_all([task], [1], tmp_path)
     written = {path.name for path in (tmp_path / "prose").glob("*.json")}
     kinds = ("base", "partial", "full", "genarm", "genarm_prefix")
@@ -112,7 +114,7 @@ def test_a_task_with_some_models_is_added_to_a_study(study, small_task, tmp_path
         "GenARM-prefix",
     }
     assert "PARGS - ARGS" in found["gaps_at_equal_kl"]
-    assert list(found["over_k"]["PARGS"]) == ["10", "32", "64"]
+    assert list(found["over_k"]["PARGS"]) == ["2", "4"]
     assert "smaller" not in found and "over-optimisation" in (out / "study.md").read_text()
     # Beside another task, whose figures stay.
     record["tasks"] = {"recipe": found | {"seeds": [7]}}
