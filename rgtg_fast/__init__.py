@@ -19,6 +19,7 @@ from .output import Answer, RewardGuidedOutput
 from .scorers.endpoint import RewardEndpoint
 from .scorers.rewards import Reward, WeightedRewards
 from .sequence import (
+    backtracking,
     best_of,
     blockwise_best_of,
     cards,
@@ -43,6 +44,7 @@ __all__ = [
     "SuffixDrafter",
     "VocabHead",
     "WeightedRewards",
+    "backtracking",
     "best_of",
     "blockwise_best_of",
     "cards",

@@ -4,6 +4,7 @@ Each is an iterator of answers to any number of prompts; every answer says what 
 that the two models ran.
 """
 
+from .backtracking import backtracking
 from .best_of import best_of
 from .blockwise import blockwise_best_of
 from .cards import cards
@@ -16,6 +17,7 @@ __all__ = [
     "Candidate",
     "Cost",
     "SequenceAnswer",
+    "backtracking",
     "best_of",
     "blockwise_best_of",
     "cards",

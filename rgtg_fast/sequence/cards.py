@@ -137,7 +137,8 @@ class _Cards(Batch[_Segment]):
         self.texts.join(entries)
         rewards = [0.0] * len(entries)
         if self.rule.alpha < 1:
-            rewards = self.texts.prompt_rewards(first)
+            otherwise = "the schedule begins there; pass alpha=1.0"
+            rewards = self.texts.prompt_rewards(first, otherwise)
         for entry, reward in zip(entries, rewards, strict=True):
             start = (1 - self.rule.alpha) * reward + self.rule.alpha * self.rule.target
             self.states.append(_Segment(entry, start, random.Random(entry.seed)))
@@ -222,9 +223,10 @@ class _Cards(Batch[_Segment]):
     def _take_back(self, rows: list[int]) -> None:
         """Forget the segments of these rows."""
         segments = [self.states[row] for row in rows]
-        scores = [s.scores for s in segments if s.scores is not None]
-        self.texts.take_back(rows, [s.done for s in segments], scores)
+        self.texts.take_back(rows, [segment.done for segment in segments])
         for row, segment in zip(rows, segments, strict=True):
+            assert segment.scores is not None
+            self.texts.scores[row] = segment.scores
             self.texts.rows[row].reward = segment.reward
             self.texts.entropy[row] = segment.entropy
 

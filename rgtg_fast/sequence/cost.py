@@ -23,7 +23,7 @@ def tokens_read(scorer: Any, length: int, new: int, scored: int) -> int:
     total = 0
     for leaf in leaves_of(scorer):
         if isinstance(leaf, NextTokenScorer):  # a forward is of what is committed
-            total += new + 1
+            total += new + bool(scored)
         elif _has_cache(leaf):
             total += new + scored
         elif isinstance(leaf, ReencodeScorer):

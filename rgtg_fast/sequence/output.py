@@ -32,14 +32,14 @@ class Candidate:
     Attributes:
         tokens: of the answer, EOS included where it ended it.
         text: of the tokens without special ones, where a tokenizer was given.
-        reward: of the prompt and the answer.
+        reward: of the prompt and the answer; None where there is no reward model.
         logprob: log π of the answer, in nats.
         weight: of a particle of `twisted_smc`, of sum 1; None elsewhere.
     """
 
     tokens: list[int]
     text: str | None
-    reward: float
+    reward: float | None
     logprob: float
     weight: float | None = None
 
@@ -57,6 +57,8 @@ class SequenceAnswer:
         rejected: of `cards`, how many segments were rejected; of `speculative_rejection` and
             `treebon`, how many texts were.
         log_z: of `twisted_smc`, the estimate of log Z.
+        undone: of `backtracking`, how many tokens were taken back.
+        steps: of `backtracking`, how many tokens were drawn, backspaces included.
         error: why there is no answer; None for an answer.
     """
 
@@ -70,4 +72,6 @@ class SequenceAnswer:
     segments: list[int] = field(default_factory=list)
     rejected: int = 0
     log_z: float | None = None
+    undone: int = 0
+    steps: int = 0
     error: str | None = None

@@ -39,14 +39,25 @@ Decoder = Callable[[Texts, Entry], SequenceAnswer]
 class Run(Many):
     """The models of a call, and the options that make π of the language model's logits.
 
-    `own` are options of the guide that the method has a use for: `k` candidates, for one.
+    `backspace` is the token that takes another back, which begins no answer and is in no prompt;
+    `greedy` says that the method may go without draws. `own` are options of the guide that it has a
+    use for: `k` candidates, for one.
     """
 
     call: Texts
 
     def __init__(
-        self, model: Any, reward_model: Any, tokenizer: Any, options: dict[str, Any], **own: Any
+        self,
+        model: Any,
+        reward_model: Any,
+        tokenizer: Any,
+        options: dict[str, Any],
+        *,
+        backspace: int | None = None,
+        greedy: bool = False,
+        **own: Any,
     ) -> None:
+        self.backspace = backspace
         given = dict(options)
         many_options.check_options(given)
         many_options.check_tokenizer(tokenizer)
@@ -55,7 +66,8 @@ class Run(Many):
                 raise ValueError(
                     f"{name}= is about guiding token by token; generate and generate_many take it"
                 )
-        if given.setdefault("do_sample", True) is not True:
+        sampled = given.setdefault("do_sample", True)
+        if sampled is not True and not (greedy and sampled is False):
             raise ValueError(
                 f"do_sample={given['do_sample']!r}: texts are drawn from the language model; "
                 "leave it out"
@@ -64,7 +76,8 @@ class Run(Many):
             raise ValueError("temperature must be a number: it is the language model's own")
         # None would mean 50, and texts would not be the language model's.
         config = given.get("generation_config") or getattr(model, "generation_config", None)
-        given.setdefault("top_k", getattr(config, "top_k", None) or 0)
+        if sampled:
+            given.setdefault("top_k", getattr(config, "top_k", None) or 0)
         # Of the guide it would temper the ratio policy; here it makes π, as Hugging Face has it.
         self.temperature = given.pop("temperature", None)
         self.of_prompts = {name: given.get(name) for name in many_options.OF_PROMPTS}
@@ -129,6 +142,11 @@ class Run(Many):
 
     def _entry(self, index: int, prompt: Any) -> Entry:
         ids, prepared, checked = self._checked(index, prompt)
+        if self.backspace is not None and (ids == self.backspace).any():
+            raise ValueError(
+                f"prompt holds the backspace token {self.backspace}, which is part of no text; "
+                "take out it and the token before it"
+            )
         plan = self._plan(prepared, checked.new_tokens, prepared.processors)
         of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
         check_draft(self.reward, index)
@@ -184,4 +202,5 @@ class Run(Many):
             set(eos_ids(prepared.criteria, self.device).tolist()),
             self.tokenizer,
             guide.backend,
+            self.backspace,
         )

@@ -62,8 +62,9 @@ class Texts:
     """Rows in the order of `rows`, in `lm` and in `scorer` alike.
 
     `processors` (of scores alone) are those of all rows that have none of their own, `eos` the
-    tokens that end an answer. `scores` fp32 [B, V] are the logits behind each row, processed:
-    π is their softmax; `entropy` [B] is that of the logits before it, in nats.
+    tokens that end an answer, `not_first` one that begins none. `hidden` [B, H] are the language
+    model's states behind each row, `scores` fp32 [B, V] the logits of these, processed: π is their
+    softmax; `entropy` [B] is that of the logits before it, in nats.
     """
 
     def __init__(
@@ -74,10 +75,13 @@ class Texts:
         eos: set[int],
         tokenizer: Any,
         backend: ops.Backend,
+        not_first: int | None,
     ) -> None:
         self.lm, self.scorer, self.processors = lm, scorer, processors
         self.eos, self.tokenizer, self.backend = eos, tokenizer, backend
+        self.not_first = not_first
         self.rows: list[Text] = []
+        self.hidden = torch.zeros((0, 0), device=lm.device)
         self.scores = torch.zeros((0, 0), dtype=torch.float32, device=lm.device)
         self.entropy: list[float] = []
         kinds = {
@@ -111,46 +115,56 @@ class Texts:
             text.cost.lm_tokens += len(text)
             text.cost.reward_tokens += tokens_joined(self.scorer, len(text))
         scores, entropy = self._scores(hidden, new)
-        known = [self.scores] if len(self.rows) > len(new) else []
-        self.scores = torch.cat([*known, scores])
+        there = len(self.rows) > len(new)
+        self.hidden = torch.cat([self.hidden, hidden]) if there else hidden
+        self.scores = torch.cat([self.scores, scores]) if there else scores
         self.entropy = self.entropy + entropy
         self._weigh()
 
     @torch.no_grad()
-    def prompt_rewards(self, first: int) -> list[float]:
+    def prompt_rewards(self, first: int, otherwise: str) -> list[float]:
         """r(x) of the prompts of rows `first` and behind it, which have just joined; 0 where
-        rewards are of single tokens."""
+        rewards are of single tokens. A row of which it is not known fails, and is told what to do
+        `otherwise`."""
         rows = range(first, len(self.rows))
         if self.per_token:
             return [0.0 for _ in rows]
-        if isinstance(self.scorer, SiblingScorer | ExpandScorer):
-            rewards = self.scorer.last_reward[first:].tolist()
-        else:
-            rewards = [self._prompt_reward(self.rows[row]) for row in rows]
+        rewards = self._prompt_rewards(self.scorer, first)[:, 0].tolist()
         for row, reward in zip(rows, rewards, strict=True):
             if not math.isfinite(reward):
                 self.fail(
                     row,
                     f"the reward of the prompt alone is {reward} (of a prompt of one token most "
-                    "scorers know none), and the schedule begins there; pass alpha=1.0",
+                    f"scorers know none), and {otherwise}",
                 )
         return rewards
 
-    def _prompt_reward(self, text: Text) -> float:
+    def _prompt_rewards(self, scorer: Any, first: int) -> Tensor:
+        """The same [n, 1] of a part of the reward; NaN where there is none."""
+        if isinstance(scorer, WeightedRows):
+            parts = [self._prompt_rewards(part, first) for part in scorer.parts]
+            rows = torch.arange(first, len(self.rows), dtype=torch.int64, device="cpu")
+            return scorer.now(parts, rows)
+        if isinstance(scorer, SiblingScorer | ExpandScorer):
+            return scorer.last_reward[first:, None].cpu()
+        if isinstance(scorer, LogprobScorer):  # a sum over the tokens of the answer
+            return torch.zeros((len(self.rows) - first, 1), device="cpu")
+        rewards = [self._prompt_reward(scorer, text) for text in self.rows[first:]]
+        return torch.tensor(rewards, dtype=torch.float32, device="cpu")[:, None]
+
+    def _prompt_reward(self, scorer: Any, text: Text) -> float:
         """The reward of a prompt's last token behind those before it, in a row of its own; NaN
         where there are none."""
         ids = text.entry.ids
         if len(ids) == 1:
             return math.nan
-        if isinstance(self.scorer, WeightedRows):
-            self.scorer.of_prompts([text.entry.index])
-        (handle,) = self.scorer.join([ids[:-1]])
+        (handle,) = scorer.join([ids[:-1]])
         try:
-            reward = self.scorer.score(ids[None, -1:], handles=[handle])  # type: ignore[call-arg]
+            reward = scorer.score(ids[None, -1:], handles=[handle])
         finally:
-            self.scorer.leave([handle])
-        joined = tokens_joined(self.scorer, len(ids) - 1)
-        text.cost.reward_tokens += joined + tokens_read(self.scorer, len(ids) - 1, 0, 1)
+            scorer.leave([handle])
+        joined = tokens_joined(scorer, len(ids) - 1)
+        text.cost.reward_tokens += joined + tokens_read(scorer, len(ids) - 1, 0, 1)
         text.cost.rewards += 1
         return float(reward)
 
@@ -166,6 +180,7 @@ class Texts:
         self.rows = [
             replace(text, tokens=list(text.tokens), logprobs=list(text.logprobs)) for text in chosen
         ]
+        self.hidden = self.hidden[index.to(self.hidden.device)]
         self.scores = self.scores[index]
         self.entropy = [self.entropy[row] for row in rows]
         self._weigh()
@@ -177,23 +192,28 @@ class Texts:
         if not rows:
             return
         self.advance(rows)
-        device = self.scores.device
-        found = ops.mix_logits(
-            [self.scores[list(rows)]],
-            [1.0],
-            1,
-            None,
-            1.0,
-            torch.tensor(list(seeds), dtype=torch.int64, device=device),
-            self.positions(rows),
-            backend=self.backend,
-        )
+        for row, token, logprob in self.drawn(rows, seeds):
+            self.add(row, [token], [logprob])
+
+    def drawn(
+        self, rows: Sequence[int], seeds: Sequence[int] | None
+    ) -> list[tuple[int, int, float]]:
+        """A token of π for each of these rows, which the language model has run, with log π of it:
+        drawn as in `draw`, or without seeds the most likely one. Rows that have none fail."""
+        noise: tuple[Any, ...] = ()
+        if seeds is not None:
+            own = torch.tensor(list(seeds), dtype=torch.int64, device=self.scores.device)
+            noise = 1.0, own, self.positions(rows)
+        scores = [self.scores[list(rows)]]
+        found = ops.mix_logits(scores, [1.0], 1, None, *noise, backend=self.backend)
         best, ids, logprobs = (column[:, 0].tolist() for column in found[:3])
+        drawn = []
         for row, score, token, logprob in zip(rows, best, ids, logprobs, strict=True):
             if math.isfinite(score):
-                self.add(row, [token], [logprob])
+                drawn.append((row, token, logprob))
             else:
                 self.fail(row, "the language model's logits contain NaN, or leave no token")
+        return drawn
 
     def positions(self, rows: Sequence[int]) -> Tensor:
         """How many tokens the answers have, int64 [n]."""
@@ -239,10 +259,34 @@ class Texts:
         for text in texts:
             text.cost.lm_tokens += text.unfed
             text.unfed = 0
-        scores, entropy = self._scores(hidden, texts)
-        self.scores[behind] = scores
-        for row, nats in zip(behind, entropy, strict=True):
+        self.restore(behind, hidden)
+        self._weigh()
+
+    @torch.no_grad()
+    def restore(self, rows: Sequence[int], hidden: Tensor) -> None:
+        """Have `scores` and `entropy` behind these rows, of the language model's states [n, H]
+        behind them."""
+        scores, entropy = self._scores(hidden, [self.rows[row] for row in rows])
+        self.hidden[list(rows)], self.scores[list(rows)] = hidden, scores
+        for row, nats in zip(rows, entropy, strict=True):
             self.entropy[row] = nats
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int]) -> None:
+        """Have the reward read these rows to their ends; `reward` stays what it was."""
+        behind = [row for row in rows if self.rows[row].unread]
+        if not behind:
+            return
+        texts = [self.rows[row] for row in behind]
+        new = [
+            torch.tensor(text.tokens[-text.unread :], dtype=torch.int64, device="cpu")
+            for text in texts
+        ]
+        self.scorer.extend([self.scorer.handles[row] for row in behind], new)
+        for text in texts:
+            length = len(text) - text.unread
+            text.cost.reward_tokens += tokens_read(self.scorer, length, text.unread, 0)
+            text.unread = 0
         self._weigh()
 
     @torch.no_grad()
@@ -294,22 +338,29 @@ class Texts:
         self.scorer.commit(slots.to(self.lm.device), handles)  # type: ignore[call-arg]
 
     @torch.no_grad()
-    def take_back(self, rows: Sequence[int], kept: Sequence[int], scores: Sequence[Tensor]) -> None:
-        """Forget all but the first `kept` tokens of the answers of these rows, which the reward has
-        read to their ends; `scores` [V] are those behind what is kept."""
-        device = self.lm.device
-        index = torch.tensor(list(rows), dtype=torch.int64, device=device)
+    def take_back(self, rows: Sequence[int], kept: Sequence[int]) -> None:
+        """Forget all but the first `kept` tokens of the answers of these rows. What is behind what
+        is kept, and the reward of it, is the caller's to put back."""
         texts = [self.rows[row] for row in rows]
         lengths = [len(text.entry.ids) + n for text, n in zip(texts, kept, strict=True)]
-        self.lm.forward.crop(torch.tensor(lengths, dtype=torch.int64, device=device), index)
-        handles = [self.scorer.handles[row] for row in rows]
-        self.scorer.crop(handles, lengths)
-        for row, text, n, of_row in zip(rows, texts, kept, scores, strict=True):
+        gone = [len(text) - length for text, length in zip(texts, lengths, strict=True)]
+        device = self.lm.device
+        # What a model has not run, its cache has not: cropping it to more would make it longer.
+        ran = [i for i, text in enumerate(texts) if text.unfed < gone[i]]
+        if ran:
+            index = torch.tensor([rows[i] for i in ran], dtype=torch.int64, device=device)
+            to = torch.tensor([lengths[i] for i in ran], dtype=torch.int64, device=device)
+            self.lm.forward.crop(to, index)
+        read = [i for i, text in enumerate(texts) if text.unread < gone[i]]
+        if read:
+            handles = [self.scorer.handles[rows[i]] for i in read]
+            self.scorer.crop(handles, [lengths[i] for i in read])
+        for i, (text, n) in enumerate(zip(texts, kept, strict=True)):
             del text.tokens[n:], text.logprobs[n:]
-            text.unfed = text.unread = 0
+            text.unfed = max(0, text.unfed - gone[i])
+            text.unread = max(0, text.unread - gone[i])
             text.ended = False
-            text.cost.reward_tokens += tokens_cropped(self.scorer)
-            self.scores[row] = of_row
+            text.cost.reward_tokens += tokens_cropped(self.scorer) if i in read else 0
 
     def candidate(self, row: int, weight: float | None = None) -> Candidate:
         """A row as the caller gets it."""
@@ -323,6 +374,9 @@ class Texts:
     def _scores(self, hidden: Tensor, texts: Sequence[Text]) -> tuple[Tensor, list[float]]:
         """Processed logits fp32 [n, V] behind texts, and the entropies [n] of the raw ones."""
         logits = self.lm.logits(hidden).to(torch.float32, copy=True)
+        if self.not_first is not None:
+            # Before the processors: what is kept of the most likely must not be this token alone.
+            logits[[i for i, x in enumerate(texts) if not x.tokens], self.not_first] = -torch.inf
         logp = logits.log_softmax(-1)
         terms = torch.where(logp > -torch.inf, logp.exp() * logp, 0.0)
         entropy = (-terms.sum(-1)).tolist()

@@ -26,6 +26,8 @@ WHAT = {
     "scores of answers: it needs no guide",
     "distill": "a language model trained towards a guided policy, whose KL from it is the loss: it "
     "needs no guide",
+    "sequencematch": "a language model that can undo its last token, trained on answers with slips "
+    "in the way of SequenceMatch (arXiv 2306.05426)",
     "soft_q": "Soft Q-learning of rewards of whole texts (as arXiv 2106.07704, with the language "
     "model as the measure): output row v is the soft value of going on with token v",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class Node:
         self.tokens: list[int] = [] if parent is None else [*parent.tokens, token]
         self.fed = self.read = parent is None
         self.known: torch.Tensor | None = None
+        self.options: tuple[torch.Tensor, ...] | None = None
         self.judged: float | None = None
 
     @property
@@ -224,3 +226,49 @@ def smc(
     shares = weights.softmax(0).tolist()
     (drawn,) = chance.choices(range(n), shares)
     return nodes, shares, log_z + float(weights.logsumexp(0)) - math.log(n), drawn
+
+
+def candidates(node: Node, back: int, k: int, reward: str) -> tuple[torch.Tensor, ...]:
+    """The k most likely tokens behind a prefix: log π, rewards and ids; `reward` is "none", "text",
+    or "tokens" for one that is a sum over them."""
+    scores, world = node.logits().clone(), node.world
+    if node.parent is None:
+        scores[back] = -torch.inf
+    logp, ids = scores.double().log_softmax(-1).sort(descending=True, stable=True)
+    logp, ids, rewards = logp[:k], ids[:k], torch.zeros(k)
+    if reward != "none":
+        before = world.reward_of(node.tokens) if reward == "tokens" else 0.0
+        texts = [node.tokens[:-1] if v == back else [*node.tokens, v] for v in ids.tolist()]
+        rewards = torch.tensor([world.reward_of(text) - before for text in texts])
+        if (ids != back).any():
+            world.reward_tokens += node._run("read") + k
+            world.rewards += k
+    return logp, rewards, ids
+
+
+def backtrack(
+    world: World, seed: int, back: int, *, k: int, beta: float, most: int, reward: str = "text",
+    do_sample: bool = True,
+) -> tuple[Node, int, int]:  # fmt: skip
+    """The text, the steps, and how many of them were taken back."""
+    node, draws, steps, undone = world.root, Counter[int](), 0, 0
+    while not node.ended and steps < most:
+        place, fresh = len(node.tokens), node.options is None
+        if node.options is None:
+            node.options = candidates(node, back, k, reward)
+        logp, rewards, ids = node.options
+        i = draws[place]
+        slot, _ = ops.ratio_sample(
+            logp.float()[None], rewards.float()[None], ids[None], beta, 1.0,
+            torch.tensor([seeds_of(seed, i + 1)[i] if i else seed]), place, do_sample,
+            backend="reference",
+        )  # fmt: skip
+        draws[place] += 1
+        steps += 1
+        if int(ids[slot]) == back:
+            assert node.parent is not None
+            node, undone = node.parent, undone + 1
+            continue
+        node = Node(world, node, int(ids[slot]), float(logp[slot]))
+        node.read = fresh and reward != "none"  # the scorer goes on with a candidate
+    return node, steps, undone
