@@ -29,15 +29,20 @@ WORDS = (7, 20)  # of a sentence, punctuation marks apart
 def fetched(folder: Path, name: str, command: tuple[str, ...], digest: str) -> Path:
     """The archive `name` in `folder`, brought there by `command` where it is missing.
 
-    Raises `ValueError` for an archive that is not the one with this SHA-256, and
-    `FileNotFoundError` or `CalledProcessError` where the command is missing or fails.
+    Raises `ValueError` where the command is missing or fails, and for an archive that is not the
+    one with this SHA-256.
     """
     path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
-            (Path(place) / name).rename(path)
+            try:
+                subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
+                (Path(place) / name).rename(path)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise ValueError(
+                    f"{name} could not be fetched ({error}); put it into {folder} by hand"
+                ) from error
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != digest:
         raise ValueError(f"{path} has SHA-256 {found}; wanted {digest}; remove it and run again")

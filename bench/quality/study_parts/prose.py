@@ -112,6 +112,13 @@ def _tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
+    # The trainer numbers the letters that end a word as they come, otherwise in every run.
+    learnt = json.loads(core.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    merged = [first + second for first, second in merges]
+    letters = sorted(learnt["vocab"].keys() - {*special, *merged})
+    ids = {token: i for i, token in enumerate([*special, *letters, *merged])}
+    core.model = models.BPE(ids, merges, unk_token="<unk>", end_of_word_suffix=end)
     return small_models.hf_tokenizer(core)
 
 
