@@ -65,3 +65,15 @@ def test_a_run_in_small_counts_the_answers_own_tokens(study, decoders, monkeypat
     rows = decoders.report(tmp_path, "recipe", [1])
     assert rows["best of 8"]["gold"]["mean"] == pytest.approx(np.mean(found["best of 8"]["gold"]))
     assert len(decoders.markdown("recipe", json.loads(json.dumps(rows)))) == 2 + len(rows)
+
+
+def test_the_cost_plot_has_each_decoder_once_at_its_best_beta(study):
+    names = ("best of 4", "SMC, 4, beta 1", "SMC, 4, beta 2", "SMC, 16, beta 1", "PARGS, beta 2")
+    gold = (1.0, 0.5, 0.7, 0.9, 2.0)
+    rows = {n: {"gold": {"mean": g}} for n, g in zip(names, gold, strict=True)}
+    best = study("study_parts.plots")._best_decoders(rows)
+    assert {name: row["gold"]["mean"] for name, row in best.items()} == {
+        "best of 4": 1.0,
+        "SMC, 4": 0.7,
+        "SMC, 16": 0.9,
+    }
