@@ -23,9 +23,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 RESULTS = HERE.parent / "results"
-PROMPTS = 60  # of the test prompts
-BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the policies that have one
+# Answers of support are four times as long as recipes: less of everything.
+PROMPTS = {"recipe": 60, "support": 30}  # of the test prompts
+BETAS = {"recipe": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0), "support": (1.0, 2.0, 4.0, 8.0)}
 SIZES = {"recipe": (4, 16, 64), "support": (4, 16)}
+PARTICLES = {"recipe": (4, 16), "support": (16,)}
 BLOCK = {"recipe": 4, "support": 8}  # tokens
 K = 10
 
@@ -57,8 +59,8 @@ def methods(task: Any, rewards: Any) -> dict[str, dict[str, Any]]:
             "budget": budget,
         }
         every[f"TreeBoN, {n}"] = {"call": "treebon", "n": n, "children": 4, "layers": 4}
-    for n in (4, 16):
-        for beta in BETAS:
+    for n in PARTICLES[task.name]:
+        for beta in BETAS[task.name]:
             every[f"SMC, {n}, beta {beta:g}"] = {
                 "call": "twisted_smc",
                 "n": n,
@@ -131,11 +133,11 @@ def run_seed(task: Any, seed: int, folder: Path) -> dict[str, Any]:
     model = model_of(task, "partial", seed, folder)
     tuning = task.prompts["beta"] * 4
     rewards = whole_rewards(task, model, tuning, base_samples(task, tuning, 20_000 + seed)[0])
-    prompts = task.prompts["test"][:PROMPTS]
+    prompts = task.prompts["test"][: PROMPTS[task.name]]
     columns = {}
     for name, options in methods(task, rewards).items():
         columns[name] = in_columns(answers(task, model, prompts, options, seed))
-    for beta in BETAS:
+    for beta in BETAS[task.name]:
         columns[f"PARGS, beta {beta:g}"] = in_columns(sampled(task, model, prompts, beta, seed))
     return {"methods": columns, "seconds": time.process_time() - begun}
 
@@ -161,10 +163,8 @@ def report(folder: Path, name: str, seeds: list[int]) -> dict[str, Any]:
         }
         if "kl" in column:
             rows[method]["kl"] = float(column["kl"].mean())
-    for n in (4, 16):
-        for beta in BETAS:
-            gap = at_equal_kl(units, f"SMC, {n}, beta {beta:g}")
-            rows[f"SMC, {n}, beta {beta:g}"]["less PARGS at its KL"] = gap
+        if method.startswith("SMC"):
+            rows[method]["less PARGS at its KL"] = at_equal_kl(units, method)
     return rows
 
 
@@ -176,7 +176,7 @@ def at_equal_kl(units: list[dict[str, Any]], method: str) -> dict[str, float] | 
 
     gaps = []
     for unit in units:
-        points = [unit[f"PARGS, beta {beta:g}"] for beta in BETAS]
+        points = [rows for name, rows in unit.items() if name.startswith("PARGS")]
         spent = np.array([np.mean(point["kl"]) for point in points])
         kl = float(np.mean(unit[method]["kl"]))
         right = int(np.searchsorted(spent, kl))

@@ -1,17 +1,19 @@
 """Train the models that `python -m rgtg_fast demo` runs on, from nothing but the task's grammar.
 
-    python bench/quality/make_assets.py            # about 7 minutes of one core
+    python bench/quality/make_assets.py            # about 12 minutes of one core
 
-Writes a tokenizer, a causal LM, two reward models and the held-out prompts into
-`rgtg_fast/demo/assets`, and `metrics.json` with what was measured on the way. Both reward models
-start from the LM, have the same architecture and are trained by `rgtg_fast.training` on the same
-preference pairs in the same order with the same optimiser for the same number of steps. They differ
-in one option, the positions at which the Bradley-Terry loss is taken:
+Writes a tokenizer, a causal LM, three reward models and the held-out prompts into
+`rgtg_fast/demo/assets`, and `metrics.json` with what was measured on the way. The reward models
+start from the LM and are trained by `rgtg_fast.training` on the same preference pairs in the same
+order with the same optimiser for the same number of steps. The first two have the same architecture
+and differ in one option, the positions at which the Bradley-Terry loss is taken:
 
 - `rm_full`     loss_type="full": -log σ(r(x, y_w) - r(x, y_l)), at the last token of the replies;
 - `rm_partial`  loss_type="prefix": the mean over prefix lengths i of
   -log σ(r(x, y_w[1:i]) - r(x, y_l[1:i])), where the shorter reply keeps the reward of its EOS
-  (arXiv 2406.07780).
+  (arXiv 2406.07780);
+- `rm_genarm_prefix`  at the same positions, but the reward is β Σ log π_r over the tokens, of a
+  causal LM (stored as fp16).
 
 The two replies of a pair come from the grammar, as the LM's corpus does, and are labelled by a
 Bradley-Terry draw from their gold rewards, so the labels are as noisy as people's. Same seed,
@@ -22,6 +24,7 @@ files and says which metrics are outside the shipped 95 % intervals.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -39,7 +42,7 @@ from rgtg_fast.training.metrics import prefix_report
 ASSETS = Path(__file__).resolve().parents[2] / "rgtg_fast" / "demo" / "assets"
 MAX_NEW = 72  # tokens; the longest reply of the grammar has 69 and EOS
 SIZES = {"corpus": 24_000, "pairs": 20_000, "eval_prompts": 1000}
-REWARD_MODELS = {"rm_full": "full", "rm_partial": "prefix"}
+REWARD_MODELS = {"rm_full": "full", "rm_partial": "prefix", "rm_genarm_prefix": "genarm_prefix"}
 
 
 def words_of_the_task() -> list[str]:
@@ -125,7 +128,8 @@ def main() -> None:
     held_out = pairs_for(tokenizer, splits["eval"][: SIZES["eval_prompts"]], rng, noisy=False)
     shutil.rmtree(args.out, ignore_errors=True)
     for name, loss_type in REWARD_MODELS.items():
-        rm = small_models.reward_model_on(lm)
+        causal = loss_type == "genarm_prefix"
+        rm: Any = copy.deepcopy(lm) if causal else small_models.reward_model_on(lm)
         trainer = small_models.reward_trainer(
             rm,
             tokenizer,
@@ -141,7 +145,7 @@ def main() -> None:
         predicted = trainer.predict(trainer.eval_dataset)
         metrics[name] = prefix_report(predicted.predictions, predicted.label_ids)
         print(metrics[name]["full"], metrics[name]["mean"], flush=True)
-        rm.eval().save_pretrained(args.out / name)
+        (rm.half() if causal else rm).eval().save_pretrained(args.out / name)
     lm.save_pretrained(args.out / "lm")
     for name in ("lm", *REWARD_MODELS):
         tokenizer.save_pretrained(args.out / name)

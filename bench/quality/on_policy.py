@@ -26,7 +26,7 @@ ROUNDS, SAMPLES, BETA = 3, 4, 4.0
 PROMPTS = {"recipe": 270, "support": 400}  # of a round
 MARK = {"recipe": " sour :", "support": " agent :"}  # the end of a prompt
 COPG_BETAS, DISTILL_BETAS, TUNING_EPOCHS = (2.0, 1.0, 0.5, 0.25), (1.0, 2.0, 4.0), 4
-GRID = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+GRID = {"recipe": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0), "support": (1.0, 2.0, 4.0, 8.0)}
 
 
 def judge_of(task: Any) -> Any:
@@ -83,13 +83,13 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def frontier(task: Any, guide: Any, seed: int, betas: tuple[float, ...] = GRID) -> list[dict]:
+def frontier(task: Any, guide: Any, seed: int) -> list[dict]:
     """Mean gold and KL at each β, over the test prompts."""
     from study_parts.methods import guided
 
     prompts = [p for p in task.prompts["test"] for _ in range(task.sizes.draws)]
     points = []
-    for beta in betas:
+    for beta in GRID[task.name]:
         answers = guided(task, guide, prompts, [beta] * len(prompts), seed=seed)
         points.append({"beta": beta, "gold": mean(answers.gold), "kl": mean(answers.kl)})
     return points

@@ -43,6 +43,11 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *vocab])}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return hf_tokenizer(core)
+
+
+def hf_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that pads on the left, of one that knows <pad>, <eos> and <unk>."""
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",

@@ -1,8 +1,9 @@
-"""`python -m rgtg_fast demo`: guide the embedded LM with both reward models and compare.
+"""`python -m rgtg_fast demo`: guide the embedded LM with each reward model and compare.
 
-Base, ARGS (guided by the reward model trained on full replies only) and PARGS (by the one trained
-on every prefix) answer the same held-out prompts, sampled and greedy (-G). The two rewards have
-different scales, so each method takes the β that was best for it on a separate set of prompts.
+Base, ARGS (guided by the reward model trained on full replies only), PARGS (by the one trained on
+every prefix) and GenARM-prefix (by an autoregressive one, trained on every prefix too) answer the
+same held-out prompts, sampled and greedy (-G). The rewards have different scales, so each method
+takes the β that was best for it on a separate set of prompts.
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import rgtg_fast
+from rgtg_fast import presets
 from rgtg_fast.demo import task
 from rgtg_fast.demo.speed import measure_speed
 
 ASSETS = Path(__file__).parent / "assets"
-BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+BETAS = {
+    "rm_full": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "rm_partial": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "rm_genarm_prefix": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0),  # of log-probabilities
+}
 K, MAX_NEW_TOKENS, BATCH = 10, 72, 64
 TUNING_PROMPTS, SPEED_PROMPTS, TEXTS_SHOWN = 100, 3, 3
 
@@ -51,11 +57,20 @@ METHODS = {
     "base": Method(None, True),
     "ARGS": Method("rm_full", True),
     "PARGS": Method("rm_partial", True),
+    "GenARM-prefix": Method("rm_genarm_prefix", True),
     "base-G": Method(None, False),
     "ARGS-G": Method("rm_full", False),
     "PARGS-G": Method("rm_partial", False),
+    "GenARM-prefix-G": Method("rm_genarm_prefix", False),
 }
-COMPARED = (("PARGS", "base"), ("PARGS", "ARGS"), ("PARGS-G", "base-G"), ("PARGS-G", "ARGS-G"))
+COMPARED = (
+    ("PARGS", "base"),
+    ("PARGS", "ARGS"),
+    ("GenARM-prefix", "PARGS"),
+    ("PARGS-G", "base-G"),
+    ("PARGS-G", "ARGS-G"),
+    ("GenARM-prefix-G", "PARGS-G"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,13 +89,13 @@ def load_assets() -> Assets:
     prompts: dict[str, list[str]] = {}
     for row in rows:
         prompts.setdefault(row["split"], []).append(row["prompt"])
+    classifier, causal = AutoModelForSequenceClassification, AutoModelForCausalLM
+    kinds = {"rm_full": classifier, "rm_partial": classifier, "rm_genarm_prefix": causal}
     return Assets(
-        lm=AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=torch.float32).eval(),
+        lm=causal.from_pretrained(ASSETS / "lm", dtype=torch.float32).eval(),
         reward_models={
-            name: AutoModelForSequenceClassification.from_pretrained(
-                ASSETS / name, dtype=torch.float32
-            ).eval()
-            for name in ("rm_full", "rm_partial")
+            name: kind.from_pretrained(ASSETS / name, dtype=torch.float32).eval()
+            for name, kind in kinds.items()
         },
         tokenizer=AutoTokenizer.from_pretrained(ASSETS / "lm"),
         prompts=prompts,
@@ -116,13 +131,10 @@ def answer(assets: Assets, prompts: list[str], method: Method, beta: float, seed
         many = rgtg_fast.generate_many(
             assets.lm,
             prompts,
-            reward_model=assets.reward_models[method.reward_model],
             tokenizer=tokenizer,
             batch_size=BATCH,
-            k=K,
-            beta=beta,
             seed=seed,
-            **settings,
+            **{**guide_of(assets, method, beta), **settings},
         )
         got = sorted(many, key=lambda one: one.index)
         ids, kl = [one.tokens for one in got], [math.fsum(one.kl) for one in got]
@@ -131,6 +143,16 @@ def answer(assets: Assets, prompts: list[str], method: Method, beta: float, seed
     finished = [tokenizer.eos_token_id in row for row in ids]
     gold = [task.gold_reward(*row) for row in zip(prompts, texts, finished, strict=True)]
     return Answers(texts, torch.tensor(gold), torch.tensor(kl), sum(map(len, ids)), seconds)
+
+
+def guide_of(assets: Assets, method: Method, beta: float) -> dict[str, Any]:
+    """What tells `rgtg_fast.generate` how to guide: by the rewards of the k most likely tokens, or
+    by those of all, which an autoregressive reward model gives in one forward."""
+    assert method.reward_model is not None
+    model = assets.reward_models[method.reward_model]
+    if method.reward_model == "rm_genarm_prefix":
+        return presets.genarm(model, beta)
+    return {"reward_model": model, "k": K, "beta": beta}
 
 
 def _unguided(
@@ -167,21 +189,21 @@ def _guide(assets: Assets, count: int, seed: int, console: Console) -> tuple[dic
     """Curves over β on the `beta` prompts, and answers to the `test` prompts at each best β."""
     test = assets.prompts["test"][:count]
     tuning = assets.prompts["beta"][: min(count, TUNING_PROMPTS)]
-    guided = [name for name, method in METHODS.items() if method.reward_model]
-    curves: dict[str, list[dict]] = {name: [] for name in guided}
+    grids = {n: BETAS[m.reward_model] for n, m in METHODS.items() if m.reward_model is not None}
+    curves: dict[str, list[dict]] = {name: [] for name in grids}
     answers = {}
     columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bar = progress.add_task("", total=len(guided) * len(BETAS) + len(METHODS))
-        for name in guided:
-            for beta in BETAS:
+        bar = progress.add_task("", total=sum(map(len, grids.values())) + len(METHODS))
+        for name, grid in grids.items():
+            for beta in grid:
                 progress.update(bar, description=f"choosing β: {name}, β = {beta:g}")
                 mean, se = mean_se(answer(assets, tuning, METHODS[name], beta, seed).gold)
                 curves[name].append({"beta": beta, "gold": mean, "se": se})
                 progress.advance(bar)
         for name, method in METHODS.items():
             progress.update(bar, description=f"{len(test)} held-out prompts: {name}")
-            beta = max(curves[name], key=_gold)["beta"] if name in guided else 0.0
+            beta = max(curves[name], key=_gold)["beta"] if name in grids else 0.0
             answers[name] = (beta, answer(assets, test, method, beta, seed + 1))
             progress.advance(bar)
     return curves, answers
@@ -245,9 +267,9 @@ def _show_texts(console: Console, prompts: list[str], answers: dict) -> None:
         case = task.read_case(prompt)
         said = task.pretty(prompt.removesuffix(" agent :"))
         console.print(f"\n[bold]{said}[/]  [dim](right fix: {case.fix})[/]", soft_wrap=True)
-        for name in ("base", "ARGS", "PARGS", "ARGS-G", "PARGS-G"):
+        for name in (n for n in METHODS if n != "base-G"):
             got = answers[name][1]
-            line = f"  [cyan]{name:7}[/] {got.gold[i]:+.2f}  {task.pretty(got.texts[i])}"
+            line = f"  [cyan]{name:15}[/] {got.gold[i]:+.2f}  {task.pretty(got.texts[i])}"
             console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -271,12 +293,13 @@ def _show_summary(console: Console, rows: dict, paired: dict, count: int) -> Non
         console.print(f"{name}: {row['mean']:+.2f} paired, {in_se}", highlight=False)
 
 
-def _show_speed(console: Console, speed: dict[str, float], batched: float) -> None:
-    published = speed["published"]
+def _show_speed(console: Console, speed: dict[str, float], rows: dict[str, dict]) -> None:
+    published, many = speed["published"], f"rgtg_fast, {BATCH} prompts at a time"
     lines = {
         "published way, one prompt (k full re-encodes per token)": published,
         "rgtg_fast, one prompt": speed["guided"],
-        f"rgtg_fast, {BATCH} prompts at a time": batched,
+        many: rows["PARGS"]["tokens_per_second"],
+        f"{many}, GenARM-prefix": rows["GenARM-prefix"]["tokens_per_second"],
         "for scale: plain generation without rewards, one prompt": speed["plain"],
     }
     console.print("\n[bold]Speed, measured just now[/]")
@@ -285,29 +308,32 @@ def _show_speed(console: Console, speed: dict[str, float], batched: float) -> No
         console.print(f"  {what:56}{figures}", highlight=False, soft_wrap=True)
 
 
+COLOURS = {"rm_full": "C1", "rm_partial": "C0", "rm_genarm_prefix": "C3"}
+
+
 def plot(curves: dict, rows: dict, path: Path) -> None:
-    """Write gold reward against β for both reward models, ±2 SE bands, as a PNG to `path`."""
+    """Write gold reward against β for each reward model, ±2 SE bands, as a PNG to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 4), layout="constrained")
     for name, points in curves.items():
         betas = [p["beta"] for p in points]
         gold = torch.tensor([p["gold"] for p in points])
         band = 2 * torch.tensor([p["se"] for p in points])
-        full = METHODS[name].reward_model == "rm_full"
-        color, style = "C1" if full else "C0", "-" if METHODS[name].do_sample else ":"
-        label = f"{name} ({'full' if full else 'partial'}-sequence RM)"
-        axes.plot(betas, gold, style, marker="o", color=color, label=label)
+        model = METHODS[name].reward_model or ""
+        color, style = COLOURS[model], "-" if METHODS[name].do_sample else ":"
+        axes.plot(betas, gold, style, marker="o", color=color, label=f"{name} ({model})")
         axes.fill_between(betas, gold - band, gold + band, alpha=0.15, color=color)
     axes.axhline(rows["base"]["gold"], color="gray", linestyle="--", label="base LM")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(BETAS, [f"{b:g}" for b in BETAS])
+    ticks = sorted({beta for grid in BETAS.values() for beta in grid})
+    axes.set_xticks(ticks, [f"{b:g}" for b in ticks])
     axes.set_xlabel("β, the weight of the reward")
     axes.set_ylabel("mean gold reward (± 2 SE)")
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -333,17 +359,16 @@ def run_demo(
     rows, paired = _summary(answers), _paired(answers)
     _show_texts(console, test, answers)
     _show_summary(console, rows, paired, prompts)
-    best, best_answers = answers["PARGS"]
     few = [assets.tokenizer(p, return_tensors="pt")["input_ids"] for p in test[:SPEED_PROMPTS]]
     speed = measure_speed(
         assets.lm,
         assets.reward_models["rm_partial"],
         few,
         k=K,
-        beta=best,
+        beta=answers["PARGS"][0],
         max_new_tokens=MAX_NEW_TOKENS,
     )
-    _show_speed(console, speed, best_answers.tokens / best_answers.seconds)
+    _show_speed(console, speed, rows)
 
     out.mkdir(parents=True, exist_ok=True)
     results = {

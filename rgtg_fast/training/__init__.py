@@ -41,6 +41,7 @@ the command line, with metrics.json, a plot and a model card beside the model::
 | `seq2seq` | causal LM | rewriting drafts (arXiv 2409.00162) | `RewriteScorer(rm)` |
 | `copg` | causal LM | itself, by scores of answers (arXiv 2406.19185) | none: it answers alone |
 | `distill` | causal LM | itself, from a guided policy (`guided_rows`) | none: it answers alone |
+| `sequencematch` | causal LM | itself, and to undo a token (arXiv 2306.05426) | `backtracking` |
 | `rad` | classifier | squared error to a label in [0, 1] (arXiv 2310.09520) | the model itself |
 | `soft_q` | causal LM | soft values of labels (arXiv 2106.07704) | `VocabRewardScorer(rm)` |
 
@@ -64,9 +65,11 @@ from .config import PrefixRewardConfig
 from .data import DataReport, LabelledDataset, PreferenceDataset
 from .distill import GuidedAnswers, guided_rows
 from .head_only import HeadFit, PairFeatures, fit_head, pair_features
+from .sequencematch import AnswerRows, add_backspace
 from .trainer import PrefixRewardTrainer
 
 __all__ = [
+    "AnswerRows",
     "DataReport",
     "GuidedAnswers",
     "HeadFit",
@@ -77,6 +80,7 @@ __all__ = [
     "PreferenceDataset",
     "PrefixRewardConfig",
     "PrefixRewardTrainer",
+    "add_backspace",
     "fit_head",
     "guided_rows",
     "pair_features",

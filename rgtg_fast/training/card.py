@@ -26,6 +26,8 @@ WHAT = {
     "scores of answers: it needs no guide",
     "distill": "a language model trained towards a guided policy, whose KL from it is the loss: it "
     "needs no guide",
+    "sequencematch": "a language model that can undo its last token, trained on answers with slips "
+    "in the way of SequenceMatch (arXiv 2306.05426)",
     "soft_q": "Soft Q-learning of rewards of whole texts (as arXiv 2106.07704, with the language "
     "model as the measure): output row v is the soft value of going on with token v",
     "rad": "RAD's cumulative squared error to labels in [0, 1] (arXiv 2310.09520)",
@@ -143,15 +145,32 @@ def _policy_usage(settings: Settings, args: PrefixRewardConfig) -> list[str]:
     if settings.lora is not None:
         auto = "AutoPeftModelForCausalLM"
         imports = [f"peft import {auto}", "transformers import AutoTokenizer"]
-    return [
-        "```python",
-        *(f"from {line}" for line in imports),
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({out})",
-        f"lm = {auto}.from_pretrained({out})",
+    decoding = [
         'ids = tokenizer("A prompt like those trained on.", return_tensors="pt").input_ids',
         "out = lm.generate(input_ids=ids, do_sample=True, top_k=0, max_new_tokens=32)",
         "print(tokenizer.decode(out[0]))",
+    ]
+    undoes, load = OBJECTIVES[args.loss_type].data == "answers", f"{auto}.from_pretrained({out})"
+    if undoes and settings.lora is not None:
+        load += ".merge_and_unload()"  # rows of their own length need the model itself
+    if undoes:
+        decoding = [
+            'prompts = ["A prompt like those trained on."]',
+            f"back = tokenizer.convert_tokens_to_ids({json.dumps(args.backspace)})",
+            "for answer in rgtg_fast.backtracking(",
+            "    lm, prompts, backspace_token_id=back, tokenizer=tokenizer, k=None, "
+            "max_new_tokens=32",
+            "):",
+            "    print(answer.text, answer.undone)",
+        ]
+    return [
+        "```python",
+        *(["import rgtg_fast"] if undoes else []),
+        *(f"from {line}" for line in imports),
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({out})",
+        f"lm = {load}",
+        *decoding,
         "```",
         "",
     ]

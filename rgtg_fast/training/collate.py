@@ -11,6 +11,7 @@ from torch import Tensor
 from .distill import GuidedCollator
 from .formats import Row
 from .objectives import OBJECTIVES
+from .sequencematch import AnswerCollator, backspace_of
 
 
 @dataclass
@@ -130,6 +131,13 @@ def make_collator(args: Any, tokenizer: Any, model: Any) -> Any:
     if eos is None:
         eos = getattr(getattr(model, "config", None), "eos_token_id", None)
     eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+    if OBJECTIVES[args.loss_type].data == "answers":
+        backspace = backspace_of(tokenizer, args.backspace)
+        if eos is None:
+            raise ValueError(
+                "loss_type='sequencematch' needs an EOS token; pass a tokenizer that has one"
+            )
+        return AnswerCollator(backspace, eos)
     if args.extension == "eos" and eos is None:
         raise ValueError("extension='eos' needs an EOS token; pass a tokenizer that has one")
     between = separator_of(args, tokenizer, eos) if OBJECTIVES[args.loss_type].rewrites else None

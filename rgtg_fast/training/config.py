@@ -35,6 +35,12 @@ USED_BY = {
     "separator": (None, ("seq2seq",)),
     "value_beta": (1.0, ("soft_q",)),
     "td_lambda": (0.0, ("soft_q",)),
+    "backspace": ("<backspace>", ("sequencematch",)),
+    "slip_rate": (0.1, ("sequencematch",)),
+    "gamma": (0.99, ("sequencematch",)),
+    "alpha": (0.1, ("sequencematch",)),
+    "match_share": (0.5, ("sequencematch",)),
+    "match_after": (0, ("sequencematch",)),
 }
 # The least that an option may be. The Trainer would fail late over some, or train on in silence.
 LEAST: dict[str, int] = {"first": 1, "alternate": 1, "max_length": 2}
@@ -42,6 +48,7 @@ LEAST |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_si
 LEAST |= dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), 1)
 LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), 0)
 LEAST |= dict.fromkeys(("data_seed", "dataloader_num_workers", "neftune_noise_alpha"), 0)
+LEAST["match_after"] = 0
 
 
 @dataclass
@@ -58,7 +65,8 @@ class PrefixRewardConfig(TrainingArguments):
             "vocabulary head; genarm: autoregressive; genarm_prefix: autoregressive, at every "
             "prefix; seq2seq: rewrites drafts; rad: squared error to scalar labels; soft_q: soft "
             "Q-learning of scalar labels; copg: the language model itself, by the scores of its "
-            "answers; distill: the language model itself, from the guided policy"
+            "answers; distill: the language model itself, from the guided policy; sequencematch: "
+            "the language model itself, which learns to undo tokens"
         },
     )
     first: int = field(default=1, metadata={"help": "shortest prefix that counts, in tokens"})
@@ -121,6 +129,25 @@ class PrefixRewardConfig(TrainingArguments):
     td_lambda: float = field(
         default=0.0, metadata={"help": "soft_q: 0: targets of one step, 1: the labels themselves"}
     )
+    backspace: str = field(
+        default="<backspace>",
+        metadata={"help": "sequencematch: the token that undoes one"},
+    )
+    slip_rate: float = field(
+        default=0.1,
+        metadata={"help": "sequencematch: share of steps with a wrong token that is to be undone"},
+    )
+    gamma: float = field(default=0.99, metadata={"help": "sequencematch: discount of later steps"})
+    alpha: float = field(
+        default=0.1, metadata={"help": "sequencematch: weight of the χ² penalty on rewards"}
+    )
+    match_share: float = field(
+        default=0.5,
+        metadata={"help": "sequencematch: weight of its objective; the rest is the likelihood's"},
+    )
+    match_after: int = field(
+        default=0, metadata={"help": "sequencematch: optimiser steps on the likelihood alone first"}
+    )
     max_length: int | None = field(default=512, metadata={"help": "tokens of prompt and answer"})
     overlong: str = field(default="truncate", metadata={"help": "truncate, drop or error"})
     invalid: str = field(default="error", metadata={"help": "error or drop: empty and equal pairs"})
@@ -180,8 +207,11 @@ class PrefixRewardConfig(TrainingArguments):
             raise ValueError(f"value_beta={self.value_beta}; pass 0 or more, or inf")
         if not 0 <= self.td_lambda <= 1:
             raise ValueError(f"td_lambda={self.td_lambda}; pass 0 <= value <= 1")
-        if not 0 <= self.prefix_share <= 1:
-            raise ValueError(f"prefix_share={self.prefix_share}; pass 0 <= value <= 1")
+        for name in ("prefix_share", "slip_rate", "gamma", "match_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; pass 0 <= value <= 1")
+        if not 0 <= self.alpha < float("inf"):
+            raise ValueError(f"alpha={self.alpha}; pass 0 or more")
 
     def _take_consistency(self, rate: float) -> None:
         if not 0.5 < rate <= 1:

@@ -176,7 +176,7 @@ class TokenRows(Dataset, ABC):
             return False
         room = max(limit - len(row["prompt_ids"]), 0)
         self.report.truncated_answers += sum(len(row[name]) > room for name in self.answers)
-        for name in (*self.answers, "targets", "candidate_ids", "candidate_logprobs"):
+        for name in (*self.answers, "own_ids", "targets", "candidate_ids", "candidate_logprobs"):
             if name in row:
                 row[name] = row[name][:room]
         row["cut"] = True

@@ -50,6 +50,14 @@ def encode_labelled(
     return _each(loaded, lambda row: _encode_labelled(row, tokenizer, eos, max_length))
 
 
+def encode_answers(
+    loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None = None
+) -> list[Row]:
+    """Rows `prompt_ids`, `answer_ids` (and `own_ids`) of texts or pairs; as `encode_pairs`
+    otherwise."""
+    return _each(loaded, lambda row: _encode_demonstration(row, tokenizer, eos, max_length))
+
+
 def encode_guided(
     loaded: Loaded, tokenizer: Any, eos: str, max_length: int | None = None
 ) -> list[Row]:
@@ -163,29 +171,51 @@ def _ready(row: Row) -> Row:
 
 
 def _encode_labelled(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> Row:
-    if "completion" in row:
-        row = {**row, "text": row["completion"]}
-    if "label" not in row or not ("text" in row or "answer_ids" in row):
+    if "label" not in row or not {"text", "completion", "answer_ids"} & row.keys():
         raise ValueError(f"a labelled row has the keys {sorted(row)}; it needs text and label")
-    if "answer_ids" in row:
-        prompt = [] if row.get("prompt_ids") is None else _ids(row, "prompt_ids")
-        answer = _ids(row, "answer_ids")
-    else:
-        _need_tokenizer(tokenizer)
-        before, text = row.get("prompt") or "", row["text"]
-        if not isinstance(before, str) or not isinstance(text, str):
-            raise ValueError(
-                f"text={text!r:.60} and prompt={before!r:.60}; pass strings (conversations as the "
-                "text that the chat template makes of them)"
-            )
-        (before + text).encode()
-        prompt = encode_prompt(tokenizer, before, True, max_length)
-        answer = encode_answer(tokenizer, before, prompt, text, True, eos, max_length)
-    entry: Row = {"prompt_ids": prompt, "answer_ids": answer}
+    entry = _encode_text(row, tokenizer, eos, max_length)
     entry["label"] = finite_number("label", row["label"])
     if row.get("targets") is not None:
         entry["targets"] = [float(target) for target in row["targets"]]
     return entry
+
+
+def _encode_text(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> Row:
+    """`prompt_ids`, `answer_ids` and, of a row with `own` (`own_ids`), `own_ids`."""
+    own = row.get("own_ids") if "answer_ids" in row else row.get("own")
+    if "answer_ids" in row:
+        prompt = [] if row.get("prompt_ids") is None else _ids(row, "prompt_ids")
+        entry = {"prompt_ids": prompt, "answer_ids": _ids(row, "answer_ids")}
+        return entry if own is None else entry | {"own_ids": _ids(row, "own_ids")}
+    _need_tokenizer(tokenizer)
+    before, text = row.get("prompt") or "", row["completion" if "completion" in row else "text"]
+    texts = [text] if own is None else [text, own]
+    if not all(isinstance(value, str) for value in (before, *texts)):
+        raise ValueError(
+            f"text={text!r:.60} and prompt={before!r:.60}; pass strings (conversations as the "
+            "text that the chat template makes of them)"
+        )
+    (before + "".join(texts)).encode()
+    prompt = encode_prompt(tokenizer, before, True, max_length)
+    answers = [
+        encode_answer(tokenizer, before, prompt, value, True, eos, max_length) for value in texts
+    ]
+    return {"prompt_ids": prompt} | dict(zip(("answer_ids", "own_ids"), answers, strict=False))
+
+
+def _encode_demonstration(row: Row, tokenizer: Any, eos: str, max_length: int | None) -> Row:
+    if row.get("chosen_ids") is not None:
+        pair = _ready(row)
+    elif "chosen" in row:
+        _need_tokenizer(tokenizer)
+        pair = _encode_pair(row, tokenizer, eos, max_length)
+    elif {"text", "completion", "answer_ids"} & row.keys():
+        return _encode_text(row, tokenizer, eos, max_length)
+    else:
+        raise ValueError(
+            f"a row has the keys {sorted(row)}; it needs prompt and text, or chosen and rejected"
+        )
+    return {"prompt_ids": pair["prompt_ids"], "answer_ids": pair["chosen_ids"]}
 
 
 def _encode_guided(row: Row) -> Row:

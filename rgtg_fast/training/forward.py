@@ -88,21 +88,28 @@ class TrainedParts:
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
         """Logits [B, L - first, V] that the tokens from position `first` >= 1 on are drawn from."""
-        return self._next_logits(self.model, input_ids, attention_mask, first)
+        return self._logits(self.model, first - 1, input_ids, attention_mask)[:, :-1]
+
+    def node_logits(
+        self, input_ids: Tensor, mask: Tensor, position_ids: Tensor | None, first: int
+    ) -> Tensor:
+        """Logits [B, L - first, V] at positions `first` on of ids [B, L]; with a mask [B, 1, L, L]
+        that is added to attention scores, those of the nodes of trees."""
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        return self._logits(self.model, first, input_ids, mask, **places)
 
     @torch.no_grad()
     def reference_logprobs(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
         """The reference's log-probs [B, L - first, V] there, of every token."""
-        logits = self._next_logits(self.reference, input_ids, attention_mask, first)
+        logits = self._logits(self.reference, first - 1, input_ids, attention_mask)[:, :-1]
         return logits.log_softmax(-1)
 
-    def _next_logits(self, model: Any, ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
-        kwargs: dict[str, Any] = {}
-        keep = ids.shape[1] - first + 1
+    def _logits(self, model: Any, first: int, ids: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        keep = ids.shape[1] - first
         if "logits_to_keep" in inspect.signature(self.inner.forward).parameters:
             kwargs["logits_to_keep"] = keep
-        out = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return at_least_fp32(out.logits[:, -keep:-1])
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+        return at_least_fp32(out.logits[:, -keep:])
 
     def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
         """Log-probs [B, L - first] of the tokens from position `first` >= 1 on, each given what is
@@ -114,6 +121,17 @@ class TrainedParts:
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout of the model to zero, except in adapters, whose dropout is an option of
+    their own."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        for rate in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
 
 
 def call_inside(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Any]) -> Any:

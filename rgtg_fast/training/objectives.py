@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..ops import prefix_bt_loss
 from .forward import TrainedParts
+from .sequencematch import grown, match_loss
+from .trees import batch_trees
 
 Batch = dict[str, Tensor]
 
@@ -316,6 +318,18 @@ def td_targets(values: Tensor, reward: Tensor, lengths: Tensor, decay: float) ->
     return torch.stack(targets[::-1], dim=1)
 
 
+def sequencematch(parts: TrainedParts, batch: Batch, args: Any, step: int | None) -> Scored:
+    """SequenceMatch (arXiv 2306.05426) with the χ²-mixture divergence and a backspace: `match_loss`
+    of the batch's answers, with slips, mixed with their likelihood."""
+    trees, own = grown(batch, args, parts.rm.vocab_size, step)
+    nodes = batch_trees(trees + own, parts.rm.device, parts.rm.dtype)
+    first = max(int(batch["start"].min()), 1) - 1
+    logits = parts.node_logits(nodes.ids, nodes.mask, nodes.positions, first)
+    share = args.match_share if step is None or step >= args.match_after else 0.0
+    loss = match_loss(logits, trees, own, first, args.gamma, args.alpha, share)
+    return Scored(loss / batch["answer_mask"].sum(), None)
+
+
 class Objective(NamedTuple):
     score: Callable[[TrainedParts, Batch, Any, int | None], Scored]
     head: str
@@ -334,6 +348,7 @@ OBJECTIVES = {
     "seq2seq": Objective(seq2seq, "vocab", "pairs", rewrites=True),
     "copg": Objective(copg, "vocab", "pairs", policy=True),
     "distill": Objective(distill, "vocab", "guided", policy=True),
+    "sequencematch": Objective(sequencematch, "vocab", "answers", policy=True),
     "rad": Objective(rad, "scalar", "labelled"),
     "soft_q": Objective(soft_q, "vocab", "labelled", reference=True),
 }

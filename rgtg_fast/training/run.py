@@ -31,6 +31,7 @@ from .output_folder import (
     remove_run,
     write_figures,
 )
+from .sequencematch import add_backspace
 from .settings import Settings, load_pretrained, load_tokenizer, read_settings
 from .summary import print_summary
 from .trainer import PrefixRewardTrainer, check_fit, make_dataset
@@ -81,12 +82,17 @@ def _train_into(
     _check_target(settings, args, out)
     transformers.set_seed(args.seed)
     tokenizer = load_tokenizer(settings)
+    undoes = OBJECTIVES[args.loss_type].data == "answers"
+    if undoes:
+        tokenizer.add_tokens(args.backspace, special_tokens=True)  # answers may hold it
     train, evaluate = make_datasets(settings, args, tokenizer)
     reports = {"train": train.report} | ({} if evaluate is None else {"eval": evaluate.report})
     if main_process:
         for name, report in reports.items():
             print(f"{name}: {report}", flush=True)
     model = load_model(settings, args)
+    if undoes:
+        add_backspace(model, tokenizer, args.backspace)
     metrics: dict[str, Any] = {"loss_type": args.loss_type, "frozen": settings.frozen}
     if settings.frozen:
         metrics |= _fit_frozen(model, settings, args, train, evaluate, out)

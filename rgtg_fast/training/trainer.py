@@ -22,11 +22,12 @@ from .collate import make_collator
 from .config import PrefixRewardConfig
 from .data import LabelledDataset, PreferenceDataset, TokenRows, remove_leaks
 from .distill import GuidedAnswers
-from .forward import TrainedParts, call_inside, check_causal
+from .forward import TrainedParts, call_inside, check_causal, disable_dropout
 from .metrics import label_metrics, pair_metrics
 from .objectives import OBJECTIVES, Objective, Scored, answer_columns
 from .output_folder import find_checkpoint
 from .reference import add_reference, check_scores
+from .sequencematch import AnswerRows, check_answers
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +74,8 @@ class PrefixRewardTrainer(Trainer):
     All prefix rewards of a pair come from one causal forward of the two answers, so a step costs
     what a full-sequence reward model's step costs. `args.loss_type` chooses the objective; the
     model is a `...ForSequenceClassification` with one label for "prefix", "full" and "rad", and a
-    causal LM for "farma", "genarm", "genarm_prefix", "seq2seq", "soft_q", "copg" and "distill".
+    causal LM for "farma", "genarm", "genarm_prefix", "seq2seq", "soft_q", "copg", "distill" and
+    "sequencematch".
 
     Args:
         model: the model, PEFT-wrapped or not; `peft_config` wraps it here.
@@ -183,6 +185,8 @@ class PrefixRewardTrainer(Trainer):
         for name, data in (("train", train_dataset), ("eval", eval_dataset)):
             if data is not None:
                 check_fit(data, parts.rm.text_config, name, objective.rewrites)
+                if objective.data == "answers":
+                    check_answers(data, parts, collator.backspace)
                 if args.loss_type == "copg":
                     check_scores(data, name)
                     add_reference(data, trained, parts, args.per_device_eval_batch_size)
@@ -274,7 +278,9 @@ class PrefixRewardTrainer(Trainer):
         return (loss, scored) if return_outputs else loss
 
     def _counted(self, batch: dict[str, Any]) -> int:
-        """What the loss of a batch is the mean of: rows, or the tokens of the rewritings."""
+        """What the loss of a batch is the mean of: rows, or tokens of rewritings or answers."""
+        if self.objective.data == "answers":
+            return int(batch["answer_mask"].sum())
         if self.objective.rewrites:
             return int(batch["answer_mask"][:, 0].sum())
         return len(batch["start"])
@@ -354,17 +360,6 @@ def check_fit(data: TokenRows, text_config: Any, name: str, rewrites: bool = Fal
         )
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout of the model to zero, except in adapters, whose dropout is an option of
-    their own."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        for rate in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
-
-
 def last_gap(rewards: Tensor, answer_mask: Tensor) -> Tensor:
     """r(chosen) - r(rejected) [N] of the whole answers, from rewards [N, 2, T]."""
     ends = rewards.gather(-1, answer_mask.sum(-1, keepdim=True) - 1)[..., 0]
@@ -394,5 +389,6 @@ def make_dataset(
         "pairs": PreferenceDataset,
         "labelled": LabelledDataset,
         "guided": GuidedAnswers,
+        "answers": AnswerRows,
     }
     return kinds[OBJECTIVES[args.loss_type].data](source, tokenizer, **options)

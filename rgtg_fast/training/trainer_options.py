@@ -19,6 +19,7 @@ _METRICS = {
         *(f"accuracy_length_{length}" for length in LENGTHS),
     ),
     "guided": ("loss",),
+    "answers": ("loss",),
     "labelled": ("loss", "mse", *(f"mse_decile_{decile}" for decile in DECILES)),
 }
 

@@ -57,10 +57,21 @@ def test_held_out_prompts_are_not_in_the_training_corpus(assets, metrics):
     assert not test & train and not beta & train and not test & beta
 
 
+def test_the_autoregressive_reward_model_is_a_language_model_that_nothing_is_missing_in():
+    arm, info = AutoModelForCausalLM.from_pretrained(
+        ASSETS / "rm_genarm_prefix", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert arm.config.vocab_size == len(AutoTokenizer.from_pretrained(ASSETS / "rm_genarm_prefix"))
+
+
 def prefix_rewards(rm, tokenizer, prompt, reply):
     """Reward of every prefix [T] of `reply` with EOS, each by the public forward's definition."""
     start = len(tokenizer(prompt)["input_ids"])
     ids = torch.tensor([tokenizer(f"{prompt} {reply}")["input_ids"] + [tokenizer.eos_token_id]])
+    if not hasattr(rm, "score"):  # a language model: its log-probabilities are summed
+        logprobs = rm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        return logprobs[start - 1 :].cumsum(0)
     return rm.score(rm.model(input_ids=ids).last_hidden_state)[0, start:, 0]
 
 
@@ -85,17 +96,20 @@ def judged(assets, metrics):
     return {name: {n: sum(v) / len(v) for n, v in by.items()} for name, by in right.items()}
 
 
-def test_both_reward_models_judge_full_replies_well(judged):
+def test_reward_models_judge_full_replies_well(judged):
     assert judged["rm_full"]["full"] > 0.85 and judged["rm_partial"]["full"] > 0.85
+    assert judged["rm_genarm_prefix"]["full"] > 0.8
 
 
 @pytest.mark.parametrize("length", [16, 24])
-def test_partial_reward_model_judges_prefixes_better(judged, length):
-    assert judged["rm_partial"][length] > judged["rm_full"][length] + 0.03
+@pytest.mark.parametrize("name", ["rm_partial", "rm_genarm_prefix"])
+def test_partial_reward_models_judge_prefixes_better(judged, name, length):
+    assert judged[name][length] > judged["rm_full"][length] + 0.03
 
 
-def test_recorded_metrics_say_the_same(metrics):
-    partial, full = metrics["rm_partial"]["lengths"], metrics["rm_full"]["lengths"]
+@pytest.mark.parametrize("name", ["rm_partial", "rm_genarm_prefix"])
+def test_recorded_metrics_say_the_same(metrics, name):
+    partial, full = metrics[name]["lengths"], metrics["rm_full"]["lengths"]
     for length in ("16", "32"):
         gap = partial[length]["accuracy"] - full[length]["accuracy"]
         assert gap > partial[length]["ci95"]

@@ -22,7 +22,7 @@ def decoders(study):
 
 def unit(decoders, gold, kl, method, own_gold, own_kl):
     """A seed's PARGS at the grid of beta, the same of both prompts, and another method."""
-    points = zip(decoders.BETAS, gold, kl, strict=True)
+    points = zip(decoders.BETAS["recipe"], gold, kl, strict=True)
     made = {f"PARGS, beta {b:g}": {"gold": [g, g], "kl": [k, k]} for b, g, k in points}
     return made | {method: {"gold": [own_gold, own_gold + 1], "kl": [own_kl, own_kl]}}
 
@@ -48,8 +48,8 @@ def test_a_run_in_small_counts_the_answers_own_tokens(study, decoders, monkeypat
     tasks = study("study_parts.tasks")
     sizes = tasks.Sizes(2, 2, 2, 16, 4, 4, 1, 1, corpus=64, lm_epochs=1)
     task = replace(tasks.recipe_task(tmp_path, sizes), max_new_tokens=4)
-    monkeypatch.setattr(decoders, "SIZES", {"recipe": (4, 8)})
-    monkeypatch.setattr(decoders, "BETAS", (1.0, 4.0))
+    monkeypatch.setitem(decoders.SIZES, "recipe", (4, 8))
+    monkeypatch.setitem(decoders.BETAS, "recipe", (1.0, 4.0))
     found = decoders.run_seed(task, 1, tmp_path)["methods"]
     assert {len(column) for rows in found.values() for column in rows.values()} == {2}
     for n in (4, 8):  # each text's last token is never run, whatever its length
@@ -65,3 +65,15 @@ def test_a_run_in_small_counts_the_answers_own_tokens(study, decoders, monkeypat
     rows = decoders.report(tmp_path, "recipe", [1])
     assert rows["best of 8"]["gold"]["mean"] == pytest.approx(np.mean(found["best of 8"]["gold"]))
     assert len(decoders.markdown("recipe", json.loads(json.dumps(rows)))) == 2 + len(rows)
+
+
+def test_the_cost_plot_has_each_decoder_once_at_its_best_beta(study):
+    names = ("best of 4", "SMC, 4, beta 1", "SMC, 4, beta 2", "SMC, 16, beta 1", "PARGS, beta 2")
+    gold = (1.0, 0.5, 0.7, 0.9, 2.0)
+    rows = {n: {"gold": {"mean": g}} for n, g in zip(names, gold, strict=True)}
+    best = study("study_parts.plots")._best_decoders(rows)
+    assert {name: row["gold"]["mean"] for name, row in best.items()} == {
+        "best of 4": 1.0,
+        "SMC, 4": 0.7,
+        "SMC, 16": 0.9,
+    }

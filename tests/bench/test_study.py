@@ -139,7 +139,7 @@ def test_value_gaps_hold_the_shorter_answer_at_its_end(study):
 
 def test_a_study_that_is_not_complete_is_not_reported(study, tmp_path):
     with pytest.raises(ValueError, match=r"lacks .* such as seed3_base"):
-        study("figures").load(tmp_path, "recipe", [3])
+        study("figures").load(tmp_path, "recipe", [3], study("units").GROUPS)
 
 
 @pytest.mark.parametrize(("gap", "passed"), [(1.0, True), (0.0, False)])
@@ -200,9 +200,9 @@ def test_a_study_in_small_runs_goes_on_and_reports(study, small_task, tmp_path):
     units, report = study("units"), study("report")
     units.run_all([small_task], [1], tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipe/*.json")}
-    # Seven reward models, six of the smaller methods, the choice of pairs, the language model's own
+    # Nine reward models, six of the smaller methods, the choice of pairs, the language model's own
     # samples and the exact values.
-    assert len(written) == 16
+    assert len(written) == 18
     exact = json.loads((tmp_path / "recipe" / "exact.json").read_text())
     whole = [np.array(exact[name][-1], dtype=float) for name in ("value_gaps", "best_gaps")]
     np.testing.assert_allclose(*whole)  # both are gold
@@ -247,9 +247,11 @@ def renew_some(study, tmp_path, found):
 
 
 def test_a_run_of_some_models_keeps_their_order_and_what_they_are_compared_with(study):
-    groups = study("units").groups_of(("genarm", "cream"))
+    groups = study("units").groups_of(("genarm", "cream"), "recipe")
     assert groups == (("exact", "base"), ("genarm",), ("cream",), ())
-    assert study("units").groups_of(None) == study("units").GROUPS
+    assert study("units").groups_of(None, "recipe") == study("units").GROUPS
+    some = study("units").groups_of(None, "prose")
+    assert some == (("exact", "base", "partial", "full"), ("genarm", "genarm_prefix"), (), ())
 
 
 def test_published_decoders_choose_among_the_candidates_of_their_own(
@@ -264,7 +266,7 @@ def test_published_decoders_choose_among_the_candidates_of_their_own(
 
     monkeypatch.setattr(methods.rgtg_fast, "generate", generate)
     lm, units = small_task.lm, study("units")
-    for name in ("GenARM", "GenARM-prefix", "FaRMA", "seq2seq"):
+    for name in ("GenARM", "GenARM-prefix", "twist", "FaRMA", "seq2seq"):
         guide = methods.guide_of(small_task, methods.KIND[name], lm)
         units._over_beta(small_task, name, guide, 0)
     wanted = {"AutoregressiveScorer": (None, None), "RewriteScorer": (None, None)}
@@ -294,7 +296,7 @@ def test_two_processes_find_what_one_finds(study, small_task, tmp_path):
     paths = [units.unit_path(tmp_path, "recipe", seed, "head") for seed in (1, 2)]
 
     def figures(jobs):
-        units.run_all([small_task], [1, 2], tmp_path, jobs, (("head",),))
+        units.run_all([small_task], [1, 2], tmp_path, jobs, ("head",))
         found = [json.loads(path.read_text()) | {"seconds": None} for path in paths]
         for path in paths:
             path.unlink()

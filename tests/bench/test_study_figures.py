@@ -125,9 +125,21 @@ def test_an_autoregressive_guides_reward_is_the_sum_of_its_tokens(study, monkeyp
         "Tokenizer", (SimpleNamespace,), {"__call__": lambda *_, **__: {"input_ids": ids[:, :1]}}
     )
     task = SimpleNamespace(
-        tokenizer=called(**vars(tokenizer)), lm=None, max_new_tokens=3, gold=lambda *_: 0.0
+        name="recipe",
+        tokenizer=called(**vars(tokenizer)),
+        lm=None,
+        max_new_tokens=3,
+        gold=lambda *_: 0.0,
     )
     for cumulative, wanted in ((True, [7.0, 3.0]), (False, [4.0, 2.0])):
         got = methods.guided(task, None, ["a", "b"], [1.0, 1.0], cumulative=cumulative, seed=0)
         assert got.proxy == wanted
         assert got.tokens == [3, 2]
+
+
+def test_over_optimisation_shows_the_best_and_the_largest_beta(study, curves):
+    points = study("figures").over_beta(curves["PARGS"])
+    row = study("report")._over_beta({"over_beta": {"PARGS": points}})[-1]
+    best, largest = row.split(" | ")[1:]
+    assert best.startswith("2: +1.00 ±") and best.endswith("(+1.00, 2.0)")
+    assert largest.startswith("4: +0.60 ±") and largest.endswith("(+0.60, 6.0) |")

@@ -123,6 +123,24 @@ def test_demo_asks_for_no_more_prompts_than_there_are():
         run_demo(prompts=201)
 
 
+@torch.no_grad()
+def test_the_autoregressive_method_draws_from_the_sum_of_both_models_log_probabilities():
+    """With β = 0 from π alone; greedily the best token of log π + β log π_r, at each step."""
+    assets, method = load_assets(), METHODS["GenARM-prefix-G"]
+    arm = assets.reward_models["rm_genarm_prefix"]
+    prompts = assets.prompts["test"][:2]
+    got = answer(assets, prompts, method, beta=0.5, seed=0)
+    for prompt, text in zip(prompts, got.texts, strict=True):
+        ids = assets.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        start = ids.shape[1]
+        while ids[0, -1] != assets.tokenizer.eos_token_id:
+            logp = [m(ids).logits[:, -1].log_softmax(-1) for m in (assets.lm, arm)]
+            ids = torch.cat([ids, (logp[0] + 0.5 * logp[1]).argmax(-1, keepdim=True)], 1)
+        assert text == assets.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    plain = answer(assets, prompts, method, beta=0.0, seed=0)
+    assert plain.texts == answer(assets, prompts, METHODS["base-G"], 0.0, 0).texts
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
@@ -135,7 +153,11 @@ def demo(tmp_path_factory):
 def test_demo_writes_results_texts_and_plot(demo):
     out, _ = demo
     results = json.loads((out / "results.json").read_text())
-    assert set(results["methods"]) >= {"base", "ARGS", "PARGS"}
+    assert set(results["methods"]) == set(METHODS)
+    best = {
+        name: max(p["gold"] for p in curve) for name, curve in results["gold_over_beta"].items()
+    }
+    assert best["GenARM-prefix"] > best["ARGS"]
     assert len((out / "texts.jsonl").read_text().splitlines()) == 8
     assert (out / "gold_over_beta.png").read_bytes().startswith(b"\x89PNG")
 
@@ -149,7 +171,7 @@ def test_demo_reports_gold_of_the_texts_it_wrote(demo):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["base-G", "PARGS-G"])
+@pytest.mark.parametrize("name", ["base-G", "PARGS-G", "GenARM-prefix-G"])
 def test_divergence_of_greedy_answers_is_their_surprise_under_the_base(name):
     assets = load_assets()
     prompts = assets.prompts["test"][:3]

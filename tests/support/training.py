@@ -94,7 +94,7 @@ def config(tmp_path, **changes):
     )
 
 
-def trainer(tmp_path, model=None, train=None, evaluate=None, peft_config=None, **changes):
+def trainer(tmp_path, model=None, train=None, evaluate=None, peft_config=None, tok=None, **changes):
     args = config(tmp_path, **changes)
     if model is None:
         vocab = OBJECTIVES[args.loss_type].head == "vocab"
@@ -105,7 +105,7 @@ def trainer(tmp_path, model=None, train=None, evaluate=None, peft_config=None, *
         args,
         train_dataset=text_pairs(16) if train is None else train,
         eval_dataset=evaluate,
-        processing_class=tokenizer(),
+        processing_class=tokenizer() if tok is None else tok,
         peft_config=peft_config,
     )
 

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from study_parts.methods import KIND, SMALLER, K, forward_tokens
-from study_parts.training import KINDS
-from study_parts.units import BEST_OF, GROUPS, TOP_K, Kinds, unit_path
+from study_parts.methods import KIND, SMALLER, forward_tokens
+from study_parts.training import JUDGED, KINDS
+from study_parts.units import BEST_OF, TOP_K, Kinds, unit_path
 
 Raw = dict[str, list[dict[str, Any]]]  # kind -> raw figures by seed
 KL_LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
+READ = (*KINDS, *JUDGED)  # models whose accuracy is reported
 
 
-def load(folder: Path, task: str, seeds: list[int], groups: tuple[Kinds, ...] = GROUPS) -> Raw:
+def load(folder: Path, task: str, seeds: list[int], groups: tuple[Kinds, ...]) -> Raw:
     """The raw figures of a task. Raises `ValueError` where a unit of `seeds` is missing."""
     kinds = [kind for group in groups for kind in group if kind != "exact"]
     paths = {kind: [unit_path(folder, task, seed, kind) for seed in seeds] for kind in kinds}
@@ -125,7 +126,7 @@ def _mean_of_pairs(values: Any, missing: Any) -> Any:
 def accuracy(raw: Raw) -> dict[str, Any]:
     """By kind, the share of right orders at each decile, and partial - full, paired. Pairs of the
     same prompt are not independent, so prompts are the sample."""
-    rights = {k: np.array([right(unit) for unit in raw[k]]) for k in KINDS if k in raw}
+    rights = {k: np.array([right(unit) for unit in raw[k]]) for k in READ if k in raw}
     table: dict[str, Any] = {
         kind: [crossed(values[:, d]) for d in range(10)] for kind, values in rights.items()
     }
@@ -143,7 +144,7 @@ def true_value_accuracy(raw: Raw, value_gaps: list) -> dict[str, Any]:
     order = np.sign(np.array(value_gaps, dtype=float))  # [10, P, n]
     order[order == 0] = np.nan
     table = {}
-    for kind in (k for k in KINDS if k in raw):
+    for kind in (k for k in READ if k in raw):
         sign = np.sign(np.array([unit["margins"] for unit in raw[kind]], dtype=float))
         values = np.where(sign == 0, 0.5, sign == order)
         table[kind] = _mean_of_pairs(values, np.isnan(sign) | np.isnan(order))
@@ -151,8 +152,11 @@ def true_value_accuracy(raw: Raw, value_gaps: list) -> dict[str, Any]:
     return {kind: [crossed(values[:, d]) for d in range(10)] for kind, values in table.items()}
 
 
-def method_table(raw: Raw, curves: dict[str, Curve], base: Any, prompts: int) -> dict[str, Any]:
-    """Gold, KL, proxy and forward tokens of each method, guided ones at their own best β."""
+def method_table(
+    raw: Raw, curves: dict[str, Curve], base: Any, prompts: int, k: int
+) -> dict[str, Any]:
+    """Gold, KL, proxy and forward tokens of each method with k candidates, guided ones at their
+    own best β."""
     return _unguided(raw, base, prompts) | {
         name: {
             "betas": [curve.betas[i] for i in curve.best],
@@ -160,7 +164,7 @@ def method_table(raw: Raw, curves: dict[str, Curve], base: Any, prompts: int) ->
             "over_base": crossed(curve.at_best("gold") - base[: curve.seeds]),
             "kl": float(curve.at_best("kl").mean()),
             "proxy": float(curve.at_best("proxy").mean()),
-            "forward_tokens": forward_tokens(name, float(curve.at_best("tokens").mean())),
+            "forward_tokens": forward_tokens(name, float(curve.at_best("tokens").mean()), k),
         }
         for name, curve in curves.items()
     }
@@ -184,7 +188,7 @@ def _unguided(raw: Raw, base: Any, prompts: int) -> dict[str, Any]:
             "gold": crossed(gold),
             "over_base": crossed(gold - base),
             "kl": float(np.mean([np.mean(r["kl"]) for r in rows])),
-            "forward_tokens": forward_tokens(name.split(",")[0], length),
+            "forward_tokens": forward_tokens(name.split(",")[0], length, k=0),
         }
     return table
 
@@ -202,8 +206,8 @@ def over_beta(curve: Curve) -> list[dict[str, Any]]:
     ]
 
 
-def over_k(raw: Raw, curve: Curve, prompts: int) -> dict[str, Any]:
-    """Gold and KL by the number of candidates, at the β that was best for K."""
+def over_k(raw: Raw, curve: Curve, prompts: int, usual: int) -> dict[str, Any]:
+    """Gold and KL by the number of candidates, at the β that was best for the `usual` number."""
     rows = [unit["methods"][curve.name]["k"] for unit in raw[KIND[curve.name]]]
     table = {
         int(k): {
@@ -213,4 +217,4 @@ def over_k(raw: Raw, curve: Curve, prompts: int) -> dict[str, Any]:
         for k in rows[0]
     }
     best = {"gold": crossed(curve.at_best("gold")), "kl": float(curve.at_best("kl").mean())}
-    return {str(k): v for k, v in sorted([*table.items(), (K, best)])}
+    return {str(k): v for k, v in sorted([*table.items(), (usual, best)])}

@@ -17,10 +17,9 @@ from rgtg_fast.scorers import (
     RewriteScorer,
     VocabRewardScorer,
 )
-from study_parts.models import PENALTIES
-from study_parts.tasks import Task
+from study_parts.tasks import K, Task
+from study_parts.training import PENALTIES
 
-K = 10
 ROWS = 600  # rows of one call
 KIND = {
     "ARGS": "full",
@@ -32,6 +31,8 @@ KIND = {
     "GenARM": "genarm",
     "seq2seq": "seq2seq",
     "GenARM-prefix": "genarm_prefix",
+    "soft-Q": "soft_q",
+    "twist": "twist",
 }
 SMALLER = {
     "ABC": "abc",
@@ -43,18 +44,16 @@ SMALLER = {
 }
 CREDIT_SHARE = 0.5
 # One reward forward of one token serves all candidates.
-SHARED = ("FaRMA", "GenARM", "GenARM-prefix", "seq2seq")
-PER_TOKEN = (
-    "GenARM",
-    "GenARM-prefix",
-    "seq2seq",
-)  # the guide's reward of an answer is the sum over its tokens
+SHARED = ("FaRMA", "GenARM", "GenARM-prefix", "seq2seq", "soft-Q", "twist")
+# The guide's reward of an answer is the sum over its tokens.
+PER_TOKEN = ("GenARM", "GenARM-prefix", "seq2seq", "twist")
 # Where the candidates are not the k most likely tokens of the language model: as published, GenARM
 # draws from the whole vocabulary, and FaRMA from the k best sums of both models.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "GenARM": {"k": None},
     "GenARM-prefix": {"k": None},
     "seq2seq": {"k": None},
+    "twist": {"k": None},
     "FaRMA": {"candidates": "sum"},
 }
 
@@ -75,9 +74,9 @@ class Answers:
 
 def guide_of(task: Task, kind: str, model: Any) -> Any:
     """What `rgtg_fast.generate` takes as the reward model of this kind."""
-    if kind == "farma":
+    if kind in ("farma", "soft_q"):
         return VocabRewardScorer(model)
-    if kind in ("genarm", "genarm_prefix"):
+    if kind in ("genarm", "genarm_prefix", "twist"):
         return AutoregressiveScorer(model)
     if kind == "seq2seq":
         return RewriteScorer(model)
@@ -108,8 +107,10 @@ def guided(
 ) -> Answers:
     """One answer to each of N prompts, row i at weight `betas[i]`. `cumulative`: the guide's
     reward of an answer is the sum over its tokens (GenARM), not the last one. `candidates`: what
-    `generate` is told of them; without it they are the K most likely tokens."""
-    how = {"k": K, "do_sample": not greedy} | ({} if greedy else {"top_k": 0}) | candidates
+    `generate` is told of them; without it they are the task's K most likely tokens."""
+    how = (
+        {"k": K[task.name], "do_sample": not greedy} | ({} if greedy else {"top_k": 0}) | candidates
+    )
     parts = [
         _guided(task, guide, prompts[i : i + ROWS], betas[i : i + ROWS], cumulative, s, how)
         for s, i in enumerate(range(0, len(prompts), ROWS), start=1000 * seed)
@@ -179,7 +180,7 @@ def whole_rewards(task: Task, rm: LlamaForSequenceClassification, prompts: list[
     return torch.cat(rewards)
 
 
-def forward_tokens(method: str, length: float, k: int = K) -> dict[str, float]:
+def forward_tokens(method: str, length: float, k: int) -> dict[str, float]:
     """Tokens through the language model and the reward model for an answer of `length` tokens
     (prompts apart): what a method costs, whatever the machine. A draft counts as long as the answer
     that is made of it."""

@@ -17,11 +17,21 @@ from rgtg_fast.training.experimental import (
     reward_consistency,
 )
 from study_parts.tasks import Task
-from study_parts.training import CAUSAL, KINDS, initial_model, labelled, train, training_pairs
+from study_parts.training import (
+    CAUSAL,
+    JUDGED,
+    KINDS,
+    PENALTIES,
+    initial_model,
+    labelled,
+    train,
+    training_pairs,
+)
+from study_parts.values import JUDGE, judged_samples, train_twist
 
 SHARE = 0.5  # of ABC's reward that attention gives out
 HEAD_L2 = 1e-4
-PENALTIES = {"mild": 1.0, "strong": 4.0}
+TD_LAMBDA = 1.0  # of soft Q-learning
 REFERENCE = 500  # pairs whose tokens are averaged
 BATCH = 64
 
@@ -49,6 +59,11 @@ def _trained(task: Task, kind: str, seed: int, folder: Path) -> Any:
     pairs = training_pairs(task, seed)
     if kind in KINDS:
         return train(task, kind, labelled(pairs) if kind == "rad" else pairs, seed)
+    if kind in JUDGED:
+        rows = judged_samples(task, other(JUDGE), seed)
+        if kind == "twist":
+            return train_twist(task, rows, seed)
+        return train(task, kind, rows, seed, td_lambda=TD_LAMBDA)
     if kind == "abc":
         rows = attention_labels(other("full"), pairs, share=SHARE, batch_size=BATCH)
         return train(task, "rad", rows, seed, weights="uniform")

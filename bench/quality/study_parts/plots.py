@@ -20,6 +20,8 @@ COLOURS = {
     "GenARM": "C5",
     "seq2seq": "C6",
     "GenARM-prefix": "C3",
+    "soft-Q": "C7",
+    "twist": "C8",
 }
 RM_COLOURS = {
     "full": "C1",
@@ -29,6 +31,8 @@ RM_COLOURS = {
     "genarm": "C5",
     "seq2seq": "C6",
     "genarm_prefix": "C3",
+    "soft_q": "C7",
+    "twist": "C8",
 }
 MOST_KL = 12.0
 
@@ -101,13 +105,15 @@ def frontier_plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def cost_plot(summary: dict[str, Any], path: Path) -> None:
-    """Gold reward against the tokens that went through both models, at each method's own best β."""
+    """Gold reward against the tokens that went through both models, at each method's own best β;
+    of SMC the best one by the number of particles."""
     figure, panels = _panels(summary)
     for axis, name, task in panels:
-        for method, row in task["methods"].items():
+        for method, row in (task["methods"] | _best_decoders(task.get("decoders", {}))).items():
             tokens = sum(row["forward_tokens"].values())
             gold, band = row["gold"]["mean"], row["gold"]["ci95"]
-            axis.errorbar(tokens, gold, band, fmt="o", color=COLOURS.get(method, "k"), capsize=2)
+            mark = "^" if method in task.get("decoders", {}) or method.startswith("SMC") else "o"
+            axis.errorbar(tokens, gold, band, fmt=mark, color=COLOURS.get(method, "k"), capsize=2)
             axis.annotate(
                 method, (tokens, gold), (4, 3), textcoords="offset points", fontsize="x-small"
             )
@@ -116,6 +122,19 @@ def cost_plot(summary: dict[str, Any], path: Path) -> None:
     panels[0][0].set_ylabel("mean gold reward")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _best_decoders(rows: dict[str, Any]) -> dict[str, Any]:
+    """The decoders of whole sequences, each at its best β."""
+    best: dict[str, Any] = {}
+    for method, row in rows.items():
+        name, has_beta, _ = method.partition(", beta ")
+        if name == "PARGS":  # which the study has itself
+            continue
+        own = name if has_beta else method
+        if own not in best or row["gold"]["mean"] > best[own]["gold"]["mean"]:
+            best[own] = row
+    return best
 
 
 def beta_plot(summary: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,8 @@ import transformers
 from study_parts import figures, findings, plots, smaller
 from study_parts.figures import KL_LEVELS, Curve, crossed
 from study_parts.methods import KIND, SMALLER
-from study_parts.units import BEST_OF, Kinds, rounded
+from study_parts.tasks import K
+from study_parts.units import BEST_OF, Kinds, groups_of, rounded
 
 # Figures by model or by method, each of which can be replaced without the others.
 BY_NAME = (
@@ -23,7 +24,11 @@ BY_NAME = (
 )
 # Differences at equal KL: each of these methods to the ones behind it.
 COMPARED = {
+    "PARGS": ("ARGS",),
+    "GenARM": ("PARGS",),
     "GenARM-prefix": ("PARGS", "GenARM"),
+    "soft-Q": ("PARGS", "GenARM"),
+    "twist": ("PARGS", "GenARM"),
 }
 PLOTS = {
     "accuracy": plots.accuracy_plot,
@@ -33,16 +38,28 @@ PLOTS = {
 }
 
 
-def summarise(folder: Path, task: str, seeds: list[int]) -> dict[str, Any]:
-    """All figures of one task."""
-    raw = figures.load(folder, task, seeds)
+def summarise(
+    folder: Path, task: str, seeds: list[int], kinds: Kinds | None = None
+) -> dict[str, Any]:
+    """All figures of one task that the models `kinds` give (None: those it is studied with).
+
+    Raises `ValueError` without the full-sequence and the partial-sequence model, which the base
+    policy's figures and the two findings come with.
+    """
+    raw = figures.load(folder, task, seeds, groups_of(kinds, task))
+    if not {"full", "partial"} <= raw.keys():
+        raise ValueError(f"{task} has no figures yet; report `full` and `partial` too")
     prompts = _prompts(raw)
     base = figures.base_gold(raw, prompts)
-    every = {name: Curve(name, raw, prompts) for name in (*KIND, *SMALLER)}
-    curves = {name: every[name] for name in KIND}
-    summary = {"seeds": seeds, "test_prompts": prompts} | of_models(raw, curves, base, prompts)
-    summary["over_k"] = {n: figures.over_k(raw, curves[n], prompts) for n in ("ARGS", "PARGS")}
-    summary["smaller"] = smaller.figures_of(raw, every, base)
+    every = {n: Curve(n, raw, prompts) for n, of in (KIND | SMALLER).items() if of in raw}
+    curves = {name: curve for name, curve in every.items() if name in KIND}
+    summary = {"seeds": seeds, "test_prompts": prompts}
+    summary |= of_models(task, raw, curves, base, prompts)
+    summary["over_k"] = {
+        name: figures.over_k(raw, curves[name], prompts, K[task]) for name in ("ARGS", "PARGS")
+    }
+    if SMALLER.keys() <= every.keys():
+        summary["smaller"] = smaller.figures_of(raw, every, base)
     summary |= with_exact(folder, task, raw, curves, base)
     summary["findings"] = {
         "prefix_accuracy": findings.prefix_accuracy(summary["accuracy"]),
@@ -51,11 +68,13 @@ def summarise(folder: Path, task: str, seeds: list[int]) -> dict[str, Any]:
     return summary
 
 
-def of_models(raw: figures.Raw, curves: dict[str, Curve], base: Any, prompts: int) -> Any:
+def of_models(
+    task: str, raw: figures.Raw, curves: dict[str, Curve], base: Any, prompts: int
+) -> dict[str, Any]:
     """The figures that each model and each method has alone."""
     return {
         "accuracy": figures.accuracy(raw),
-        "methods": figures.method_table(raw, curves, base, prompts),
+        "methods": figures.method_table(raw, curves, base, prompts, K[task]),
         "over_beta": {name: figures.over_beta(curve) for name, curve in curves.items()},
         "at_equal_kl": {
             name: {str(kl): at_level(curve, base, kl) for kl in KL_LEVELS}
@@ -98,7 +117,7 @@ def renewed(
             "than study.json; run and report all models"
         )
     curves = {name: Curve(name, raw, prompts) for name, of in KIND.items() if of in kinds}
-    new = of_models(raw, curves, base, prompts) | with_exact(folder, task, raw, curves, base)
+    new = of_models(task, raw, curves, base, prompts) | with_exact(folder, task, raw, curves, base)
     changed = {part: old.get(part, {}) | rows for part, rows in new.items() if part in BY_NAME}
     return old | changed
 
@@ -189,23 +208,29 @@ def write(
     """`study.json`, `study.md` and `study_*.png` in `results`; prints the verdicts.
 
     With `kinds`, the models of these alone are reported anew, and all else is what `study.json`
-    holds; it then says so under "renewed".
+    holds; it then says so under "renewed". So it is with its tasks that are not among `tasks`.
     """
     here = {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "processor": platform.processor() or platform.machine(),
     }
     tasks = [task for task in tasks if (folder / task).exists()]
-    if kinds is None:
-        record = here | {"tasks": {task: summarise(folder, task, seeds) for task in tasks}}
-    else:
-        record = json.loads((results / "study.json").read_text())
-        for task in tasks:
-            record["tasks"][task] = renewed(record["tasks"][task], folder, task, seeds, kinds)
-        record.setdefault("renewed", {}).update({kind: here | {"tasks": tasks} for kind in kinds})
+    path = results / "study.json"
+    record = json.loads(path.read_text()) if path.exists() else here | {"tasks": {}}
+    known = record["tasks"]
+    if kinds is None and known.keys() <= set(tasks):
+        record, known = here | {"tasks": {}}, {}
+    for task in tasks:
+        if kinds is None or task not in known:
+            record["tasks"][task] = summarise(folder, task, seeds, kinds)
+        else:
+            record["tasks"][task] = renewed(known[task], folder, task, seeds, kinds)
+    if known:
+        what = kinds or [f"all of {task}" for task in tasks]
+        record.setdefault("renewed", {}).update({name: here | {"tasks": tasks} for name in what})
     record = rounded(record)
     results.mkdir(parents=True, exist_ok=True)
-    (results / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
     summary = record["tasks"]
     for name, draw in PLOTS.items():
         draw(summary, results / f"study_{name}.png")
@@ -234,9 +259,11 @@ def markdown(name: str, task: dict[str, Any]) -> list[str]:
             f"| {method} | {betas} | {pm(row['gold'])} | {pm(row['over_base'])} "
             f"| {row['kl']:.2f} | {cost['lm']:.0f} + {cost['rm']:.0f} |"
         )
-    for part in (_equal_kl, _accuracy, _over_k):
+    for part in (_equal_kl, _accuracy, _over_k, _over_beta):
         lines += ["", *part(task)]
-    return [*lines, "", *smaller.markdown(task["smaller"]), ""]
+    if "smaller" in task:
+        lines += ["", *smaller.markdown(task["smaller"])]
+    return [*lines, ""]
 
 
 def _verdicts(found: dict[str, Any]) -> list[str]:
@@ -299,3 +326,23 @@ def _over_k(task: dict[str, Any]) -> list[str]:
         cells = " | ".join(f"{pm(v['gold'])} ({v['kl']:.2f})" for v in row.values())
         lines.append(f"| {method} | {cells} |")
     return lines
+
+
+def _over_beta(task: dict[str, Any]) -> list[str]:
+    """Over-optimisation: what the largest β of a grid makes of the best point's gold."""
+    lines = [
+        "| over-optimisation | best β: gold (own reward, KL) | largest β: gold (own reward, KL) |"
+    ]
+    lines.append("| --- | --- | --- |")
+    for method, points in task["over_beta"].items():
+        top = max(points, key=lambda point: point["gold"]["mean"])
+        cells = " | ".join(_at_beta(point) for point in (top, points[-1]))
+        lines.append(f"| {method} | {cells} |")
+    return lines
+
+
+def _at_beta(point: dict[str, Any]) -> str:
+    return (
+        f"{point['beta']:g}: {pm(point['gold'])} "
+        f"({point['proxy']['mean']:+.2f}, {point['kl']['mean']:.1f})"
+    )

@@ -1,4 +1,4 @@
-"""The two tasks: prompts, texts, gold reward, tokenizer and base language model."""
+"""Two of the tasks: prompts, texts, gold reward, tokenizer and base language model."""
 
 from __future__ import annotations
 
@@ -52,8 +52,13 @@ class Task:
     sizes: Sizes
     enumerable: bool = False
     betas: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    ks: tuple[int, ...] = (2, 5, 20)  # beside methods.K, at the best β of it
+    ks: tuple[int, ...] = (2, 5, 20)  # beside K, at the best β of it
 
+
+# Candidates of a step.
+K = {"recipe": 10, "support": 10, "prose": 64}
+# The models that a task is studied with, where they are not all.
+MODELS = {"prose": ("full", "partial", "genarm", "genarm_prefix")}
 
 SUPPORT_SIZES = Sizes(60, 150, 1000, 4000, 8, 32, 1, 2)
 RECIPE_SIZES = Sizes(60, 90, 72, 6000, 36, 64, 3, 4, corpus=12_000, lm_epochs=3)
@@ -67,9 +72,11 @@ BETAS = {
     "PARGS-G": _REWARD,
     "FaRMA": _REWARD,
     "RAD": (4.0, 8.0, 16.0, 32.0, 64.0, 128.0),
-    "GenARM-prefix": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "GenARM-prefix": (0.06, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
     "GenARM": (0.06, 0.125, 0.25, 0.5, 1.0, 2.0),
     "seq2seq": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "soft-Q": _REWARD,
+    "twist": (0.125, 0.25, 0.5, 1.0, 2.0, 2.5, 3.0, 4.0),
     "ABC": _REWARD,
     "ABC credit": _REWARD,
     "CREAM": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),

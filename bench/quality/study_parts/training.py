@@ -16,9 +16,14 @@ from study_parts.tasks import Task
 
 KINDS = ("full", "partial", "farma", "rad", "genarm", "seq2seq", "genarm_prefix")
 # Language models, the others are classifiers.
-CAUSAL = ("farma", "genarm", "seq2seq", "genarm_prefix")
+CAUSAL = ("farma", "genarm", "seq2seq", "genarm_prefix", "soft_q", "twist")
+# Trained on samples of the language model, judged by a reward model of the same seed.
+JUDGED = ("soft_q", "twist")
+READ_AS = {"soft_q": "farma", "twist": "genarm_prefix"}  # of pairs, by their trainers
+# A pessimistic head each, of this penalty.
+PENALTIES = {"mild": 1.0, "strong": 4.0}
 # A smaller method's model is trained with the loss of one of these kinds.
-LOSS = {kind: kind for kind in KINDS} | {"partial": "prefix"}
+LOSS = {kind: kind for kind in (*KINDS, "soft_q")} | {"partial": "prefix"}
 EVAL_SEED = 7
 
 
@@ -77,7 +82,7 @@ def trainer_of(
     task: Task, kind: str, model: nn.Module, data: Any, seed: int, **options: Any
 ) -> Any:
     sizes = task.sizes
-    rows = sizes.batch * (2 if kind == "rad" else 1)
+    rows = sizes.batch * (2 if kind in ("rad", "soft_q") else 1)
     return small_models.reward_trainer(
         model,
         task.tokenizer,
@@ -107,7 +112,8 @@ def margins(task: Task, kind: str, model: nn.Module, pairs: list[dict]) -> list[
 
     Classifiers of any training are read by the trainer of pairs.
     """
-    reader = trainer_of(task, kind if kind in CAUSAL else "partial", model, pairs, 0)
+    kind = READ_AS.get(kind, kind if kind in CAUSAL else "partial")
+    reader = trainer_of(task, kind, model, pairs, 0)
     predicted = reader.predict(reader.train_dataset)
     model.eval()
     margin, labels = np.asarray(predicted.predictions), np.asarray(predicted.label_ids)

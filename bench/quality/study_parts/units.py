@@ -21,10 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 from study_parts import methods
 from study_parts.exact import exact_values
 from study_parts.methods import CANDIDATES, KIND, PER_TOKEN, SMALLER, Answers
-from study_parts.models import PENALTIES, model_of
+from study_parts.models import model_of
 from study_parts.selection import compare_selections
-from study_parts.tasks import Task
-from study_parts.training import KINDS, eval_pairs, margins
+from study_parts.tasks import MODELS, Task
+from study_parts.training import JUDGED, KINDS, PENALTIES, eval_pairs, margins
 
 Kinds = tuple[str, ...]
 BEST_OF = (4, 16)
@@ -33,7 +33,7 @@ TOP_K = (2, 5, 10)
 GROUPS: tuple[Kinds, ...] = (
     ("exact", "base", "partial", "full"),
     tuple(kind for kind in KINDS if kind not in ("partial", "full")),
-    ("abc", "credit", "head", "cream", "select"),
+    (*JUDGED, "abc", "credit", "head", "cream", "select"),
     tuple(PENALTIES),
 )
 
@@ -42,8 +42,9 @@ GROUPS: tuple[Kinds, ...] = (
 BESIDE = ("exact", "base")
 
 
-def groups_of(kinds: Kinds | None) -> tuple[Kinds, ...]:
-    """The groups of a run of these models alone; None: of all."""
+def groups_of(kinds: Kinds | None, task: str) -> tuple[Kinds, ...]:
+    """The groups of a run of these models alone; None: of all that the task is studied with."""
+    kinds = MODELS.get(task) if kinds is None else kinds
     if kinds is None:
         return GROUPS
     return tuple(tuple(k for k in group if k in (*kinds, *BESIDE)) for group in GROUPS)
@@ -171,15 +172,16 @@ def run_all(
     seeds: list[int],
     folder: Path,
     jobs: int = 1,
-    groups: tuple[Kinds, ...] = GROUPS,
+    kinds: Kinds | None = None,
 ) -> None:
     """Every unit whose file is missing, by `jobs` processes, each group once the one before it is
-    complete; the models of the two findings come first."""
+    complete; the models of the two findings come first. `kinds`: these models alone."""
     by_name = {task.name: task for task in tasks}
-    for group in groups:
+    for group in range(len(GROUPS)):
         units = [
             (task.name, kind, seed)
-            for task, seed, kind in itertools.product(tasks, seeds, group)
+            for task, seed in itertools.product(tasks, seeds)
+            for kind in groups_of(kinds, task.name)[group]
             if kind != "exact" or (task.enumerable and seed == seeds[0])
             if not unit_path(folder, task.name, seed, kind).exists()
         ]
