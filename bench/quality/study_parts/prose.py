@@ -98,27 +98,28 @@ def _make(saved: Path, sentences: list[str], sizes: Sizes) -> None:
 
 
 def _tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding within words."""
-    end = "</w>"
+    """Byte-pair encoding within words, the same in every run."""
+    end, special = "</w>", ["<pad>", "<eos>", "<unk>"]
+    words = {word for sentence in sentences for word in sentence.split()}
+    # The trainer numbers letters that end a word as its hash table has them, and pairs that are as
+    # frequent by these numbers: named first they have the same ones in every run.
+    letters = sorted({c for word in words for c in word[:-1]} | {word[-1] + end for word in words})
     core = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix=end))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.WhitespaceSplit(), decoders.BPEDecoder(end)
-    special = ["<pad>", "<eos>", "<unk>"]
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.train_from_iterator(
         sentences,
         trainers.BpeTrainer(
             vocab_size=VOCABULARY,
-            special_tokens=special,
+            special_tokens=[*special, *letters],
             end_of_word_suffix=end,
             show_progress=False,
         ),
     )
-    # The trainer numbers the letters that end a word as they come, otherwise in every run.
     learnt = json.loads(core.to_str())["model"]
     merges = [tuple(pair) for pair in learnt["merges"]]
-    merged = [first + second for first, second in merges]
-    letters = sorted(learnt["vocab"].keys() - {*special, *merged})
-    ids = {token: i for i, token in enumerate([*special, *letters, *merged])}
-    core.model = models.BPE(ids, merges, unk_token="<unk>", end_of_word_suffix=end)
+    # Anew, as letters are no special tokens.
+    core = Tokenizer(models.BPE(learnt["vocab"], merges, unk_token="<unk>", end_of_word_suffix=end))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.WhitespaceSplit(), decoders.BPEDecoder(end)
     return small_models.hf_tokenizer(core)
 
 
