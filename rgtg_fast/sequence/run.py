@@ -140,13 +140,17 @@ class Run(Many):
         if texts is not None and hasattr(texts.scorer, "finish"):
             texts.scorer.finish()
 
-    def _entry(self, index: int, prompt: Any) -> Entry:
-        ids, prepared, checked = self._checked(index, prompt)
+    def _prepared(self, index: int, ids: Tensor) -> Prepared:
+        # Before the reward model's vocabulary is looked at, which need not have the token.
         if self.backspace is not None and (ids == self.backspace).any():
             raise ValueError(
                 f"prompt holds the backspace token {self.backspace}, which is part of no text; "
                 "take out it and the token before it"
             )
+        return super()._prepared(index, ids)
+
+    def _entry(self, index: int, prompt: Any) -> Entry:
+        ids, prepared, checked = self._checked(index, prompt)
         plan = self._plan(prepared, checked.new_tokens, prepared.processors)
         of_rows(self.reward, lambda name, values: numbers.of_prompt(name, values, index))
         check_draft(self.reward, index)

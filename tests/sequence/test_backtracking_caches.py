@@ -150,6 +150,21 @@ def check_caches(reward, steps):
             fresh.finish()
 
 
+# Rows of which both models have run all, and of which they are one token or two behind.
+BACKWARD = [
+    *[("choose", 7, 1), ("advance", 7, 0), ("choose", 7, 5), ("advance", 7, 0)],
+    *[("add", 7, 9), ("advance", 1, 0), ("back", 7, 0)],
+    *[("add", 7, 20), ("advance", 7, 0), ("back", 3, 1), ("add", 7, 31), ("choose", 5, 2)],
+    *[("add", 7, 50), ("add", 7, 51), ("back", 6, 0), ("advance", 7, 0), ("back", 1, 3)],
+    *[("choose", 3, 8), ("keep", 6, 1), ("back", 1, 0), ("add", 3, 4)],
+]
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_caches_after_un_doings_of_rows_that_lag_are_those_of_fresh_rows(reward):
+    check_caches(reward, BACKWARD)
+
+
 def quick(examples):
     return settings(
         max_examples=examples,

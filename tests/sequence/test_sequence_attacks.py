@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 
+import backspaces
 import pytest
 import tiny
 import torch
@@ -23,13 +24,20 @@ METHODS = {
     "treebon": {"n": 4, "children": 2, "layers": 2},
     "twisted_smc": {"n": 3, "k": 4},
 }
+OF_TEXTS = pytest.mark.parametrize("name", list(METHODS))
+METHODS["backtracking"] = {"backspace_token_id": backspaces.BACK, "k": 4, "batch_size": 2}
 EVERY = pytest.mark.parametrize("name", METHODS)
+pytestmark = pytest.mark.filterwarnings("ignore:.*taken for the same with tokens added:UserWarning")
+
+
+def model_of(name):
+    return backspaces.lm() if name == "backtracking" else zoo.lm("llama")
 
 
 def begun(name, prompts=PROMPTS, **options):
     given = {"reward_model": zoo.rm("gpt2"), "max_new_tokens": 5, "seed": 3}
     given |= {"eos_token_id": zoo.EOS, "pad_token_id": zoo.PAD}
-    return getattr(rgtg_fast, name)(zoo.lm("llama"), prompts, **given | METHODS[name] | options)
+    return getattr(rgtg_fast, name)(model_of(name), prompts, **given | METHODS[name] | options)
 
 
 def tokens_of(answers):
@@ -57,7 +65,7 @@ def reward_that(name, value, where):
     }
 
 
-@EVERY
+@OF_TEXTS
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_no_number_ends_its_prompt_alone(name, value):
     good = tokens_of(begun(name, **reward_that(name, 1.0, lambda text: False)))
@@ -67,7 +75,7 @@ def test_a_reward_that_is_no_number_ends_its_prompt_alone(name, value):
     assert "reward model gave" in got[2]
 
 
-@EVERY
+@OF_TEXTS
 def test_a_reward_of_minus_infinity_is_worse_than_any(name):
     """Where every text has it there is an answer still, but for particles without weight."""
     odd = reward_that(name, -float("inf"), lambda text: ord(text[-1]) % 2)
@@ -168,7 +176,7 @@ def test_numbers_out_of_range_are_refused_before_work_starts(name, options, mess
         begun(name, **options)
 
 
-@EVERY
+@OF_TEXTS
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -258,7 +266,7 @@ def test_another_default_dtype_and_device_change_nothing(name):
 @pytest.mark.parametrize("positions", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_an_interrupt_anywhere_leaves_models_and_scorer_as_they_were(name, positions):
     scorer, prompts = make_scorer(zoo.rm("gpt2"), k=4), PROMPTS[:2]
-    models, want = (zoo.lm("llama"), zoo.rm("gpt2")), tokens_of(begun(name, prompts))
+    models, want = (model_of(name), zoo.rm("gpt2")), tokens_of(begun(name, prompts))
 
     def answers():
         tokens_of(begun(name, prompts, max_new_tokens=2, reward_model=scorer))

@@ -1,4 +1,4 @@
-"""CARDS and twisted SMC against enumeration of all texts of a tiny model."""
+"""CARDS, twisted SMC and backtracking against enumeration of all texts of a tiny model."""
 
 import functools
 import itertools
@@ -161,3 +161,53 @@ def test_cards_draws_texts_and_rejects_segments_as_its_rule_says(count):
     for answer in got:  # a reward for each segment and each rejection
         assert answer.cost.rewards == len(answer.segments) + answer.rejected
         assert sum(answer.segments) == len(answer.tokens)
+
+
+BACK = 3
+
+
+def ways_on(tokens, k, beta):
+    """What one draw makes of a text, and the probabilities; beta None: without a reward."""
+    logp = next_logprobs(tokens).clone()
+    if not tokens:
+        logp[BACK] = -math.inf
+    logp, ids = logp.topk(k)
+    texts = [tokens[:-1] if v == BACK else (*tokens, v) for v in ids.tolist()]
+    rewards = torch.tensor([0.0 if beta is None else beta * reward(text) for text in texts])
+    return zip(texts, (logp + rewards).softmax(0).tolist(), strict=True)
+
+
+def walk(k, beta, most):
+    """The probability of every text that `most` draws may end in, and the expected un-doings."""
+    over, going, undone = Counter(), {(): 1.0}, 0.0
+    for _ in range(most):
+        later = Counter()
+        for tokens, p in going.items():
+            for text, q in ways_on(tokens, k, beta):
+                undone += p * q * (len(text) < len(tokens))
+                (over if ended(text) else later)[text] += p * q
+        going = later
+    return over + going, undone
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "k, beta", [(VOCAB, -0.5), (4, -0.5), (4, None), (None, None)], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("most", [6, 40])
+def test_backtracking_ends_in_texts_as_its_chain_on_prefixes_does(count, k, beta, most):
+    """Also where it runs out of steps, at any text."""
+    lm, rm = models()
+    probabilities, undone = walk(k or VOCAB, beta, most)
+    assert math.isclose(sum(probabilities.values()), 1, abs_tol=1e-9) and undone > 0.3
+    guided = {} if beta is None else {"reward_model": rm, "beta": beta}
+    got = list(
+        rgtg_fast.backtracking(
+            lm, [PROMPT] * count, backspace_token_id=BACK, k=k, max_steps=most, seed=11,
+            max_new_tokens=STEPS, batch_size=50, **guided,
+        )
+    )  # fmt: skip
+    assert chi_square_p(Counter(tuple(a.tokens) for a in got), probabilities) > 1e-3
+    counts = torch.tensor([float(a.undone) for a in got])
+    assert abs(float(counts.mean()) - undone) < 4 * float(counts.std() / count**0.5)
+    assert all(a.steps == len(a.tokens) + 2 * a.undone <= most for a in got)
