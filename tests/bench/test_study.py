@@ -230,15 +230,16 @@ def renew_some(study, tmp_path, found):
         record = json.loads(path.read_text())
         for name in ("FaRMA", "PARGS"):
             record["tasks"]["recipe"]["methods"][name]["kl"] = 99.0
+        record["tasks"]["recipe"]["gaps_at_equal_kl"]["twist - PARGS"] = {}
         record["tasks"]["recipe"]["methods"]["base"]["gold"] |= base
         path.write_text(json.dumps(record))
 
     changed()
-    report.write(tmp_path, tmp_path / "out", ["recipe"], [1], ("farma", "seq2seq"))
+    report.write(tmp_path, tmp_path / "out", ["recipe"], [1], ("farma", "twist"))
     record = json.loads(path.read_text())
     got = record["tasks"]["recipe"]
     assert got["methods"]["PARGS"]["kl"] == 99.0
-    assert list(record["renewed"]) == ["farma", "seq2seq"]
+    assert list(record["renewed"]) == ["farma", "twist"]
     got["methods"]["PARGS"]["kl"] = found["methods"]["PARGS"]["kl"]
     assert got == found
     changed(mean=7.0)

@@ -15,7 +15,7 @@ from study_parts import figures, findings, plots, smaller
 from study_parts.figures import KL_LEVELS, Curve, crossed
 from study_parts.methods import KIND, SMALLER
 from study_parts.tasks import K
-from study_parts.units import BEST_OF, Kinds, groups_of, rounded
+from study_parts.units import BEST_OF, Kinds, groups_of, rounded, unit_path
 
 # Figures by model or by method, each of which can be replaced without the others.
 BY_NAME = (
@@ -27,8 +27,8 @@ COMPARED = {
     "PARGS": ("ARGS",),
     "GenARM": ("PARGS",),
     "GenARM-prefix": ("PARGS", "GenARM"),
-    "soft-Q": ("PARGS", "GenARM"),
-    "twist": ("PARGS", "GenARM"),
+    "soft-Q": ("PARGS", "GenARM", "GenARM-prefix"),
+    "twist": ("PARGS", "GenARM", "GenARM-prefix"),
 }
 PLOTS = {
     "accuracy": plots.accuracy_plot,
@@ -81,14 +81,7 @@ def of_models(
             for name, curve in curves.items()
             if not name.endswith("-G")
         },
-        "gaps_at_equal_kl": {
-            f"{name} - {other}": {
-                str(kl): gap_at(curves[name], curves[other], base, kl) for kl in KL_LEVELS
-            }
-            for name, others in COMPARED.items()
-            for other in others
-            if {name, other} <= curves.keys()
-        },
+        "gaps_at_equal_kl": gaps(curves, curves, base),
         "cpu_seconds": {
             kind: np.mean([[u["seconds"]["train"], u["seconds"]["decode"]] for u in units], 0)
             .round(1)
@@ -117,9 +110,31 @@ def renewed(
             "than study.json; run and report all models"
         )
     curves = {name: Curve(name, raw, prompts) for name, of in KIND.items() if of in kinds}
-    new = of_models(task, raw, curves, base, prompts) | with_exact(folder, task, raw, curves, base)
+    new = of_models(task, raw, curves, base, prompts)
+    known = curves | _beside(old, curves, folder, task, seeds, prompts)
+    new["gaps_at_equal_kl"] = gaps(curves, known, base)
+    new |= with_exact(folder, task, raw, curves, base)
     changed = {part: old.get(part, {}) | rows for part, rows in new.items() if part in BY_NAME}
     return old | changed
+
+
+def _beside(
+    old: dict[str, Any],
+    curves: dict[str, Curve],
+    folder: Path,
+    task: str,
+    seeds: list[int],
+    prompts: int,
+) -> dict[str, Curve]:
+    """What `curves` are compared with, of runs in `folder` that are those of the figures `old`."""
+    found = {}
+    for name in {other for one in curves for other in COMPARED.get(one, ())} - curves.keys():
+        kind = KIND[name]
+        if all(unit_path(folder, task, seed, kind).exists() for seed in seeds):
+            curve = Curve(name, figures.load(folder, task, seeds, ((kind,),)), prompts)
+            if rounded(crossed(curve.at_best("gold"))) == old["methods"][name]["gold"]:
+                found[name] = curve
+    return found
 
 
 def _prompts(raw: figures.Raw) -> int:
@@ -130,6 +145,18 @@ def at_level(curve: Curve, base: Any, kl: float) -> dict[str, float] | None:
     """Gold at a KL, where every seed's frontier reaches it."""
     values = curve.at_kl(base, np.full(curve.seeds, kl))
     return None if np.isnan(values).any() else crossed(values)
+
+
+def gaps(curves: dict[str, Curve], known: dict[str, Curve], base: Any) -> dict[str, Any]:
+    """By level of KL, the gold of `curves` less that of what they are compared with."""
+    return {
+        f"{name} - {other}": {
+            str(kl): gap_at(curves[name], known[other], base, kl) for kl in KL_LEVELS
+        }
+        for name, others in COMPARED.items()
+        for other in others
+        if name in curves and other in known
+    }
 
 
 def gap_at(curve: Curve, other: Curve, base: Any, kl: float) -> dict[str, float] | None:
