@@ -335,10 +335,10 @@ class _NoReward(ScorerRows):
     def __init__(self) -> None:
         self.begin(0)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        raise NotImplementedError
+    def _unasked(self, *args: Any) -> Any:
+        raise AssertionError("backtracking without a reward model asked for a reward")
 
-    score = commit = prefill  # type: ignore[assignment]
+    prefill = score = commit = _extend = _crop = _tokens = _unasked  # type: ignore[assignment]
 
     def finish(self) -> None:
         """Let the rows go."""
@@ -349,12 +349,3 @@ class _NoReward(ScorerRows):
 
     def _keep_rows(self, rows: Tensor) -> None:
         pass
-
-    def _extend(self, ids: Tensor, counts: Tensor, rows: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def _crop(self, lengths: Tensor, rows: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def _tokens(self) -> Tensor:
-        raise NotImplementedError
