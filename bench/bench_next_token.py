@@ -1,4 +1,5 @@
-"""Guided by rewards of next tokens (GenARM, FaRMA, CD-Q, ILQL), against plain generation.
+"""Guided by rewards of next tokens (GenARM, FaRMA, CD-Q, ILQL), against plain generation and the
+rewards of a classifier, which runs k tokens where these run one.
 
     python bench/bench_next_token.py
     python bench/bench_next_token.py --shape llama --dtype bfloat16 --prompt 512 --json out.json
@@ -36,6 +37,7 @@ def contenders(lm, rewards, prompt, new, k):
         return lambda: rgtg_fast.generate(lm, prompt, reward_model=scorer, k=k, **how)
 
     found = {"plain": lambda: lm.generate(prompt, **options)}
+    found["classifier"] = guided(lambda model: model, rewards["classifier"])
     for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer)):
         found[name] = guided(kind, rewards["static"])
         found[f"{name}, best of the sum"] = guided(kind, rewards["static"], candidates="sum")
@@ -71,12 +73,13 @@ def main():
         torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
     dtype, size = getattr(torch, args.dtype), args.prompt + args.new
-    lm, reward, own = (
-        build_models(args.shape, size, dtype, args.device, args.small)[0] for _ in range(3)
+    (lm, classifier), (reward, _), (own, _) = (
+        build_models(args.shape, size, dtype, args.device, args.small) for _ in range(3)
     )
     own.register_forward_hook(lambda *_: None)
     ids = torch.randint(3, lm.config.vocab_size, (args.batch, args.prompt), device=args.device)
-    calls = contenders(lm, {"static": reward, "own": own}, ids, args.new, args.k)
+    models = {"classifier": classifier, "static": reward, "own": own}
+    calls = contenders(lm, models, ids, args.new, args.k)
     calls = {name: call for name, call in calls.items() if name in (args.only or calls)}
     taken = {name: [] for name in calls}
     for turn in range(args.repeats + 1):
