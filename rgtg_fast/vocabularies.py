@@ -57,7 +57,10 @@ def check_vocabularies(reward: Reward, rm: ModelParts, model: Any, tokenizer: An
         )
     lacks = ""
     if rm.vocab_size < vocab_size:
-        lacks = f" (those from {rm.vocab_size} on have no reward and are never chosen)"
+        lacks = (
+            f" (those from {rm.vocab_size} on have no reward and are never chosen, but for a "
+            "backspace)"
+        )
     warnings.warn(
         f"reward_model has {rm.vocab_size} tokens and the language model {vocab_size}: taken for "
         f"the same with tokens added (padding), and ids are shared{lacks}; pass tokenizer= and "

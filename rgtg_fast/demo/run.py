@@ -293,8 +293,10 @@ def _show_summary(console: Console, rows: dict, paired: dict, count: int) -> Non
         console.print(f"{name}: {row['mean']:+.2f} paired, {in_se}", highlight=False)
 
 
-def _show_speed(console: Console, speed: dict[str, float], rows: dict[str, dict]) -> None:
-    published, many = speed["published"], f"rgtg_fast, {BATCH} prompts at a time"
+def _show_speed(
+    console: Console, speed: dict[str, float], rows: dict[str, dict], count: int
+) -> None:
+    published, many = speed["published"], f"rgtg_fast, {min(BATCH, count)} prompts at a time"
     lines = {
         "published way, one prompt (k full re-encodes per token)": published,
         "rgtg_fast, one prompt": speed["guided"],
@@ -368,7 +370,7 @@ def run_demo(
         beta=answers["PARGS"][0],
         max_new_tokens=MAX_NEW_TOKENS,
     )
-    _show_speed(console, speed, rows)
+    _show_speed(console, speed, rows, prompts)
 
     out.mkdir(parents=True, exist_ok=True)
     results = {

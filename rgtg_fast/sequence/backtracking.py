@@ -47,9 +47,11 @@ def backtracking(
     A backspace takes the last token of y back, and the process goes on as if that had never been:
     for it r(x, y v) is the reward of the text that it leads to, y without its last token (of the
     prompt alone, where y has one token; of a reward of single tokens, minus that of the token
-    taken back). The reward model never sees it. Where y is empty there is nothing to un-do, and π
-    is without the backspace. An answer ends as elsewhere, with EOS, a stopping criterion or at its
-    longest, and cannot be taken back then; or as it stands after `max_steps` draws.
+    taken back: one that is never positive, as GenARM's log-probabilities, speaks for every
+    backspace, the more the larger `beta`). The reward model never sees it. Where y is empty there
+    is nothing to un-do, and π is without the backspace. An answer ends as elsewhere, with EOS, a
+    stopping criterion or at its longest, and cannot be taken back then; or as it stands after
+    `max_steps` draws.
 
     Args:
         model: a causal language model that has been trained with such a token.
@@ -84,8 +86,9 @@ def backtracking(
     Example::
 
         back = tokenizer.convert_tokens_to_ids("<backspace>")
+        options = {"tokenizer": tokenizer, "max_new_tokens": 64, "seed": 0}
         for answer in rgtg_fast.backtracking(
-            lm, texts, backspace_token_id=back, reward_model=rm, tokenizer=tokenizer, seed=0
+            lm, texts, backspace_token_id=back, reward_model=rm, **options
         ):
             print(answer.text, answer.reward, answer.undone)
     """
@@ -123,12 +126,19 @@ def _check(run: Run) -> None:
         raise ValueError(
             f"backspace_token_id={back}, but model has {vocabulary} tokens (0 to {vocabulary - 1})"
         )
-    for name, ids in {"eos": run.eos, "pad": {run.kwargs.get("pad_token_id")}}.items():
+    unknown = getattr(run.tokenizer, "unk_token_id", None)  # what a name that it lacks is taken for
+    others = {"eos": run.eos, "pad": {run.kwargs.get("pad_token_id")}, "unk": {unknown}}
+    for name, ids in others.items():
         if back in ids:
             raise ValueError(
                 f"backspace_token_id={back} is {name}_token_id; pass the id of a token that has no "
                 "other use"
             )
+    trained = getattr(run.model.config, "backspace_token_id", None)  # sequencematch says so
+    if trained not in (None, back):
+        raise ValueError(
+            f"backspace_token_id={back}, but model was trained with {trained}; pass that"
+        )
     if any(rewriter.drafts is None for rewriter in rewriters_of(run.call.scorer)):
         raise ValueError(
             "reward_model rewrites drafts of the language model, in which its backspaces would be "

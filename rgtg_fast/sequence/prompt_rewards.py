@@ -27,11 +27,9 @@ def prompt_rewards(texts: Texts, first: int, otherwise: str) -> list[float]:
     rewards = _of_part(texts.scorer, texts.rows, first)[:, 0].tolist()
     for row, reward in zip(rows, rewards, strict=True):
         if not math.isfinite(reward):
-            texts.fail(
-                row,
-                f"the reward of the prompt alone is {reward} (of a prompt of one token most "
-                f"scorers know none), and {otherwise}",
-            )
+            one = len(texts.rows[row].entry.ids) == 1
+            why = " (of a prompt of one token most scorers know none)" if one else ""
+            texts.fail(row, f"the reward of the prompt alone is {reward}{why}, and {otherwise}")
     return rewards
 
 

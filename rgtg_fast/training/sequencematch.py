@@ -19,7 +19,7 @@ def add_backspace(model: Any, tokenizer: Any, token: str = "<backspace>") -> int
     """The id of `token`, which is added to the tokenizer, and given an embedding, where it is not
     there yet; the model's configuration says so as `backspace_token_id`.
 
-    Raises `ValueError` where it is the EOS token.
+    Raises `ValueError` where it is the EOS, padding or unknown token.
     """
     if token not in tokenizer.get_vocab():
         tokenizer.add_tokens(token, special_tokens=True)
@@ -31,7 +31,7 @@ def add_backspace(model: Any, tokenizer: Any, token: str = "<backspace>") -> int
 
 
 def backspace_of(tokenizer: Any, token: str) -> int:
-    """The id of the backspace token; `ValueError` where there is none, or it is EOS."""
+    """The id of the backspace token; `ValueError` where there is none, or it has another use."""
     found = None if tokenizer is None else tokenizer.get_vocab().get(token)
     if found is None:
         known = "no tokenizer was given" if tokenizer is None else "the tokenizer has no such token"
@@ -39,10 +39,11 @@ def backspace_of(tokenizer: Any, token: str) -> int:
             f"backspace={token!r} is to be one token, and {known}; give it one, and the model an "
             "embedding, by rgtg_fast.training.add_backspace(model, tokenizer)"
         )
-    if found == tokenizer.eos_token_id:
-        raise ValueError(
-            f"backspace={token!r} is the EOS token, which ends an answer; name another token"
-        )
+    for name in ("eos", "pad", "unk"):
+        if found == getattr(tokenizer, f"{name}_token_id"):
+            raise ValueError(
+                f"backspace={token!r} is the {name.upper()} token; name one without another use"
+            )
     return found
 
 
@@ -64,7 +65,7 @@ class AnswerRows(TokenRows):
     @staticmethod
     def fault(row: Row) -> str | None:
         if not row["answer_ids"] or not row["prompt_ids"] or row.get("own_ids") == []:
-            return "an empty answer or prompt"
+            return "an empty answer, or an empty or missing prompt"
         return None
 
     def _longest(self, row: Row) -> int:
@@ -110,7 +111,8 @@ class AnswerCollator:
 
 def check_answers(data: AnswerRows, parts: TrainedParts, backspace: int) -> None:
     """Raises `ValueError` for a model without an embedding of the token `backspace`, or that cannot
-    be trained on trees, and for answers with a backspace that has nothing to undo."""
+    be trained on trees, for answers with a backspace that has nothing to undo, and for prompts with
+    one."""
     if backspace >= parts.rm.vocab_size:
         raise ValueError(
             f"the backspace is token {backspace} and the model has {parts.rm.vocab_size} "
@@ -122,6 +124,12 @@ def check_answers(data: AnswerRows, parts: TrainedParts, backspace: int) -> None
         raise ValueError(
             f"{bad} answers hold a backspace (token {backspace}) with no token before it to undo; "
             "take it out"
+        )
+    prompts = sum(backspace in row["prompt_ids"] for row in data.rows)
+    if prompts:
+        raise ValueError(
+            f"{prompts} prompts hold a backspace (token {backspace}), which is part of no text; "
+            "take out it and the token before it"
         )
     check_trees(parts, max(data.lengths()))
     parts.inner.config.backspace_token_id = backspace  # saved with the model, for decoding

@@ -183,6 +183,22 @@ def test_a_prompt_with_a_backspace_in_it_is_refused():
         assert f"prompt holds the backspace token {BACK}" in got[1] and len(got[0]) == 3
 
 
+def test_a_token_that_the_tokenizer_takes_names_for_that_it_lacks_is_no_backspace():
+    tokenizer = Letters()
+    tokenizer.unk_token_id = BACK
+    with pytest.raises(ValueError, match=f"backspace_token_id={BACK} is unk_token_id"):
+        begun(tokenizer=tokenizer)
+
+
+def test_another_token_than_the_one_a_model_was_trained_with_is_refused(monkeypatch):
+    monkeypatch.setattr(backspaces.lm().config, "backspace_token_id", BACK, raising=False)
+    with pytest.raises(
+        ValueError, match=f"backspace_token_id=7, but model was trained with {BACK}"
+    ):
+        begun(backspace_token_id=7)
+    assert told(begun())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -254,12 +254,16 @@ def test_rows_are_texts_or_the_chosen_answers_of_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt_ids": [], "answer_ids": [5]}, "an empty answer or prompt"),
-        ({"prompt_ids": [5], "answer_ids": [5], "own_ids": []}, "an empty answer or prompt"),
+        ({"prompt_ids": [], "answer_ids": [5]}, "an empty answer, or an empty or missing prompt"),
+        (
+            {"prompt_ids": [5], "answer_ids": [5], "own_ids": []},
+            "an empty answer, or an empty or missing prompt",
+        ),
         ({"prompt": "a"}, "it needs prompt and text, or chosen and rejected"),
         ({"prompt": "a", "text": 5}, "pass strings"),
         ({"prompt_ids": [5], "answer_ids": [5, BACK, BACK]}, "1 answers hold a backspace"),
         ({"prompt_ids": [5], "answer_ids": [5], "own_ids": [BACK]}, "1 answers hold a backspace"),
+        ({"prompt_ids": [5, BACK], "answer_ids": [5]}, "1 prompts hold a backspace"),
         ({"prompt_ids": [5], "answer_ids": [BACK + 1]}, f"token id {BACK + 1} and the model has"),
         (
             {"prompt_ids": [5], "answer_ids": [5], "own_ids": [BACK + 1]},
@@ -281,6 +285,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path, row, said):
         ({"alpha": -1.0}, "alpha=-1.0; pass 0 or more"),
         ({"match_after": -1}, "match_after=-1; pass at least 0"),
         ({"backspace": "<eos>"}, "backspace='<eos>' is the EOS token"),
+        ({"backspace": "<pad>"}, "backspace='<pad>' is the PAD token"),
         ({"backspace": "<undo>"}, "backspace='<undo>' is to be one token, and the tokenizer has"),
         ({"loss_type": "distill", "slip_rate": 0.2}, "slip_rate=0.2 has no part in"),
         ({"margin": 0.5}, "margin=0.5 has no part in loss_type='sequencematch'"),
