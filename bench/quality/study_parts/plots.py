@@ -37,10 +37,11 @@ RM_COLOURS = {
 MOST_KL = 12.0
 
 
-def _panels(summary: dict[str, Any]) -> tuple[Any, list[tuple[Any, str, dict[str, Any]]]]:
-    figure, axes = plt.subplots(
-        1, len(summary), figsize=(4.6 * len(summary), 3.5), layout="constrained", squeeze=False
-    )
+def _panels(
+    summary: dict[str, Any], width: float = 4.6, height: float = 3.5
+) -> tuple[Any, list[tuple[Any, str, dict[str, Any]]]]:
+    size = (width * len(summary), height)
+    figure, axes = plt.subplots(1, len(summary), figsize=size, layout="constrained", squeeze=False)
     return figure, [(a, name, s) for a, (name, s) in zip(axes[0], summary.items(), strict=True)]
 
 
@@ -107,7 +108,7 @@ def frontier_plot(summary: dict[str, Any], path: Path) -> None:
 def cost_plot(summary: dict[str, Any], path: Path) -> None:
     """Gold reward against the tokens that went through both models, at each method's own best β;
     of SMC the best one by the number of particles."""
-    figure, panels = _panels(summary)
+    figure, panels = _panels(summary, 6.5, 6.0)
     for axis, name, task in panels:
         for method, row in (task["methods"] | _best_decoders(task.get("decoders", {}))).items():
             tokens = sum(row["forward_tokens"].values())
