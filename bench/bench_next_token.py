@@ -37,7 +37,8 @@ def contenders(lm, rewards, prompt, new, k):
         return lambda: rgtg_fast.generate(lm, prompt, reward_model=scorer, k=k, **how)
 
     found = {"plain": lambda: lm.generate(prompt, **options)}
-    found["classifier"] = guided(lambda model: model, rewards["classifier"])
+    # Random models repeat themselves, which makes guesses of what comes look better than they are.
+    found["classifier"] = guided(lambda model: model, rewards["classifier"], speculate=False)
     for name, kind in (("genarm", AutoregressiveScorer), ("farma", VocabRewardScorer)):
         found[name] = guided(kind, rewards["static"])
         found[f"{name}, best of the sum"] = guided(kind, rewards["static"], candidates="sum")
