@@ -172,19 +172,17 @@ def at_equal_kl(units: list[dict[str, Any]], method: str) -> dict[str, float] | 
     """Gold of `method` less that of PARGS, interpolated by seed where its KL is the method's (a
     bound of it, which favours PARGS); None where a seed's PARGS does not reach it."""
     import numpy as np
-    from study_parts.figures import crossed
+    from study_parts.figures import between, crossed
 
     gaps = []
     for unit in units:
         points = [rows for name, rows in unit.items() if name.startswith("PARGS")]
         spent = np.array([np.mean(point["kl"]) for point in points])
         kl = float(np.mean(unit[method]["kl"]))
-        right = int(np.searchsorted(spent, kl))
-        if not 0 < right < len(points):
+        if not spent[0] < kl <= spent[-1]:
             return None
-        share = (kl - spent[right - 1]) / (spent[right] - spent[right - 1])
-        below, above = (np.array(points[i]["gold"]) for i in (right - 1, right))
-        gaps.append(np.array(unit[method]["gold"]) - (1 - share) * below - share * above)
+        gold = np.array([point["gold"] for point in points])
+        gaps.append(np.array(unit[method]["gold"]) - between(gold, spent, kl))
     return crossed(gaps)
 
 

@@ -214,50 +214,41 @@ def at_kl(points: list[dict], base: float, kl: float) -> float:
     return float(np.interp(kl, xs, ys, right=float("nan")))
 
 
-def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean, the 95 % half-width of Student's distribution over seeds, and how many seeds: those
-    whose frontier reaches the KL."""
-    import numpy as np
-    from scipy import stats
-
-    known = [value for value in values if value == value]
-    n = len(known)
-    half = stats.t.ppf(0.975, n - 1) * np.std(known, ddof=1) / n**0.5 if n > 1 else None
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "ci95": None if half is None else float(half),
-        "seeds": n,
-    }
-
-
 def report(folder: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
-    """Of each task: gold at equal KL, and its difference to that before the rounds."""
+    """Of each task: gold at equal KL, and its difference to that before the rounds; of the seeds
+    that have been run."""
+    from study_parts.figures import over_seeds
+
     figures: dict[str, Any] = {}
     for name in tasks:
-        units = [json.loads((folder / name / f"seed{s}.json").read_text()) for s in seeds]
+        paths = {seed: folder / name / f"seed{seed}.json" for seed in seeds}
+        there = {
+            seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()
+        }
+        if not there:
+            raise SystemExit(f"{folder / name} holds no runs; make them with `on_policy.py run`")
+        units = list(there.values())
         first, rows = "round 0", {}
         for method in units[0]["frontier"]:
             gold = {kl: [at_kl(u["frontier"][method], u["base"], kl) for u in units] for kl in KLS}
             before = {kl: [at_kl(u["frontier"][first], u["base"], kl) for u in units] for kl in KLS}
             rows[method] = {
-                f"{kl:g}": interval(gold[kl])
-                | {"change": interval([a - b for a, b in zip(gold[kl], before[kl], strict=True)])}
+                f"{kl:g}": over_seeds(gold[kl])
+                | {"change": over_seeds([a - b for a, b in zip(gold[kl], before[kl], strict=True)])}
                 for kl in KLS
             }
             best = [max(p["gold"] for p in u["frontier"][method]) for u in units]
-            rows[method]["best"] = interval(best)
+            rows[method]["best"] = over_seeds(best)
         figures[name] = {
-            "seeds": seeds,
+            "seeds": list(there),
             "gold": rows,
-            "base": interval([u["base"] for u in units]),
+            "base": over_seeds([u["base"] for u in units]),
             "rounds": [u["rounds"] for u in units],
             "seconds": [u["seconds"] for u in units],
         }
         print("\n".join(table(name, rows)))
         for what in (copg, distilled):
-            found = against_decoder(
-                folder / name, what.__name__, dict(zip(seeds, units, strict=True))
-            )
+            found = against_decoder(folder / name, what.__name__, there)
             figures[name][what.__name__] = found
             print("\n".join(["", *tuned_table(what.__name__, found)]))
     return figures
@@ -266,6 +257,8 @@ def report(folder: Path, tasks: list[str], seeds: list[int]) -> dict[str, Any]:
 def against_decoder(folder: Path, what: str, units: dict[int, dict]) -> dict[str, Any]:
     """Of the language model tuned at each β: gold, KL, and gold less that of the decoder, guided by
     the last round's reward model, at the same KL; of the seeds that have been run."""
+    from study_parts.figures import over_seeds
+
     paths = {seed: folder / f"seed{seed}.{what}.json" for seed in units}
     found = {s: json.loads(path.read_text()) for s, path in paths.items() if path.exists()}
     rows = {}
@@ -276,9 +269,9 @@ def against_decoder(folder: Path, what: str, units: dict[int, dict]) -> dict[str
             for s, o in own.items()
         }
         rows[beta] = {
-            "gold": interval([o["gold"] for o in own.values()]),
-            "kl": interval([o["kl"] for o in own.values()]),
-            "less decoder": interval([o["gold"] - decoder[s] for s, o in own.items()]),
+            "gold": over_seeds([o["gold"] for o in own.values()]),
+            "kl": over_seeds([o["kl"] for o in own.values()]),
+            "less decoder": over_seeds([o["gold"] - decoder[s] for s, o in own.items()]),
         }
     return rows
 
@@ -330,8 +323,10 @@ def main() -> None:
 
     names = args.task or ["recipe", "support"]
     if args.what == "report":
-        figures = report(args.folder, names, args.seeds)
-        (args.results / "on_policy.json").write_text(json.dumps(figures, indent=1) + "\n")
+        path = args.results / "on_policy.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        figures = known | report(args.folder, names, args.seeds)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
         return
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()

@@ -170,16 +170,6 @@ def run_seed(task: Any, seed: int, folder: Path) -> dict[str, Any]:
     return out
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and 95 % half-width of Student's distribution over seeds."""
-    import numpy as np
-    from scipy import stats
-
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
-    return {"mean": float(np.mean(values)), "ci95": float(half)}
-
-
 def figures_of(unit: dict[str, Any]) -> dict[str, float]:
     """One seed's figures of one arm by name."""
     named = {f"undoing: {key}": value for key, value in unit["undoing"].items()}
@@ -194,13 +184,15 @@ def figures_of(unit: dict[str, Any]) -> dict[str, float]:
 
 def report(units: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Each arm's figures over seeds, and their changes from the likelihood, paired by seed."""
+    from study_parts.figures import over_seeds
+
     every = {arm: [figures_of(unit[arm]) for unit in units.values()] for arm in ARMS}
     before = every[next(iter(ARMS))]
     found: dict[str, Any] = {"seeds": list(units), "settings": ARMS, "raw": units, "arms": {}}
     for arm, rows in every.items():
         found["arms"][arm] = {
-            name: interval([row[name] for row in rows])
-            | {"change": interval([r[name] - s[name] for r, s in zip(rows, before, strict=True)])}
+            name: over_seeds([row[name] for row in rows])
+            | {"change": over_seeds([r[name] - s[name] for r, s in zip(rows, before, strict=True)])}
             for name in rows[0]
         }
     return found

@@ -191,9 +191,12 @@ def load_model(task: str, name: str, dtype: str, device: str, device_map: Any = 
             raise ValueError(missing_base_error(repr(name), base)) from None
         raise ValueError(f"{name!r} cannot be loaded ({error})") from None
     if missing:
+        saved = ", ".join(getattr(model.config, "architectures", None) or [])
+        causal = task == "SequenceClassification" and saved.endswith("ForCausalLM")
+        way = f"it was saved as {saved}: say its kind" if causal else "pass a whole model"
         raise ValueError(
             f"{name!r} lacks {len(missing)} of the weights of {type(model).__name__} "
-            f"({', '.join(missing[:3])}); they would be random: pass a whole model"
+            f"({', '.join(missing[:3])}); they would be random: {way}"
         )
     return (model if device_map is not None else model.to(device_of(device))).eval()
 

@@ -80,8 +80,9 @@ def backtracking(
         k=None the last hidden state), so that un-doing runs no model.
 
     Raises:
-        ValueError: as `best_of`; a backspace that is no token of the model, or EOS or padding;
-            k=None with a reward model.
+        ValueError: as `best_of`; a backspace that is no token of the model, or EOS, padding or the
+            unknown token, or not the one that the model was trained with; k=None with a reward
+            model.
 
     Example::
 
@@ -182,12 +183,8 @@ class _Path:
         return self.seeds[i]
 
 
-class _Backtracking(Batch[_Path]):
+class _Backtracking(Batch[_Rule, _Path]):
     """The rows; the state of each is its path."""
-
-    def __init__(self, run: Run, rule: _Rule, batch_size: int) -> None:
-        super().__init__(run, batch_size)
-        self.rule = rule
 
     def _join(self, entries: list[Entry]) -> None:
         first = len(self.texts.rows)

@@ -12,17 +12,18 @@ from .output import SequenceAnswer
 from .run import Run
 from .texts import Texts
 
+Rule = TypeVar("Rule")
 State = TypeVar("State")
 
 
-class Batch(ABC, Generic[State]):
+class Batch(ABC, Generic[Rule, State]):
     """A row for each prompt; where one's answer is done, the next prompt takes its place.
 
-    `states` are of the rows of `texts`, in their order.
+    `rule` holds the numbers of the method; `states` are of the rows of `texts`, in their order.
     """
 
-    def __init__(self, run: Run, batch_size: int) -> None:
-        self.run, self.batch_size = run, batch_size
+    def __init__(self, run: Run, rule: Rule, batch_size: int) -> None:
+        self.run, self.rule, self.batch_size = run, rule, batch_size
         self.states: list[State] = []
 
     @property

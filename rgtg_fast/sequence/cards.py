@@ -126,12 +126,8 @@ class _Segment:
         return int(ops.split_seed(self.entry.seed, self.tries + 1)[self.tries])
 
 
-class _Cards(Batch[_Segment]):
+class _Cards(Batch[_Rule, _Segment]):
     """The rows; the state of each is its segment."""
-
-    def __init__(self, run: Run, rule: _Rule, batch_size: int) -> None:
-        super().__init__(run, batch_size)
-        self.rule = rule
 
     def _join(self, entries: list[Entry]) -> None:
         first = len(self.texts.rows)

@@ -109,7 +109,7 @@ class AnswerCollator:
         }
 
 
-def check_answers(data: AnswerRows, parts: TrainedParts, backspace: int) -> None:
+def check_answers(data: AnswerRows, parts: TrainedParts, backspace: int, eos: int) -> None:
     """Raises `ValueError` for a model without an embedding of the token `backspace`, or that cannot
     be trained on trees, for answers with a backspace that has nothing to undo, and for prompts with
     one."""
@@ -119,11 +119,11 @@ def check_answers(data: AnswerRows, parts: TrainedParts, backspace: int) -> None
             "embeddings; add one by rgtg_fast.training.add_backspace(model, tokenizer)"
         )
     both = [row.get(name, ()) for row in data.rows for name in ("answer_ids", "own_ids")]
-    bad = sum(undoes_too_much(actions, backspace) for actions in both)
+    bad = sum(undoes_too_much(actions, backspace, eos) for actions in both)
     if bad:
         raise ValueError(
-            f"{bad} answers hold a backspace (token {backspace}) with no token before it to undo; "
-            "take it out"
+            f"{bad} answers hold a backspace (token {backspace}) with no token before it to undo, "
+            "or behind EOS, which ends an answer; take it out"
         )
     prompts = sum(backspace in row["prompt_ids"] for row in data.rows)
     if prompts:

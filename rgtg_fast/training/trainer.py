@@ -186,7 +186,7 @@ class PrefixRewardTrainer(Trainer):
             if data is not None:
                 check_fit(data, parts.rm.text_config, name, objective.rewrites)
                 if objective.data == "answers":
-                    check_answers(data, parts, collator.backspace)
+                    check_answers(data, parts, collator.backspace, collator.eos)
                 if args.loss_type == "copg":
                     check_scores(data, name)
                     add_reference(data, trained, parts, args.per_device_eval_batch_size)

@@ -45,12 +45,13 @@ class Tree:
         return len(self.tokens) - 1
 
 
-def undoes_too_much(actions: Sequence[int], backspace: int) -> bool:
-    """Whether a backspace among the actions has no token to undo."""
-    length = 0
+def undoes_too_much(actions: Sequence[int], backspace: int, eos: int) -> bool:
+    """Whether a backspace among the actions has no token to undo, or would undo EOS."""
+    text: list[int] = []
     for action in actions:
-        length += -1 if action == backspace else 1
-        if length < 0:
+        if action != backspace:
+            text.append(action)
+        elif not text or text.pop() == eos:
             return True
     return False
 

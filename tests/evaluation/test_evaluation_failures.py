@@ -161,3 +161,10 @@ def test_a_full_disk_is_named_and_what_was_kept_stays(tmp_path, monkeypatch):
         main(["eval", "--config", path])
     main(["eval", "--config", path])
     assert [row["i"] for row in rows(tmp_path, "base.0.answers")[1]] == list(range(PROMPTS))
+
+
+def test_a_language_model_in_a_classifiers_place_is_told_to_say_its_kind(tmp_path):
+    arm = str(ASSETS / "rm_genarm_prefix")
+    path = config(tmp_path, runs=[{"name": "base"}, {"name": "arm", "reward_model": arm}])
+    with pytest.raises(SystemExit, match="was saved as LlamaForCausalLM: say its kind"):
+        main(["eval", "--config", path])

@@ -44,6 +44,20 @@ def test_answers_do_not_depend_on_the_batch_nor_on_the_order(options):
     assert told(begun(PROMPTS[::-1], seed=seeds.flip(0), **options)) == want[::-1]
 
 
+@pytest.mark.parametrize("options", [{}, UNGUIDED], ids=["guided", "unguided"])
+def test_rows_that_end_at_different_steps_with_every_option_on_are_those_alone(options):
+    every = {"temperature": 0.8, "top_p": 0.95, "top_k": 30, "min_p": 0.001, "typical_p": 0.99}
+    every |= {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "min_new_tokens": 2}
+    every |= {"bad_words_ids": [[8], [9, 10]], "suppress_tokens": [11], "max_new_tokens": 9}
+    every |= {"eos_token_id": list(range(2, zoo.VOCAB, 5))}
+    every |= {"tokenizer": Letters(), "max_steps": 20} | options
+    want = told(begun(batch_size=1, **every))
+    assert len({len(tokens) for tokens, *_ in want}) > 2 and any(undone for *_, undone in want)
+    assert told(begun(batch_size=3, **every)) == want
+    seeds = rgtg_fast.ops.split_seed(4, len(PROMPTS))
+    assert told(begun(PROMPTS[::-1], seed=seeds.flip(0), batch_size=4, **every)) == want[::-1]
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.5])
 def test_without_a_backspace_an_answer_is_that_of_generate_many(beta):
     options = {"k": 5, "beta": beta, "seed": 4, "max_new_tokens": 6, "eos_token_id": zoo.EOS}

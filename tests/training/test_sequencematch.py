@@ -263,6 +263,10 @@ def test_rows_are_texts_or_the_chosen_answers_of_pairs(tmp_path):
         ({"prompt": "a", "text": 5}, "pass strings"),
         ({"prompt_ids": [5], "answer_ids": [5, BACK, BACK]}, "1 answers hold a backspace"),
         ({"prompt_ids": [5], "answer_ids": [5], "own_ids": [BACK]}, "1 answers hold a backspace"),
+        (
+            {"prompt_ids": [5], "answer_ids": [7, EOS, BACK, 8]},
+            "or behind EOS, which ends an answer",
+        ),
         ({"prompt_ids": [5, BACK], "answer_ids": [5]}, "1 prompts hold a backspace"),
         ({"prompt_ids": [5], "answer_ids": [BACK + 1]}, f"token id {BACK + 1} and the model has"),
         (
@@ -314,6 +318,22 @@ def test_models_without_the_token_the_head_or_the_mask_are_refused(tmp_path):
         num_attention_heads=2, num_key_value_heads=2, sliding_window=4,
     )  # fmt: skip
     refused(transformers.MistralForCausalLM(config), "see 4 tokens and a row has")
+
+
+def test_a_forward_whose_argument_of_positions_has_another_name_is_refused(tmp_path, monkeypatch):
+    model, tok = with_backspace()
+    forward = type(model).forward
+
+    def renamed(self, input_ids=None, attention_mask=None, places=None, use_cache=None, **kwargs):
+        if kwargs.keys() - {"logits_to_keep"}:
+            raise TypeError(f"forward() got an unexpected keyword argument {next(iter(kwargs))!r}")
+        return forward(
+            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=places, **kwargs
+        )
+
+    monkeypatch.setattr(type(model), "forward", renamed)
+    with pytest.raises(ValueError, match="does not tell undone tokens apart.*position_ids"):
+        trainer(tmp_path, model, demonstrations(4), loss_type="sequencematch", tok=tok)
 
 
 @pytest.mark.slow

@@ -57,6 +57,26 @@ def per_prompt(values: list[float], prompts: int) -> Any:
     return np.asarray(values, dtype=float).reshape(-1, prompts).mean(0)
 
 
+def between(gold: Any, at: Any, kl: float) -> Any:
+    """Gold [P] at a KL of at most the last of `at` [n], which rise, from gold [n, P]."""
+    right = max(int(np.searchsorted(at, kl)), 1)
+    share = (kl - at[right - 1]) / max(at[right] - at[right - 1], 1e-12)
+    return (1 - share) * gold[right - 1] + share * gold[right]
+
+
+def over_seeds(values: list[float]) -> dict[str, float | None]:
+    """Mean, the 95 % half-width of Student's distribution over seeds, and how many seeds: those
+    whose figure is there (not NaN)."""
+    known = [value for value in values if value == value]
+    n = len(known)
+    half = stats.t.ppf(0.975, n - 1) * np.std(known, ddof=1) / n**0.5 if n > 1 else None
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "ci95": None if half is None else float(half),
+        "seeds": n,
+    }
+
+
 class Curve:
     """A method's answers to the test prompts: gold, KL and proxy [S, β, P] over its grid `betas`,
     `best` [S]: the index of the β that won on the other prompts."""
@@ -90,11 +110,8 @@ class Curve:
             at = np.concatenate([[0.0], self.kl[seed].mean(-1)])
             order = np.argsort(at)
             gold, at = gold[order], at[order]
-            if kl[seed] > at[-1]:
-                continue
-            right = max(int(np.searchsorted(at, kl[seed])), 1)
-            share = (kl[seed] - at[right - 1]) / max(at[right] - at[right - 1], 1e-12)
-            out[seed] = (1 - share) * gold[right - 1] + share * gold[right]
+            if kl[seed] <= at[-1]:
+                out[seed] = between(gold, at, kl[seed])
         return out
 
     def within_kl(self, base: Any, kl: Any) -> Any:
