@@ -155,9 +155,12 @@ def check_classifier(key: str, name: str) -> None:
     config = transformers.AutoConfig.from_pretrained(name)
     classifier = any("SequenceClassification" in n for n in config.architectures or ())
     if not classifier or config.num_labels != 1:
+        what = ", ".join(config.architectures or ["unknown"])
+        guide = key.endswith("reward_model") and what.endswith("ForCausalLM")
+        kinds = ", or say its kind (autoregressive, vocab, rewriting)" if guide else ""
         raise ValueError(
-            f"{key}={name!r} is {', '.join(config.architectures or ['unknown'])} with "
-            f"{config.num_labels} labels; pass a sequence classifier with one label"
+            f"{key}={name!r} is {what} with {config.num_labels} labels; pass a sequence classifier "
+            f"with one label{kinds}"
         )
 
 

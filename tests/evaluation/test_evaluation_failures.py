@@ -166,5 +166,10 @@ def test_a_full_disk_is_named_and_what_was_kept_stays(tmp_path, monkeypatch):
 def test_a_language_model_in_a_classifiers_place_is_told_to_say_its_kind(tmp_path):
     arm = str(ASSETS / "rm_genarm_prefix")
     path = config(tmp_path, runs=[{"name": "base"}, {"name": "arm", "reward_model": arm}])
-    with pytest.raises(SystemExit, match="was saved as LlamaForCausalLM: say its kind"):
+    with pytest.raises(SystemExit, match=r"or say its kind \(autoregressive, vocab, rewriting\)"):
         main(["eval", "--config", path])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "customer : my lamp leaks . agent :"}\n')
+    command = ["generate", "--model", str(ASSETS / "lm"), "--reward-model", arm]
+    command += ["--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    with pytest.raises(SystemExit, match="was saved as LlamaForCausalLM: say its kind"):
+        main(command)

@@ -332,7 +332,7 @@ def test_a_forward_whose_argument_of_positions_has_another_name_is_refused(tmp_p
         )
 
     monkeypatch.setattr(type(model), "forward", renamed)
-    with pytest.raises(ValueError, match="does not tell undone tokens apart.*position_ids"):
+    with pytest.raises(ValueError, match=r"does not tell undone tokens apart.*position_ids"):
         trainer(tmp_path, model, demonstrations(4), loss_type="sequencematch", tok=tok)
 
 
