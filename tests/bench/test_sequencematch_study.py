@@ -43,6 +43,6 @@ def test_changes_are_paired_by_seed_and_the_best_beta_is_that_of_other_prompts(
     # Student's t of one degree of freedom, 12.706, times the standard error of 0.5 and 0.3.
     assert row["change"]["ci95"] == pytest.approx(12.706 * 0.1, rel=1e-4)
     even = found["arms"]["likelihood, slips"]["guided, own best beta: gold"]["change"]
-    assert even == pytest.approx({"mean": 0.2, "ci95": 0.0}, abs=1e-9)
+    assert even == pytest.approx({"mean": 0.2, "ci95": 0.0, "seeds": 2}, abs=1e-9)
     said = capsys.readouterr().out
     assert "| undoing: wrong | 0.250 ± 3.177 |" in said
